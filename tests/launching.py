@@ -1,0 +1,90 @@
+"""Starts scripts as a user would: `accelerate launch`, real processes, gloo on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+COMMON = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+FSDP2 = [
+    "--use_fsdp",
+    "--fsdp_version", "2",
+    "--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP",
+    "--fsdp_min_num_params", "50",
+    "--fsdp_cpu_ram_efficient_loading", "false",
+]  # fmt: skip
+
+FORMS: dict[str, list[str]] = {
+    "single": ["--num_processes", "1"],
+    "ddp2": ["--multi_gpu", "--num_processes", "2"],
+    "ddp3": ["--multi_gpu", "--num_processes", "3"],
+    "fsdp2": [*FSDP2, "--num_processes", "2"],
+    "fsdp3": [*FSDP2, "--num_processes", "3"],
+    "hsdp2x2": [
+        *FSDP2,
+        "--num_processes", "4",
+        "--use_parallelism_config",
+        "--parallelism_config_dp_replicate_size", "2",
+        "--parallelism_config_dp_shard_size", "2",
+    ],
+}  # fmt: skip
+"""Launch arguments by the name of the form. `fsdp2` is FSDP version 2 on 2 processes."""
+
+NUM_PROCESSES = {"single": 1, "ddp2": 2, "ddp3": 3, "fsdp2": 2, "fsdp3": 3, "hsdp2x2": 4}
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without what Accelerate or pytest put there, and with the package importable."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC", "PYTEST_"))}
+    env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return env | extra
+
+
+def command(script: Path, form: str, args: Sequence[str] = (), launch_args: Sequence[str] = ()) -> list[str]:
+    """The command line that starts `script` in `form`. `launch_args` come last, so they win."""
+    port = ["--main_process_port", str(free_port())] if form != "single" else []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launcher, *COMMON, *FORMS[form], *port, *launch_args, str(script), *args]
+
+
+def launch(
+    script: Path,
+    form: str,
+    *args: str,
+    launch_args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    timeout: float = 240,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Run `script` in `form` to its end; with `check`, an exit code other than 0 fails with what it printed."""
+    process = subprocess.Popen(
+        command(script, form, args, launch_args),
+        env=environment(**(env or {})),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a timeout ends the ranks as well as the launcher
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{script.name} in form {form} hung for {timeout} s:\n{output[-4000:]}") from None
+    if check and process.returncode != 0:
+        raise AssertionError(f"{script.name} in form {form} ended with {process.returncode}:\n{output[-6000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, output, "")

@@ -1,0 +1,66 @@
+"""What the ranks tell one another once a window, besides the gradient: one small vector of host integers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from . import distributed
+from .errors import RankDisagreementError
+
+REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed")
+"""What any rank may ask of all: a signal number, 1 for the others; 0: nothing."""
+
+
+class Control:
+    """Requests that any rank makes and all ranks act on after the same step.
+
+    `ask` is local and may come from a signal handler; `start` and `finish` are where all ranks learn of it; `agreed`
+    keeps it until it was acted on. A single process goes the same way, so that a run ends at the same step at any number
+    of processes.
+    """
+
+    def __init__(self) -> None:
+        self._asked = dict.fromkeys(REQUESTS, 0)
+        self.agreed = dict.fromkeys(REQUESTS, 0)
+
+    def ask(self, request: str, value: int = 1) -> None:
+        """Make a request on this rank; it is agreed on with the next exchange."""
+        self._asked[request] = max(self._asked[request], value)
+
+    def take(self, request: str) -> int:
+        """What was agreed on, which is thereby done with; 0: nothing."""
+        value, self.agreed[request] = self.agreed[request], 0
+        return value
+
+    def start(self, skipped: Sequence[int]) -> None:
+        """Tell the others, without waiting for them. Call on every rank once a window, when its work is queued: the
+        exchange of host values over gloo then runs while the device computes.
+
+        Args:
+            skipped: Which draws of the window gave no loss on this rank; must be the same on all.
+        """
+        values = [self._asked[request] for request in REQUESTS]
+        for request in REQUESTS:
+            self._asked[request] = 0
+        self._skipped = list(skipped)
+        pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
+        self._finish = distributed.start_max([*values, pattern, -pattern])
+
+    def finish(self, step: int) -> None:
+        """Hear from the others. Call on every rank, after `start`.
+
+        Raises:
+            RankDisagreementError: On every rank, naming what each has skipped.
+        """
+        *values, highest, lowest = self._finish()
+        if highest != -lowest:
+            by_rank = distributed.gather_objects(self._skipped)
+            told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(by_rank))
+            raise RankDisagreementError(
+                f"Step {step}: `forward` returned None for different micro-batches on different ranks (draws of the"
+                f" window, from 0: {told}). Return None for the same micro-batch on every rank, or override"
+                " `batch_weight` and return 0 for a micro-batch that one rank alone wants to drop."
+            )
+        for request, value in zip(REQUESTS, values, strict=True):
+            self.agreed[request] = max(self.agreed[request], value)

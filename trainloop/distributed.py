@@ -1,0 +1,115 @@
+"""The collectives that we use, each under the name of its purpose.
+
+What the ranks agree on are a few host values, so it travels over gloo on the CPU and never waits for the device.
+In a single process every function answers at once from its own argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+_host_groups: dict[Any, Any] = {}
+
+
+def world_size() -> int:
+    """Number of processes of the run; 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number in the run; 0 where there is no process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def host_group() -> Any:
+    """The gloo group for host values, or `None` in a single process.
+
+    The first call creates it, which every rank must join. It is a group of its own also where the run's backend is
+    gloo: an asynchronous reduction may not stand between the gradient's.
+    """
+    if world_size() == 1:
+        return None
+    world = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups.clear()  # a process group that was destroyed takes ours with it
+        _host_groups[world] = dist.new_group(backend="gloo")
+    return _host_groups[world]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, by rank. Call on every rank. Pickles: for rare paths and small values."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value, group=host_group())
+    return gathered
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value`. Call on every rank. Pickles: for rare paths and small values."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=host_group())
+    return box[0]
+
+
+def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
+    """Start the element-wise maximum of host integers. Call on every rank.
+
+    Returns:
+        What waits for the other ranks and returns the maxima.
+    """
+    if world_size() == 1:
+        return lambda: list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=host_group(), async_op=True)
+
+    def finish() -> list[int]:
+        work.wait()
+        maxima: list[int] = tensor.tolist()
+        return maxima
+
+    return finish
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element-wise sum of host numbers, in double precision. Call on every rank."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=host_group())
+    sums: list[float] = tensor.tolist()
+    return sums
+
+
+def share_rank_zero_weights(model: torch.nn.Module, device: torch.device) -> bool:
+    """Give every rank the parameters and buffers of rank 0; returns whether they differed. Call on every rank.
+
+    FSDP2 has no initial broadcast: ranks that drew different weights would build one mixed model. Equal ones are told
+    by a checksum, so the usual case moves no weights.
+    """
+    tensors = [t.detach() for t in [*model.parameters(), *model.buffers()]]
+    checksums = gather_objects([_checksum(t) for t in tensors])
+    if all(other == checksums[0] for other in checksums):
+        return False
+    for tensor in tensors:
+        moved = tensor.to(device)
+        dist.broadcast(moved, src=0)
+        tensor.copy_(moved)
+    return True
+
+
+def _checksum(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
+    """Shape, dtype and a sum of the bytes that depends on their order; exact, in integers."""
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    pieces = [raw[start : start + 2**22] for start in range(0, raw.numel(), 2**22)]
+    weights = torch.arange(1, min(raw.numel(), 2**22) + 1, device=raw.device)
+    total = sum((i + 1) * int((piece * weights[: piece.numel()]).sum()) for i, piece in enumerate(pieces))
+    return tuple(tensor.shape), str(tensor.dtype), total

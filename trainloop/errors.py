@@ -1,0 +1,46 @@
+"""Exceptions and warnings, and how they descend from one another.
+
+```
+RuntimeError
+└── TrainingError                 what stops a run; every rank raises the same one
+    ├── NonFiniteGradientError    the retries of one step are used up, or the parameters themselves are non-finite
+    ├── RankDisagreementError     ranks took different decisions where they must take the same
+    └── CheckpointError           a checkpoint could not be written, found or read
+UserWarning
+└── TrainloopWarning              every warning of ours, so that one filter reaches them all
+    ├── LossNoneWarning           `forward` returned no loss in a distributed run
+    └── DataReplayWarning         a resume has to draw the batches again that the run has already seen
+```
+
+What a caller passed wrongly is a plain `ValueError` or `TypeError` that names the argument.
+"""
+
+
+class TrainingError(RuntimeError):
+    """Something stopped the run. Every rank raises the same error."""
+
+
+class NonFiniteGradientError(TrainingError):
+    """The gradient stayed non-finite for more retries than `max_non_finite_grad_retries` allows,
+    or the parameters themselves are non-finite, which no retry can mend."""
+
+
+class RankDisagreementError(TrainingError):
+    """The ranks took different decisions where the run needs the same one of all of them."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written, found or read."""
+
+
+class TrainloopWarning(UserWarning):
+    """Base of every warning that trainloop gives."""
+
+
+class LossNoneWarning(TrainloopWarning):
+    """`forward` returned `None` for the loss in a distributed run, where every rank has to do so for the same
+    micro-batch and without having called the wrapped model."""
+
+
+class DataReplayWarning(TrainloopWarning):
+    """The data cannot jump to a position, so a resumed run draws the batches again that it has already seen."""

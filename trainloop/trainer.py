@@ -1,0 +1,704 @@
+"""The training loop: build -> prepare -> restore -> step after step.
+
+    train ─► _run_step ─► _run_window      N x (batch ─► forward ─► backward)
+                          norm             the one host read of the step: alike on every rank, it decides
+                       ─► _optimizer_step  clip ─► update ─► learning rate
+                          or _discard_window, and a new window
+
+Accelerate owns devices, wrapping, mixed precision and the grad scaler; this file owns the window and the order of
+things. Everything that must be the same on all ranks is decided from the gradient norm, which is, or from the control
+message that the ranks exchange once a window.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from torch import nn
+
+from . import build, distributed
+from .control import Control
+from .errors import LossNoneWarning, NonFiniteGradientError, TrainingError
+from .gradients import Gradients, no_contribution
+from .hook import BaseHook, CheckpointerHook
+from .launch import (
+    check_accelerator,
+    rehearse_fsdp2_on_cpu,
+    resolve_accumulation,
+    resolve_mixed_precision,
+    without_parallelism_on_cpu,
+)
+from .non_finite import BufferKeeper, NonFiniteReport, diagnose
+from .records import Records, check_records
+from .state import load_optimizer_state, load_rng_state, optimizer_state, rng_state
+from .step import StepInfo
+from .weights import loss_factors, weighted_loss
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+_MIN_LOSS_SCALE = 2.0**-14  # thirty halvings of the initial 2^16: no loss needs less, the gradient is broken
+
+
+class BaseTrainer:
+    """Trains a model: subclass it, write the `build_*` factories and `forward`, and call `train`.
+
+    The same script runs under any `accelerate launch` configuration. One step is one applied optimizer update from
+    exactly `gradient_accumulation_steps` micro-batches a process.
+
+    Args:
+        max_steps: Optimizer steps to run in all; a resumed run goes on to it.
+        grad_clip: Limit of the gradient's 2-norm. None: nothing is clipped; the norm is taken all the same.
+        max_non_finite_grad_retries: How often one step may be tried again with new data because its gradient was not
+            finite, before `NonFiniteGradientError`. None: no limit; 0: raise at once. A loss scale that was too high
+            doesn't count.
+        mixed_precision: "no", "fp16", "bf16" or "fp8". None: what `accelerate launch` says.
+        gradient_accumulation_steps: Micro-batches a step. None: what the launch says, else 1.
+        workspace: Folder that hooks write to.
+        device: None: Accelerate's choice. "cpu" forces the CPU.
+        no_sync_accumulate: False: gradients are reduced at each micro-batch, which saves memory under FSDP2 and costs
+            communication.
+        state_dict_options: For `state_dict` and `load_state_dict`.
+        logger: None: the logger "trainloop", on rank 0; it gets a handler if logging is not configured.
+        accelerator: One that the script already has. None: `build_accelerator` makes it.
+        seed: In [0, 2^31): the initial model (same on all ranks), the order of the data, and each rank's random
+            generators. None: drawn from torch's global generator on rank 0.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or the launch configuration says otherwise.
+
+    Example:
+        ```python
+        import torch
+        from torch import nn
+        from trainloop import BaseTrainer, ProgressHook
+
+        class Linear(BaseTrainer):
+            def build_data_loader(self):
+                x = torch.randn(512, 4)
+                data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+                return torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)
+
+            def build_model(self):
+                return nn.Linear(4, 1)
+
+            def build_optimizer(self):
+                return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+
+            def build_hooks(self):
+                return [ProgressHook(interval=100)]
+
+            def forward(self, batch):
+                x, y = batch
+                loss = nn.functional.mse_loss(self.model(x), y)
+                return loss, {"mse": loss.detach()}
+
+        Linear(max_steps=300, grad_clip=1.0, seed=0).train()
+        ```
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        grad_clip: float | None = None,
+        max_non_finite_grad_retries: int | None = None,
+        mixed_precision: str | None = None,
+        gradient_accumulation_steps: int | None = None,
+        workspace: Path | str | None = None,
+        device: torch.device | str | int | None = None,
+        no_sync_accumulate: bool = True,
+        state_dict_options: StateDictOptions | None = None,
+        logger: logging.Logger | None = None,
+        *,
+        accelerator: Accelerator | None = None,
+        seed: int | None = None,
+    ) -> None:
+        build.check_arguments(
+            max_steps=max_steps,
+            grad_clip=grad_clip,
+            max_non_finite_grad_retries=max_non_finite_grad_retries,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            no_sync_accumulate=no_sync_accumulate,
+            state_dict_options=state_dict_options,
+            accelerator=accelerator,
+            seed=seed,
+        )
+        self.step = 0
+        """The optimizer step that was begun last; the first is 1."""
+        self.step_info = StepInfo()
+        self.max_steps = max_steps
+        self.grad_clip = grad_clip
+        self.max_non_finite_grad_retries = max_non_finite_grad_retries
+        self.mixed_precision = resolve_mixed_precision(mixed_precision)
+        self.workspace = Path(workspace) if workspace is not None else None
+        self.no_sync_accumulate = no_sync_accumulate
+        self.state_dict_options = state_dict_options
+        self.seed = seed
+        self.hooks: list[BaseHook] = []
+        wanted_device = build.parse_device(device)
+
+        self._forces_cpu = wanted_device is not None and wanted_device.type == "cpu"
+        if accelerator is None:
+            self.gradient_accumulation_steps = resolve_accumulation(gradient_accumulation_steps)
+            self.accelerator = build.check_type(self.build_accelerator(), Accelerator, "build_accelerator")
+            rehearse_fsdp2_on_cpu(self.accelerator)
+        else:
+            self.accelerator = accelerator
+            self.gradient_accumulation_steps = gradient_accumulation_steps or accelerator.gradient_accumulation_steps
+        is_ours = accelerator is None and type(self).build_accelerator is BaseTrainer.build_accelerator
+        check_accelerator(
+            self.accelerator,
+            mixed_precision=self.mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            device=wanted_device,
+            is_ours=is_ours,
+        )
+        self.mixed_precision = self.accelerator.mixed_precision
+        self.logger = logger if logger is not None else build.default_logger()
+
+        self._is_built = False
+        self.control = Control()
+        """What hooks ask of all ranks, and what was agreed."""
+
+    # ------------------------------------------------------------------ what a subclass writes
+
+    def build_accelerator(self) -> Accelerator:
+        """Make the `Accelerator`. The constructor calls it: set what an override needs before `super().__init__`."""
+        with without_parallelism_on_cpu():
+            return Accelerator(
+                cpu=self._forces_cpu,
+                mixed_precision=self.mixed_precision,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=self.gradient_accumulation_steps, sync_with_dataloader=False
+                ),
+            )
+
+    def build_data_loader(self) -> Iterable[Any]:
+        """Return the training data: a `DataLoader` for one process (it is sharded over the ranks), or any iterable of
+        batches. Required."""
+        raise NotImplementedError(f"{type(self).__name__} must define `build_data_loader`.")
+
+    def build_model(self) -> nn.Module:
+        """Return the plain model; it is moved and wrapped by Accelerate. Required."""
+        raise NotImplementedError(f"{type(self).__name__} must define `build_model`.")
+
+    def build_optimizer(self) -> Optimizer:
+        """Return the optimizer of `self.model`'s parameters. Required."""
+        raise NotImplementedError(f"{type(self).__name__} must define `build_optimizer`.")
+
+    def build_lr_scheduler(self) -> LRScheduler | None:
+        """Return a scheduler of `self.optimizer` that moves once per applied update, or None."""
+        return None
+
+    def build_grad_scaler(self) -> torch.amp.GradScaler | None:
+        """Return a grad scaler to use instead of Accelerate's own, or None."""
+        return None
+
+    def build_hooks(self) -> list[BaseHook]:
+        """Return the hooks, called in this order."""
+        return []
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
+        """Compute the loss of one micro-batch. Required.
+
+        Args:
+            batch: What the data loader yields, on the device.
+
+        Returns:
+            The loss, a 0-dim tensor that requires grad, and nested records of numbers or 0-dim tensors to be averaged
+            and logged (pass tensors: reading them is left to the log interval). A loss of None skips the micro-batch
+            and draws another; on several ranks all must do so alike, without having called `self.model`. What one rank
+            alone wants to drop gets a `batch_weight` of 0 instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `forward`.")
+
+    def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
+        """How much this micro-batch weighs in the step's mean loss, for example its number of target tokens.
+
+        With it the step's loss is the exact weighted mean over the window and all ranks, if `forward` returns the mean
+        over the micro-batch. A weight of 0 drops the micro-batch: it runs, and adds exactly nothing, NaN included.
+
+        Returns:
+            A number >= 0 or a 0-dim tensor; None: all weigh the same. A number or a CPU tensor is best: of a weight on
+            an accelerator only the loss can be masked when it is 0, since reading it would cost a sync.
+        """
+        return None
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Run until `max_steps` or an agreed stop. Call on every rank.
+
+        It may be called again after `max_steps` was raised, and goes on where it stood.
+
+        Raises:
+            NonFiniteGradientError: See `max_non_finite_grad_retries`.
+            RankDisagreementError: `forward` skipped micro-batches on some ranks only.
+            TrainingError: `forward` has returned no loss for a whole epoch.
+        """
+        try:
+            self._build()
+            self._restore_and_announce()
+            with self._feed, self._accumulation():
+                self._feed.start()
+                if self._restored_rng is not None:  # last: starting the iterator may draw from the generators
+                    load_rng_state(self._restored_rng, self.device)
+                    self._restored_rng = None
+                self.model.train()
+                self.optimizer.train()
+                self._gradients.drop()
+                while self.step < self.max_steps and not self.control.agreed["stop"]:
+                    self._run_step()
+            self.control.take("stop")
+            for hook in self.hooks:
+                hook.on_after_train(self)
+        except BaseException as ex:
+            for hook in self.hooks:
+                hook.on_exception(self, ex)
+            raise
+
+    def _run_step(self) -> None:
+        self.step += 1
+        info = self.step_info = StepInfo()
+        for hook in self.hooks:
+            hook.on_before_step(self)
+        start = time.perf_counter()
+        while True:
+            self._run_window()
+            self.control.start(self._skipped)
+            norm = self._gradients.norm()
+            info.grad_norm = norm.item()  # the step's one device-to-host sync
+            self.control.finish(self.step)
+            if math.isfinite(info.grad_norm):
+                self._gradients.clip(norm, info.grad_norm)
+                break
+            if self._is_overflow_of_norm():
+                break
+            self._discard_window()
+        self._optimizer_step()
+        info.step_time = time.perf_counter() - start
+        for hook in self.hooks:
+            hook.on_after_step(self)
+        for checkpointer in self._checkpointers:  # after every hook, so that their order doesn't matter
+            checkpointer.save_if_due(self)
+
+    def _run_window(self) -> None:
+        """N micro-batches forward and backward, all of them on every rank; the gradient is reduced with the last."""
+        info, num_micro_steps = self.step_info, self.gradient_accumulation_steps
+        info.losses, info.records, info.loss_factors = [], [], None
+        self._skipped: list[int] = []
+        self._buffers.remember()
+        window = self._draw_weighted_window() if self._is_weighted else None
+        micro_step = num_drawn = 0
+        while micro_step < num_micro_steps:
+            is_last = micro_step == num_micro_steps - 1
+            if num_micro_steps > 1:
+                self.accelerator.sync_gradients = is_last
+            batch = self._next_batch() if window is None else window[micro_step]
+            factor = None if info.loss_factors is None else info.loss_factors[micro_step]
+            with self._no_sync(is_last), self._dropped(factor):
+                loss, records = self._checked(self.forward(batch))
+                if loss is None:
+                    self._skip_micro_batch(num_drawn)
+                else:
+                    info.losses.append(loss.detach())
+                    info.records.append(records)
+                    self._backward(loss if factor is None else weighted_loss(loss, factor))
+                    micro_step += 1
+            num_drawn += 1
+
+    def _optimizer_step(self) -> None:
+        for hook in self.hooks:
+            hook.on_before_optimizer_step(self)
+        self._raw_optimizer.step()
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+        self._gradients.drop()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    # ------------------------------------------------------------------ parts of a window
+
+    def _next_batch(self) -> Any:
+        start = time.perf_counter()
+        batch = next(self._feed)
+        self.step_info.data_time += time.perf_counter() - start
+        return batch
+
+    def _no_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        if is_last or not self._defers_reduction:
+            return nullcontext()
+        return self.accelerator.no_sync(self.model)
+
+    def _dropped(self, factor: Any) -> AbstractContextManager[None]:
+        """Around a micro-batch of weight 0: neither its gradient nor what it does to buffers may stay. A weight on the
+        device isn't read by the host: there `weighted_loss` masks the loss, and that is all."""
+        if not isinstance(factor, float) or factor != 0.0:
+            return nullcontext()
+        stack = ExitStack()
+        stack.enter_context(no_contribution(self.model))
+        stack.enter_context(BufferKeeper(self.unwrapped_model).kept())
+        return stack
+
+    def _checked(self, output: Any) -> tuple[torch.Tensor | None, Records]:
+        if type(output) is not tuple or len(output) != 2:
+            raise TypeError(f"`forward` must return a tuple (loss, records), but returned {build.describe(output)}.")
+        loss, records = output
+        if loss is not None:
+            if not isinstance(loss, torch.Tensor):
+                raise TypeError(f"The loss that `forward` returns must be a tensor, but is {build.describe(loss)}.")
+            if loss.dim() != 0:
+                raise ValueError(
+                    f"The loss that `forward` returns must have no dimensions, but has shape {tuple(loss.shape)}. Take"
+                    " its mean."
+                )
+            if not loss.requires_grad:
+                raise ValueError(
+                    "The loss that `forward` returns does not require grad: it was detached, computed under"
+                    " `torch.no_grad()`, or doesn't depend on the model."
+                )
+        if self.step != self._checked_step:  # once a step is enough to catch it early, and costs nothing
+            self._checked_step = self.step
+            check_records(records)
+        return loss, records
+
+    def _skip_micro_batch(self, draw: int) -> None:
+        self._skipped.append(draw)
+        self.step_info.skipped_micro_batch_count += 1
+        if self._is_weighted:
+            raise ValueError(
+                "`forward` returned None for the loss, but the window's weights are already agreed on, because"
+                " `batch_weight` is overridden. Return 0 from `batch_weight` for a micro-batch to be dropped."
+            )
+        if self.accelerator.num_processes > 1:
+            warnings.warn(
+                "`forward` returned None for the loss. Every rank must do so for the same micro-batch, and without"
+                " having called the model; what one rank alone wants to drop gets a `batch_weight` of 0.",
+                LossNoneWarning,
+                stacklevel=3,
+            )
+        self._guard_against_no_loss()
+
+    def _guard_against_no_loss(self) -> None:
+        info = self.step_info
+        if info.losses:
+            return
+        if info.skipped_micro_batch_count == 1:
+            self._fruitless_since = self._feed.epoch
+        if self._feed.epoch > self._fruitless_since + 1:
+            raise TrainingError(
+                f"Step {self.step}: no micro-batch of a whole epoch gave a loss; `forward` returned None, or"
+                " `batch_weight` 0, for each."
+            )
+
+    def _draw_weighted_window(self) -> list[Any]:
+        """Draw the window before its first backward, because each micro-batch's factor depends on all the weights."""
+        while True:
+            window = [self._next_batch() for _ in range(self.gradient_accumulation_steps)]
+            factors = loss_factors([self.batch_weight(batch) for batch in window], self.device)
+            if factors != []:
+                self.step_info.loss_factors = factors
+                return window
+            self.step_info.skipped_micro_batch_count += len(window)  # nothing in it, on any rank: draw another
+            self._guard_against_no_loss()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self._is_plain:  # what accelerator.backward comes to, without its detours
+            (loss / self.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        else:
+            self.accelerator.backward(loss)
+
+    # ------------------------------------------------------------------ what happens instead of an update
+
+    def _is_overflow_of_norm(self) -> bool:
+        """Whether the gradient is finite and only the sum of its squares overflowed; then it is clipped here."""
+        largest = self._gradients.max().item()
+        if not math.isfinite(largest):
+            return False
+        self.step_info.grad_norm = self._gradients.clip_overflown(largest)
+        self.logger.warning(
+            f"Step {self.step}: the gradient norm overflowed ({self.step_info.grad_norm:.3g}), but every gradient is"
+            " finite: the step is taken" + (", clipped." if self.grad_clip is not None else ".")
+        )
+        return True
+
+    def _discard_window(self) -> None:
+        """Undo the window, which every rank has completed: gradients dropped, buffers put back, its batches stay
+        consumed. Raises where another try is no use."""
+        info = self.step_info
+        self._buffers.restore()
+        report = diagnose(self.unwrapped_model, info.losses)
+        self._gradients.drop()
+        if report.parameters:
+            raise NonFiniteGradientError(self._give_up("the parameters themselves are non-finite", report))
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()  # what unscaling found lowers the scale
+            info.overflow_count += 1
+            scale = self.grad_scaler.get_scale()
+            if scale < _MIN_LOSS_SCALE:
+                raise NonFiniteGradientError(self._give_up(f"the loss scale collapsed to {scale:.3g}", report))
+            self.logger.warning(f"Step {self.step}: gradient overflow, loss scale lowered to {scale:g}; trying again.")
+            return
+        retry, limit = info.non_finite_grad_retry_count + 1, self.max_non_finite_grad_retries
+        if limit is not None and retry > limit:
+            raise NonFiniteGradientError(self._give_up(f"{limit} retries are used up", report))
+        info.non_finite_grad_retry_count = retry
+        self.logger.warning(
+            f"Step {self.step}: the gradient is not finite; the window is discarded and drawn anew (retry {retry}"
+            f"{'' if limit is None else f' of {limit}'}). {report}"
+        )
+        for hook in self.hooks:
+            hook.on_non_finite_grad(self, retry)
+
+    def _give_up(self, reason: str, report: NonFiniteReport) -> str:
+        return (
+            f"Step {self.step}: the gradient is not finite and {reason} (retries so far:"
+            f" {self.step_info.non_finite_grad_retry_count}). {report}. {report.advice}"
+        )
+
+    # ------------------------------------------------------------------ build, restore
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def _build(self) -> None:
+        """Make everything, once; a later `train` goes on with it."""
+        if self._is_built:
+            return
+        accelerator = self.accelerator
+        if self.seed is None:
+            self.seed = distributed.broadcast_object(int(torch.randint(2**31, ())))
+            self.logger.info(f"seed: {self.seed}")
+        set_seed(self.seed)
+        self.data_loader = self.build_data_loader()
+        self._feed = build.data_feed(self.data_loader, self.seed, accelerator)
+        set_seed(self.seed)  # the model doesn't depend on what building the data drew
+        self.model = build.check_model(self.build_model())
+        self.optimizer = build.check_type(self.build_optimizer(), torch.optim.Optimizer, "build_optimizer")
+        self.lr_scheduler = build.check_lr_scheduler(self.build_lr_scheduler())
+        scaler = self.build_grad_scaler()
+        if scaler is not None:
+            accelerator.scaler = build.check_type(scaler, torch.amp.GradScaler, "build_grad_scaler")
+        self.grad_scaler = (
+            accelerator.scaler if accelerator.scaler is not None and accelerator.scaler.is_enabled() else None
+        )
+        self.model, self.optimizer = build.prepare(accelerator, self.model, self.optimizer)
+        self._raw_optimizer: Optimizer = build.raw_optimizer(self.optimizer)
+        build.check_optimizer_params(self._raw_optimizer, self.model)
+        self.hooks = build.check_hooks(self.build_hooks(), self.workspace)
+        set_seed(self.seed, device_specific=True)  # from here on each rank draws its own noise
+
+        self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
+        self._is_weighted = self._has_batch_weight()
+        self._defers_reduction = self.no_sync_accumulate and accelerator.num_processes > 1
+        self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
+        self._buffers = BufferKeeper(self.unwrapped_model)
+        self._checkpointers = [hook for hook in self.hooks if isinstance(hook, CheckpointerHook)]
+        self._skipped = []
+        self._checked_step = -1
+        self._fruitless_since = 0
+        self._restored_rng: dict[str, Any] | None = None
+        self._is_restored = False
+        self._is_built = True
+
+    def _has_batch_weight(self) -> bool:
+        return type(self).batch_weight is not BaseTrainer.batch_weight
+
+    def _restore_and_announce(self) -> None:
+        """The trainer's state comes back before any hook hears of the run, a hook's own right after it has."""
+        state_dict = None
+        if not self._is_restored:
+            self._is_restored = True
+            state_dict = next(filter(None, (hook.restore(self) for hook in self._checkpointers)), None)
+        for hook in self.hooks:
+            hook.on_before_train(self)
+            if state_dict is not None:
+                hook.on_load_state_dict(self, state_dict)
+
+    def _accumulation(self) -> AbstractContextManager[None]:
+        return build.accumulation_state(self.accelerator, self.gradient_accumulation_steps)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state of the run. Call on every rank, between steps.
+
+        Returns:
+            `"model"`: tensors by parameter name; `"training_state"`: step, seed, optimizer, lr_scheduler, grad_scaler,
+            data position (the same on every rank); `"rank"`: random generators and what else belongs to this rank only;
+            and what the hooks add. Tensors are the live ones, unless `state_dict_options` says otherwise.
+        """
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        state_dict: dict[str, Any] = {
+            "model": get_model_state_dict(self.model, options=self.state_dict_options),
+            "training_state": {
+                "step": self.step,
+                "seed": self.seed,
+                "optimizer": optimizer_state(self.unwrapped_model, self._raw_optimizer),
+                "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
+                "grad_scaler": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+                "data": self._feed.state_dict(),
+            },
+            "rank": {"rng": rng_state(self.device), "data": self._feed.rank_state_dict()},
+        }
+        for hook in self.hooks:
+            hook.on_state_dict(self, state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave, the hooks' part included. Call on every rank, between steps.
+
+        Without `"rank"` (saved at another number of processes) the random generators of each rank are derived anew
+        from seed, step and rank.
+
+        Raises:
+            ValueError: The state is not that of this model and optimizer.
+        """
+        self._build()
+        self._load_training_state(state_dict)
+        for hook in self.hooks:
+            hook.on_load_state_dict(self, state_dict)
+
+    def _load_training_state(self, state_dict: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+        state, rank_state = state_dict["training_state"], state_dict.get("rank")
+        for name, own in (("lr_scheduler", self.lr_scheduler), ("grad_scaler", self.grad_scaler)):
+            if (state[name] is None) != (own is None):
+                has, had = ("no", "one") if own is None else ("one", "none")
+                raise ValueError(f"`build_{name}` gives this run {has} {name}, but the saved one had {had}.")
+        load_optimizer_state(self.unwrapped_model, self._raw_optimizer, state["optimizer"])
+        set_model_state_dict(self.model, state_dict["model"], options=self.state_dict_options)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.grad_scaler is not None:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+        self.step, self.seed = state["step"], state["seed"]
+        self._feed.load_state_dict(state["data"], rank_state["data"] if rank_state is not None else None)
+        if rank_state is not None:
+            self._restored_rng = rank_state["rng"]
+            load_rng_state(rank_state["rng"], self.device)
+        else:
+            set_seed(build.derived_seed(state["seed"], self.step, self.accelerator.process_index))
+
+    # ------------------------------------------------------------------ for hooks and scripts
+
+    def log(self, records: Records, dry_run: bool = False) -> None:
+        """Hand nested numbers to every hook's `on_log`. `dry_run`: they say what they would write."""
+        for hook in self.hooks:
+            hook.on_log(self, records, dry_run)
+
+    def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
+        """Hand nested images to every hook's `on_log_images`. `dry_run`: they say what they would write."""
+        for hook in self.hooks:
+            hook.on_log_images(self, records, dry_run)
+
+    def request_stop(self) -> None:
+        """End the run early, on all ranks after the same step. Call on any rank.
+
+        The ranks agree once a window, before the update: asked for in `forward` or before, the run ends with this step;
+        asked for later (`on_after_step`), with the next one. It is so at any number of processes, one included.
+        """
+        self.control.ask("stop")
+
+    def request_checkpoint(self) -> None:
+        """Have the `CheckpointingHook`s save as soon as the ranks have agreed, as `request_stop`. Call on any rank."""
+        self.control.ask("checkpoint")
+
+    @staticmethod
+    def unwrap(module: nn.Module) -> nn.Module:
+        """The module inside `torch.compile`'s and DDP's wrappers. Changes neither."""
+        while True:
+            inner = getattr(module, "_orig_mod", None)
+            if inner is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+                inner = module.module
+            if inner is None:
+                return module
+            module = inner
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The model as `build_model` returned it; under FSDP2 its parameters are shards."""
+        return self.unwrap(self.model)
+
+
+class Trainer(BaseTrainer):
+    """The same trainer from objects that a script already has, prepared by Accelerate or not.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        data_loader: The training data, as `BaseTrainer.build_data_loader` returns it.
+        forward: Called as `forward(model, batch)`, with the prepared model; returns what `BaseTrainer.forward` does.
+        lr_scheduler: Moves once per applied update, at any number of processes; a prepared one is unwrapped.
+        hooks: Called in this order.
+        batch_weight: As `BaseTrainer.batch_weight`.
+        **kwargs: Arguments of `BaseTrainer`.
+
+    Example:
+        ```python
+        Trainer(model=model, optimizer=optimizer, data_loader=loader, forward=lambda model, batch: (model(batch), {}),
+                max_steps=1000).train()
+        ```
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data_loader: Iterable[Any],
+        forward: Callable[[nn.Module, Any], tuple[torch.Tensor | None, Records]],
+        lr_scheduler: LRScheduler | None = None,
+        hooks: Sequence[BaseHook] = (),
+        batch_weight: Callable[[Any], float | torch.Tensor | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, function in (("forward", forward), ("batch_weight", batch_weight)):
+            if function is not None and not callable(function):
+                raise TypeError(f"`{name}` must be callable, but is {build.describe(function)}.")
+        self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks))
+        self._forward, self._batch_weight = forward, batch_weight
+        super().__init__(**kwargs)
+
+    def build_model(self) -> nn.Module:
+        return self._given[0]
+
+    def build_optimizer(self) -> Optimizer:
+        return self._given[1]
+
+    def build_data_loader(self) -> Iterable[Any]:
+        return self._given[2]
+
+    def build_lr_scheduler(self) -> LRScheduler | None:
+        return self._given[3]
+
+    def build_hooks(self) -> list[BaseHook]:
+        return self._given[4]
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
+        return self._forward(self.model, batch)
+
+    def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
+        return self._batch_weight(batch) if self._batch_weight is not None else None
+
+    def _has_batch_weight(self) -> bool:
+        return self._batch_weight is not None
