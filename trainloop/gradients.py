@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from . import distributed
+
 _EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_ divides by norm + 1e-6
 
 
@@ -55,11 +57,19 @@ class Gradients:
             grads = [p.grad for p in self._params if p.grad is not None]
             if grads:
                 return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0)), 2.0)
-        return self._norm(2.0)
+        return self._norm()
 
-    def max(self) -> torch.Tensor:
-        """Largest magnitude of any element: finite exactly if all of them are. As `norm`."""
-        return self._norm(math.inf)
+    def largest(self) -> float:
+        """Largest magnitude of any element, read by the host; not finite if any element isn't. Call on every rank.
+
+        Not from torch's infinity norm, which refuses the empty shards that small parameters have on some ranks.
+        """
+        grads = [p.grad for p in self._params if p.grad is not None]
+        local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+        peaks = [grad.abs().max().double() for grad in local if grad.numel()]
+        own = torch.stack(peaks).max().item() if peaks else 0.0
+        by_rank = distributed.gather_objects(own)
+        return math.nan if any(map(math.isnan, by_rank)) else max(by_rank)
 
     def clip(self, norm: torch.Tensor, norm_value: float) -> None:
         """Scale the gradient down to the limit, if it is above. `norm_value` is `norm`, read by the host."""
@@ -82,7 +92,7 @@ class Gradients:
         """Norm of a finite gradient whose squares overflow, and its clipping. Call on every rank.
 
         Args:
-            largest: `max`, read by the host; finite.
+            largest: From `largest`; finite.
 
         Returns:
             The 2-norm, in double precision.
@@ -90,7 +100,7 @@ class Gradients:
         scale = 2.0 ** math.frexp(largest)[1]  # a power of two, so that the division is exact
         grads = [p.grad for p in self._params if p.grad is not None]
         with self._replaced(torch._foreach_div(grads, scale)):
-            norm = self._norm(2.0).double().item() * scale
+            norm = self._norm().double().item() * scale
         if self._max_norm is not None and norm > self._max_norm:
             torch._foreach_mul_(grads, self._max_norm / norm)
         return norm
@@ -100,12 +110,12 @@ class Gradients:
         for param in self._params:
             param.grad = None
 
-    def _norm(self, order: float) -> torch.Tensor:
+    def _norm(self) -> torch.Tensor:
         norms = []
         for group in self._groups:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None], order)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
             norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), 2.0)
 
     @contextmanager
     def _replaced(self, grads: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> Iterator[None]:

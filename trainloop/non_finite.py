@@ -21,39 +21,35 @@ _SHOWN = 5  # names in a report: enough to see the pattern
 class BufferKeeper:
     """Keeps a model's buffers as they were before a window, to put them back if the window is discarded.
 
-    Costs one copy of those buffers that `forward` changes (BatchNorm's statistics), a step; a constant buffer is
-    copied once. Tensors count their in-place changes, which tells the two apart without reading them.
+    Costs one copy of the buffers a step. Which of them `forward` changes can't be told more cheaply: BatchNorm updates
+    its statistics without counting up the tensor's version.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._slots = [(module._buffers, key) for module in model.modules() for key in module._buffers]
-        self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._seen: list[torch.Tensor | None] = []
+        self._values: list[torch.Tensor] = []
 
     @torch.no_grad()
     def remember(self) -> None:
         """Take note of every buffer's present value."""
-        for i, (buffers, key) in enumerate(self._slots):
-            buffer = buffers[key]
-            if buffer is None:
-                continue
-            kept = self._kept.get(i)
-            if kept is None or kept[0] is not buffer or kept[2].shape != buffer.shape:
-                self._kept[i] = (buffer, buffer._version, buffer.detach().clone())
-            elif kept[1] != buffer._version:
-                kept[2].copy_(buffer)
-                self._kept[i] = (buffer, buffer._version, kept[2])
+        if not self._slots:
+            return
+        present = [buffers[key] for buffers, key in self._slots]
+        live = [buffer for buffer in present if buffer is not None]
+        if [_form(buffer) for buffer in live] == [_form(value) for value in self._values]:
+            torch._foreach_copy_(self._values, live)
+        else:
+            self._values = [buffer.detach().clone() for buffer in live]
+        self._seen = present
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put back what `remember` saw, also where `forward` has put another tensor in a buffer's place."""
-        for i, (buffers, key) in enumerate(self._slots):
-            kept = self._kept.get(i)
-            if kept is None:
-                continue
-            buffer, version, value = kept
-            if buffer._version != version:
-                buffer.copy_(value)
-                self._kept[i] = (buffer, buffer._version, value)
+        live = [buffer for buffer in self._seen if buffer is not None]
+        if live:
+            torch._foreach_copy_(live, self._values)
+        for (buffers, key), buffer in zip(self._slots, self._seen, strict=True):
             buffers[key] = buffer
 
     @contextmanager
@@ -150,6 +146,10 @@ def diagnose(model: nn.Module, losses: Sequence[torch.Tensor]) -> NonFiniteRepor
 def clean_name(name: str) -> str:
     """A parameter's name without what compilation and activation checkpointing put into it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

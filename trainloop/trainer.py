@@ -426,7 +426,7 @@ class BaseTrainer:
 
     def _is_overflow_of_norm(self) -> bool:
         """Whether the gradient is finite and only the sum of its squares overflowed; then it is clipped here."""
-        largest = self._gradients.max().item()
+        largest = self._gradients.largest()
         if not math.isfinite(largest):
             return False
         self.step_info.grad_norm = self._gradients.clip_overflown(largest)
