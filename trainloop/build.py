@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +19,11 @@ from torch import nn
 
 from . import distributed
 from .data import DataFeed
+from .errors import describe
 from .hook import BaseHook
 from .launch import choose_fsdp2_precision
 
 T = TypeVar("T")
-
-
-def describe(value: Any) -> str:
-    """A value of the wrong kind, for an error message: short, with its type."""
-    text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
 # ---------------------------------------------------------------------- arguments
@@ -226,8 +220,3 @@ def accumulation_state(accelerator: Accelerator, num_micro_steps: int) -> Iterat
         state.plugin_kwargs.clear()
         state.plugin_kwargs.update(before)
         accelerator.sync_gradients = True
-
-
-def derived_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for `rank`, where the saved generators belong to another number of processes."""
-    return zlib.crc32(f"{seed}/{step}/{rank}".encode()) & 0x7FFFFFFF

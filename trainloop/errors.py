@@ -15,6 +15,14 @@ UserWarning
 What a caller passed wrongly is a plain `ValueError` or `TypeError` that names the argument.
 """
 
+from typing import Any
+
+
+def describe(value: Any) -> str:
+    """A value of the wrong kind, for an error message: short, with its type."""
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
 
 class TrainingError(RuntimeError):
     """Something stopped the run. Every rank raises the same error."""

@@ -6,7 +6,6 @@ number of processes. Tensors are the live ones: copy them before the next step c
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
@@ -83,41 +82,3 @@ def _like(value: Any, param: torch.Tensor) -> Any:
 
         return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     return value
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """State of this process's random generators: Python, numpy, torch on the CPU and on `device`."""
-    version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "python": [version, list(internal), gauss],
-        "torch": torch.get_rng_state(),
-    }
-    numpy = _numpy()
-    if numpy is not None:
-        kind, keys, position, has_gauss, cached = numpy.random.get_state()
-        state["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)]
-    if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` read."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    numpy = _numpy()
-    if numpy is not None and "numpy" in state:
-        kind, keys, position, has_gauss, cached = state["numpy"]
-        numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), position, has_gauss, cached))
-    if device.type != "cpu" and "device" in state:
-        torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
-
-
-def _numpy() -> Any:
-    """numpy, or None: torch and accelerate run without it."""
-    try:
-        import numpy
-    except ImportError:
-        return None
-    return numpy

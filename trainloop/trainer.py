@@ -28,7 +28,7 @@ from torch import nn
 
 from . import build, distributed
 from .control import Control
-from .errors import LossNoneWarning, NonFiniteGradientError, TrainingError
+from .errors import LossNoneWarning, NonFiniteGradientError, TrainingError, describe
 from .gradients import Gradients, no_contribution
 from .hook import BaseHook, CheckpointerHook
 from .launch import (
@@ -39,8 +39,9 @@ from .launch import (
     without_parallelism_on_cpu,
 )
 from .non_finite import BufferKeeper, NonFiniteReport, diagnose
-from .records import Records, check_records
-from .state import load_optimizer_state, load_rng_state, optimizer_state, rng_state
+from .records import Records, check_records, map_nested_tensor
+from .rng import derived_seed, load_rng_state, rng_state
+from .state import load_optimizer_state, optimizer_state
 from .step import StepInfo
 from .weights import loss_factors, weighted_loss
 
@@ -316,7 +317,7 @@ class BaseTrainer:
                     self._skip_micro_batch(num_drawn)
                 else:
                     info.losses.append(loss.detach())
-                    info.records.append(records)
+                    info.records.append(map_nested_tensor(torch.Tensor.detach, records))
                     self._backward(loss if factor is None else weighted_loss(loss, factor))
                     micro_step += 1
             num_drawn += 1
@@ -356,11 +357,11 @@ class BaseTrainer:
 
     def _checked(self, output: Any) -> tuple[torch.Tensor | None, Records]:
         if type(output) is not tuple or len(output) != 2:
-            raise TypeError(f"`forward` must return a tuple (loss, records), but returned {build.describe(output)}.")
+            raise TypeError(f"`forward` must return a tuple (loss, records), but returned {describe(output)}.")
         loss, records = output
         if loss is not None:
             if not isinstance(loss, torch.Tensor):
-                raise TypeError(f"The loss that `forward` returns must be a tensor, but is {build.describe(loss)}.")
+                raise TypeError(f"The loss that `forward` returns must be a tensor, but is {describe(loss)}.")
             if loss.dim() != 0:
                 raise ValueError(
                     f"The loss that `forward` returns must have no dimensions, but has shape {tuple(loss.shape)}. Take"
@@ -597,7 +598,7 @@ class BaseTrainer:
             self._restored_rng = rank_state["rng"]
             load_rng_state(rank_state["rng"], self.device)
         else:
-            set_seed(build.derived_seed(state["seed"], self.step, self.accelerator.process_index))
+            set_seed(derived_seed(state["seed"], self.step, self.accelerator.process_index))
 
     # ------------------------------------------------------------------ for hooks and scripts
 
@@ -674,7 +675,7 @@ class Trainer(BaseTrainer):
     ) -> None:
         for name, function in (("forward", forward), ("batch_weight", batch_weight)):
             if function is not None and not callable(function):
-                raise TypeError(f"`{name}` must be callable, but is {build.describe(function)}.")
+                raise TypeError(f"`{name}` must be callable, but is {describe(function)}.")
         self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks))
         self._forward, self._batch_weight = forward, batch_weight
         super().__init__(**kwargs)

@@ -1,0 +1,39 @@
+"""Accelerate runs the devices, you write `forward`, trainloop makes the run survive."""
+
+from .errors import (
+    CheckpointError,
+    DataReplayWarning,
+    LossNoneWarning,
+    NonFiniteGradientError,
+    RankDisagreementError,
+    TrainingError,
+    TrainloopWarning,
+)
+from .hook import BaseHook
+from .hooks.cuda_memory import CudaMaxMemoryHook
+from .hooks.stats import LoggingHook, ProgressHook
+from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
+from .step import StepInfo, TrainingStats
+from .trainer import BaseTrainer, Trainer
+
+__all__ = [
+    "BaseHook",
+    "BaseTrainer",
+    "CheckpointError",
+    "CudaMaxMemoryHook",
+    "DataReplayWarning",
+    "LoggingHook",
+    "LossNoneWarning",
+    "NonFiniteGradientError",
+    "ProgressHook",
+    "RankDisagreementError",
+    "Records",
+    "StepInfo",
+    "Trainer",
+    "TrainingError",
+    "TrainingStats",
+    "TrainloopWarning",
+    "flatten_nested_dict",
+    "key_average",
+    "map_nested_tensor",
+]

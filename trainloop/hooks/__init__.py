@@ -1,0 +1,1 @@
+"""The hooks that come with trainloop, one concern a file."""

@@ -1,0 +1,269 @@
+"""What a log interval makes of its steps: a line and a bar for people, records for trackers."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import distributed
+from ..errors import describe
+from ..hook import BaseHook
+from ..records import flatten_nested_dict, key_average, unflatten_nested_dict
+from ..step import StepInfo, TrainingStats
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+Key = tuple[Any, ...]
+
+
+class _StatsHook(BaseHook):
+    """Collects the steps of an interval, and gives their means to `process`.
+
+    Tensors stay on the device until the interval ends; then they are read in one transfer. An interval that a
+    checkpoint cuts in two is logged by the resumed run as if nothing had happened (at the same number of processes).
+    """
+
+    def __init__(self, interval: int, sync: bool) -> None:
+        if isinstance(interval, bool) or not isinstance(interval, int):
+            raise TypeError(f"`interval` must be an integer, but is {describe(interval)}.")
+        if interval < 1:
+            raise ValueError(f"`interval` must be at least 1, but is {interval}.")
+        if not isinstance(sync, bool):
+            raise TypeError(f"`sync` must be True or False, but is {describe(sync)}.")
+        self.interval = interval
+        self.sync = sync
+        self._lr: dict[str, float] = {}
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._steps: list[StepInfo] = []
+        self._sums: dict[Key, list[float]] = {}  # of the steps that were read already: [sum, count]
+        self._retries = 0
+        self._max_memory = -math.inf
+
+    def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
+        if trainer.step % self.interval == 0:  # before the scheduler moves on
+            groups = trainer.optimizer.param_groups
+            self._lr = {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(groups)}
+
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        self._steps.append(trainer.step_info)
+        if trainer.step % self.interval == 0:
+            self._read_steps()
+            stats = self._stats()
+            self._start_interval()
+            self.process(trainer, stats)
+
+    def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
+        """The interval is over. Every rank."""
+        raise NotImplementedError
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        self._read_steps()
+        state_dict["rank"][self._state_key] = {
+            "sums": [[list(key), *values] for key, values in self._sums.items()],
+            "retries": self._retries,
+            "max_memory": self._max_memory,
+        }
+
+    def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        self._start_interval()
+        state = (state_dict.get("rank") or {}).get(self._state_key)
+        if state is not None:
+            self._sums = {tuple(key): [total, count] for key, total, count in state["sums"]}
+            self._retries, self._max_memory = state["retries"], state["max_memory"]
+
+    @property
+    def _state_key(self) -> str:
+        return f"{type(self).__name__}_{self.interval}"
+
+    def _read_steps(self) -> None:
+        """Add the steps that were collected to the sums: one device-to-host sync."""
+        if not self._steps:
+            return
+        rows: list[dict[Key, Any]] = []
+        for info in self._steps:
+            row: dict[Key, Any] = {
+                ("loss",): info.loss,
+                ("grad_norm",): info.grad_norm,
+                ("step_time",): info.step_time,
+                ("data_time",): info.data_time,
+            }
+            row.update({("records", *key): v for key, v in flatten_nested_dict(key_average(info.records)).items()})
+            rows.append(row)
+            self._retries += info.non_finite_grad_retry_count
+            if info.max_memory is not None:
+                self._max_memory = max(self._max_memory, info.max_memory)
+        self._steps = []
+        for row in _read(rows):
+            for key, value in row.items():  # one after the other: the sum is the same wherever a checkpoint cuts
+                entry = self._sums.setdefault(key, [0.0, 0])
+                entry[0] += value
+                entry[1] += 1
+
+    def _stats(self) -> TrainingStats:
+        """Means, over the ranks too with `sync`: one exchange of host values, which also joins keys that only some
+        ranks have."""
+        mine = (self._sums, self._retries, self._max_memory)
+        parts = distributed.gather_objects(mine) if self.sync else [mine]
+        sums: dict[Key, list[float]] = {}
+        for part, _, _ in parts:
+            for key, (total, count) in part.items():
+                entry = sums.setdefault(key, [0.0, 0])
+                entry[0] += total
+                entry[1] += count
+        means = {key: total / count for key, (total, count) in sums.items()}
+        max_memory = max(memory for *_, memory in parts)
+        return TrainingStats(
+            loss=means.pop(("loss",)),
+            grad_norm=means.pop(("grad_norm",)),
+            step_time=means.pop(("step_time",)),
+            data_time=means.pop(("data_time",)),
+            non_finite_grad_retry_count=max(retries for _, retries, _ in parts),
+            max_memory=max_memory if max_memory > -math.inf else None,
+            lr=self._lr,
+            records=unflatten_nested_dict({key[1:]: mean for key, mean in means.items()}),
+        )
+
+
+class LoggingHook(_StatsHook):
+    """Hands the means of every interval to `trainer.log`, as `{"train": {"loss": …, "lr": {…}, …, <records>}}`.
+
+    Args:
+        interval: Optimizer steps.
+        sync: Average over the ranks as well; a record that only some ranks have is averaged over those.
+    """
+
+    def __init__(self, interval: int = 10, sync: bool = True) -> None:
+        super().__init__(interval, sync)
+
+    def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
+        records: dict[str, Any] = {
+            **stats.records,
+            "loss": stats.loss,
+            "grad_norm": stats.grad_norm,
+            "step_time": stats.step_time,
+            "data_time": stats.data_time,
+            "non_finite_grad_retry_count": stats.non_finite_grad_retry_count,
+            "lr": stats.lr,
+        }
+        if stats.max_memory is not None:
+            records["max_memory"] = stats.max_memory
+        trainer.log({"train": records})
+
+
+class ProgressHook(_StatsHook):
+    """A log line every interval, and on a terminal a live bar; on rank 0.
+
+    Args:
+        interval: Optimizer steps.
+        with_records: Show the records of `forward` too.
+        sync: Show means over the ranks instead of rank 0's.
+        eta_warmup: Steps of this run that the estimate of the remaining time leaves out; it is shown after them.
+        show_units: Write units.
+    """
+
+    def __init__(
+        self,
+        interval: int = 1,
+        with_records: bool = False,
+        sync: bool = False,
+        eta_warmup: int = 10,
+        show_units: bool = True,
+    ) -> None:
+        super().__init__(interval, sync)
+        if isinstance(eta_warmup, bool) or not isinstance(eta_warmup, int) or eta_warmup < 0:
+            raise ValueError(f"`eta_warmup` must be an integer of at least 0, but is {describe(eta_warmup)}.")
+        self.with_records = with_records
+        self.eta_warmup = eta_warmup
+        self.show_units = show_units
+        self._bar: Any = None
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        self._first_timed = trainer.step + self.eta_warmup
+        self._timed_since = time.monotonic()
+
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        if self._bar is None and trainer.accelerator.is_main_process and sys.stderr.isatty():
+            self._bar = tqdm(total=trainer.max_steps, initial=trainer.step - 1, unit="step", dynamic_ncols=True)
+
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        if trainer.step == self._first_timed:
+            self._timed_since = time.monotonic()
+        super().on_after_step(trainer)
+        if self._bar is not None:
+            self._bar.update()
+
+    def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
+        if not trainer.accelerator.is_main_process:
+            return
+        line = self._line(trainer, stats)
+        if self._bar is None:
+            trainer.logger.info(line)
+            return
+        with tqdm.external_write_mode(file=sys.stderr):
+            trainer.logger.info(line)
+        self._bar.set_postfix_str(f"loss {stats.loss:.4g}", refresh=False)
+
+    def _line(self, trainer: BaseTrainer, stats: TrainingStats) -> str:
+        seconds, gib = (" s", " GiB") if self.show_units else ("", "")
+        parts = [
+            f"step {trainer.step}/{trainer.max_steps}",
+            f"step time {stats.step_time:.3g}{seconds}",
+            f"data time {stats.data_time:.3g}{seconds}",
+        ]
+        num_timed = trainer.step - self._first_timed
+        if num_timed > 0:
+            step_seconds = (time.monotonic() - self._timed_since) / num_timed
+            eta_seconds = round((trainer.max_steps - trainer.step) * step_seconds)
+            parts.append(f"ETA {timedelta(seconds=eta_seconds)}")
+        parts += [f"loss {stats.loss:.4g}", f"grad norm {stats.grad_norm:.4g}"]
+        lrs = [f"{name} {lr:.3g}" for name, lr in stats.lr.items()]
+        parts.append(f"lr {', '.join(lrs) if len(lrs) > 1 else lrs[0].split(' ')[-1]}" if lrs else "no lr")
+        if stats.non_finite_grad_retry_count:
+            parts.append(f"retries {stats.non_finite_grad_retry_count:g}")
+        if stats.max_memory is not None:
+            parts.append(f"memory {stats.max_memory:.3g}{gib}")
+        if self.with_records:
+            flat = flatten_nested_dict(stats.records)
+            parts += [f"{'/'.join(map(str, key))} {value:.4g}" for key, value in flat.items()]
+        return " | ".join(parts)
+
+    def on_after_train(self, trainer: BaseTrainer) -> None:
+        self._close_bar()
+
+    def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
+        self._close_bar()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _read(rows: list[dict[Key, Any]]) -> list[dict[Key, float]]:
+    """The same with every tensor read, all of them in one device-to-host transfer."""
+    tensors = [value.reshape(()) for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    host: dict[int, float] = {}
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for kind, same in by_kind.items():
+        by_device.setdefault(kind[0], []).extend(same)
+    for device, group in by_device.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
+        stacks = [torch.stack(by_kind[kind]).to(wide) for kind in by_kind if kind[0] == device]
+        host.update(zip(map(id, group), torch.cat(stacks).tolist(), strict=True))
+    numbers = iter([host[id(tensor)] for tensor in tensors])
+    return [
+        {key: next(numbers) if isinstance(value, torch.Tensor) else float(value) for key, value in row.items()}
+        for row in rows
+    ]

@@ -1,0 +1,149 @@
+"""Nested records: mappings and sequences of numbers, as `forward` returns and hooks log them. Pure functions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, TypeAlias
+
+import torch
+
+from .errors import describe
+
+Records: TypeAlias = Mapping[str, Any]
+"""Mapping of numbers and 0-dim tensors, or of such mappings and sequences."""
+
+
+def map_nested_tensor(fn: Callable[[torch.Tensor], Any], nested: Any) -> Any:
+    """Apply `fn` to every tensor in nested containers.
+
+    Args:
+        fn: Called with each tensor.
+        nested: Mappings, lists, tuples, named tuples, sets and dataclass objects keep their type; anything else that is
+            not a tensor comes back as it is.
+
+    Returns:
+        New containers of the same shape; `nested` is unchanged.
+    """
+    return map_nested(fn, nested, lambda value: isinstance(value, torch.Tensor))
+
+
+def map_nested(fn: Callable[[Any], Any], nested: Any, is_leaf: Callable[[Any], bool]) -> Any:
+    """Apply `fn` to what `is_leaf` says in nested containers, as `map_nested_tensor`."""
+
+    def walk(value: Any) -> Any:
+        if is_leaf(value):
+            return fn(value)
+        if isinstance(value, Mapping):
+            items = {key: walk(item) for key, item in value.items()}
+            if type(value) is dict or not isinstance(value, MutableMapping):
+                return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
+            copied = copy.copy(value)  # a defaultdict keeps its factory, a transformers BatchEncoding its attributes
+            copied.update(items)
+            return copied
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(walk, value))
+        if isinstance(value, list | tuple | set | frozenset):
+            return type(value)(map(walk, value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            copied = copy.copy(value)
+            for field in dataclasses.fields(value):
+                # Not `replace`: it runs `__init__` and `__post_init__` again, and refuses fields with init=False.
+                object.__setattr__(copied, field.name, walk(getattr(value, field.name)))
+            return copied
+        return value
+
+    return walk(nested)
+
+
+def flatten_nested_dict(nested: Mapping[Any, Any]) -> dict[tuple[Any, ...], Any]:
+    """Flatten nested mappings; a key of the result is the tuple of keys on the way to its value.
+
+    Example:
+        >>> flatten_nested_dict({"loss": {"l1": 1.0, "l2": 2.0}})
+        {('loss', 'l1'): 1.0, ('loss', 'l2'): 2.0}
+    """
+    flat: dict[tuple[Any, ...], Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update({(key, *rest): leaf for rest, leaf in flatten_nested_dict(value).items()})
+        else:
+            flat[(key,)] = value
+    return flat
+
+
+def unflatten_nested_dict(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
+    """The inverse of `flatten_nested_dict` (an empty mapping, which has no key there, is lost)."""
+    nested: dict[Any, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return nested
+
+
+def key_average(records: Iterable[Records]) -> dict[str, Any]:
+    """Average records key by key; a key counts only the records that have it.
+
+    Args:
+        records: Nested records of numbers and 0-dim tensors.
+
+    Returns:
+        Nested records of means. Tensors are averaged where they are: reading them is left to the caller.
+    """
+    sums: dict[tuple[Any, ...], Any] = {}
+    counts: dict[tuple[Any, ...], int] = {}
+    for record in records:
+        for key, value in flatten_nested_dict(_without_sequences(record)).items():
+            number = value.detach() if isinstance(value, torch.Tensor) else value
+            sums[key] = sums[key] + number if key in sums else number
+            counts[key] = counts.get(key, 0) + 1
+    return unflatten_nested_dict({key: total / counts[key] for key, total in sums.items()})
+
+
+def check_records(records: Any, _path: str = "") -> None:
+    """Raise if `records` are not nested numbers, naming the key. Reads no tensor.
+
+    Raises:
+        TypeError: Not a mapping, or a value is neither a number nor a tensor nor a container of them.
+        ValueError: A tensor with more than one element.
+    """
+    if not _path and not isinstance(records, Mapping):
+        raise TypeError(
+            "The records that `forward` returns must be a mapping (`{}` if there are none), but are"
+            f" {describe(records)}."
+        )
+    if isinstance(records, Mapping):
+        for key, value in records.items():
+            if not isinstance(key, str):
+                raise TypeError(f"The keys of records must be strings, but {_path or 'records'} has {describe(key)}.")
+            check_records(value, f"{_path}/{key}" if _path else key)
+    elif isinstance(records, list | tuple):
+        for i, value in enumerate(records):
+            check_records(value, f"{_path}/{i}")
+    elif isinstance(records, torch.Tensor):
+        if records.numel() != 1:
+            raise ValueError(
+                f'The record "{_path}" must be a number or a tensor of one element, but has shape'
+                f" {tuple(records.shape)}. Reduce it first, for example by its mean."
+            )
+    elif not _is_number(records):
+        raise TypeError(f'The record "{_path}" must be a number or a 0-dim tensor, but is {describe(records)}.')
+
+
+def _is_number(value: Any) -> bool:
+    # numpy's scalars register as numbers, but for numpy.bool and 0-dim arrays.
+    return isinstance(value, numbers.Real) or (getattr(value, "shape", None) == () and hasattr(value, "item"))
+
+
+def _without_sequences(nested: Any) -> Any:
+    """Sequences as mappings from "0", "1", …, so that every leaf has a key."""
+    if isinstance(nested, Mapping):
+        return {key: _without_sequences(value) for key, value in nested.items()}
+    if isinstance(nested, list | tuple):
+        return {str(i): _without_sequences(value) for i, value in enumerate(nested)}
+    return nested

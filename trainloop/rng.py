@@ -1,0 +1,75 @@
+"""The random generators of a process: Python's, numpy's and torch's, read, put back and lent."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+
+def derived_seed(*parts: Any) -> int:
+    """A seed in [0, 2^32), the same for the same `parts` in any process: torch, numpy and Python all take it."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of this process that run on the CPU; those of a device are left alone."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if (numpy := _numpy()) is not None:
+        numpy.random.seed(seed)
+
+
+@contextmanager
+def lent_rng(seed: int) -> Iterator[None]:
+    """Seed the generators on the CPU for a while, and leave them as they were."""
+    before = rng_state(_CPU)
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        load_rng_state(before, _CPU)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of this process's random generators: Python, numpy, torch on the CPU and on `device`."""
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "torch": torch.get_rng_state(),
+    }
+    numpy = _numpy()
+    if numpy is not None:
+        kind, keys, position, has_gauss, cached = numpy.random.get_state()
+        state["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)]
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `rng_state` read."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    numpy = _numpy()
+    if numpy is not None and "numpy" in state:
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), position, has_gauss, cached))
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
+
+
+def _numpy() -> Any:
+    """numpy, or None: torch and accelerate run without it."""
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
