@@ -40,7 +40,7 @@ def plain_loop(scenario: str) -> dict[str, Any]:
             draws += 1
             if not (skips and draws % 3 == 0):
                 window.append(batch)
-        samples = sum(window, [])
+        samples = [i for batch in window for i in batch]
         error = (model(x[samples]) - y[samples]).squeeze(1).pow(2)
         weight = traces.sample_weight(x[samples]) if is_weighted else torch.ones(len(samples), dtype=x.dtype)
         loss = (error * weight).sum() / weight.sum()
@@ -77,7 +77,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("scenario", traces.SCENARIOS)
 def test_every_form_of_launch_trains_as_a_plain_torch_loop(runs: tuple[str, Path], scenario: str) -> None:
     """Loss, norm, learning rate and the number of micro-batches of 20 steps, and the parameters after them, are those
-    of the loop above on every rank: over five epoch ends, with windows and batches that straddle them."""
+    of the loop above on every rank: over five epoch ends, with windows and batches that straddle them.
+    """
     form, out = runs
     reference = plain_loop(scenario)
     for rank in range(NUM_PROCESSES[form]):
@@ -93,9 +94,7 @@ def test_two_nodes_train_as_one(tmp_path: Path) -> None:
     nodes = []
     for rank in range(2):
         node = ["--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
-        launched = command(
-            WORKER, "ddp2", [str(tmp_path), "accumulation"], [*node, "--main_process_port", port]
-        )
+        launched = command(WORKER, "ddp2", [str(tmp_path), "accumulation"], [*node, "--main_process_port", port])
         nodes.append(
             subprocess.Popen(launched, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )

@@ -88,7 +88,8 @@ def parse_device(device: torch.device | str | int | None) -> torch.device | None
 
 def default_logger() -> logging.Logger:
     """The logger "trainloop", which speaks on rank 0 only. Where logging is not configured it gets a handler, or the
-    first user would see nothing of his run."""
+    first user would see nothing of his run.
+    """
     own = logging.getLogger("trainloop")
     if not own.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)
@@ -209,7 +210,8 @@ def _has_persistent_buffers(model: nn.Module) -> bool:
 @contextmanager
 def accumulation_state(accelerator: Accelerator, num_micro_steps: int) -> Iterator[None]:
     """Accelerate's accumulation settings, which are shared by the whole process, as this run needs them; left behind
-    usable by the next trainer, also after an exception in mid-window."""
+    usable by the next trainer, also after an exception in mid-window.
+    """
     state = accelerator.gradient_state
     before = dict(state.plugin_kwargs)
     state.plugin_kwargs.update(num_steps=num_micro_steps, sync_with_dataloader=False)

@@ -16,8 +16,8 @@ class Control:
     """Requests that any rank makes and all ranks act on after the same step.
 
     `ask` is local and may come from a signal handler; `start` and `finish` are where all ranks learn of it; `agreed`
-    keeps it until it was acted on. A single process goes the same way, so that a run ends at the same step at any number
-    of processes.
+    keeps it until it was acted on. A single process goes the same way, so that a run ends at the same step at any
+    number of processes.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,8 @@
 
 Three kinds of data, one source each:
 
-- `IndexedSource`: a `DataLoader` over a map-style data set, or a sequence of batches. Sharded here; goes to any position
-  at once, at any number of processes.
+- `IndexedSource`: a `DataLoader` over a map-style data set, or a sequence of batches. Sharded here; goes to any
+  position at once, at any number of processes.
 - `SampledSource`: a `DataLoader` over an `IterableDataset`. Sharded here; goes to a position by the data set's own
   `state_dict`, or by drawing again what the run has seen of the epoch.
 - `IterableSource`: anything else that yields batches, a loader that Accelerate prepared included. Each rank yields its
@@ -141,13 +141,13 @@ def _source(loader: Any, seed: int, rank: int, world_size: int) -> Source:
             return SampledSource(loader, rank, world_size)
         return IterableSource(_with_workers(loader, rank, world_size), is_first=rank == 0)
     is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
-    if world_size > 1 and isinstance(loader, DataLoader) and not is_prepared:
-        if not isinstance(getattr(loader, "sampler", None), DistributedSampler):
-            raise ValueError(
-                f"{type(loader).__name__} iterates in a way of its own, so it can't be sharded over {world_size}"
-                " processes: each would train on the same batches. Return a torch DataLoader, one that"
-                " `accelerator.prepare` has sharded, or one with a DistributedSampler."
-            )
+    shards_itself = is_prepared or isinstance(getattr(loader, "sampler", None), DistributedSampler)
+    if world_size > 1 and isinstance(loader, DataLoader) and not shards_itself:
+        raise ValueError(
+            f"{type(loader).__name__} iterates in a way of its own, so it can't be sharded over {world_size}"
+            " processes: each would train on the same batches. Return a torch DataLoader, one that"
+            " `accelerator.prepare` has sharded, or one with a DistributedSampler."
+        )
     if isinstance(loader, Sequence):
         return IndexedSource(loader, seed, rank, world_size)
     return IterableSource(loader, is_first=rank == 0)
@@ -218,8 +218,9 @@ class IndexedSource:
             yield batch
 
     def _loader(self) -> DataLoader[Any]:
-        """torch's loader with the user's options, our sampler, and a generator of its own: making its iterator draws
-        from the process's generator otherwise, which a resumed run would do once more."""
+        """Torch's loader with the user's options, our sampler, and a generator of its own: making its iterator draws
+        from the process's generator otherwise, which a resumed run would do once more.
+        """
         data = self._data
         assert isinstance(data, DataLoader)
         if data.batch_sampler is None:
@@ -261,7 +262,8 @@ class IndexedSource:
 
 class SampledSource:
     """Batches from a `DataLoader` without workers over an `IterableDataset`, whose samples all ranks read alike: each
-    takes its own slice of every global batch. At any number of processes a run goes on with the next sample."""
+    takes its own slice of every global batch. At any number of processes a run goes on with the next sample.
+    """
 
     def __init__(self, loader: DataLoader[Any], rank: int, world_size: int) -> None:
         self._shard = _Shard(loader.dataset, loader.batch_size, loader.drop_last, rank, world_size)
@@ -440,7 +442,8 @@ _EXHAUSTED = (
 
 def _is_stateful(data: Any) -> bool:
     """Whether `data` can say and restore its own position. Accelerate's loaders have the methods always, and a state
-    only where they were made for it."""
+    only where they were made for it.
+    """
     if isinstance(data, DataLoaderShard | DataLoaderDispatcher):
         return bool(data.use_stateful_dataloader)
     return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))

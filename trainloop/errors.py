@@ -30,7 +30,8 @@ class TrainingError(RuntimeError):
 
 class NonFiniteGradientError(TrainingError):
     """The gradient stayed non-finite for more retries than `max_non_finite_grad_retries` allows,
-    or the parameters themselves are non-finite, which no retry can mend."""
+    or the parameters themselves are non-finite, which no retry can mend.
+    """
 
 
 class RankDisagreementError(TrainingError):
@@ -47,7 +48,8 @@ class TrainloopWarning(UserWarning):
 
 class LossNoneWarning(TrainloopWarning):
     """`forward` returned `None` for the loss in a distributed run, where every rank has to do so for the same
-    micro-batch and without having called the wrapped model."""
+    micro-batch and without having called the wrapped model.
+    """
 
 
 class DataReplayWarning(TrainloopWarning):

@@ -50,13 +50,15 @@ class Gradients:
 
     def norm(self) -> torch.Tensor:
         """2-norm over all parameters and all shards: 0-dim plain tensor on the device, the same on every rank. Call on
-        every rank (FSDP2 reduces it), once a window."""
+        every rank (FSDP2 reduces it), once a window.
+        """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         if self._is_plain:
             grads = [p.grad for p in self._params if p.grad is not None]
             if grads:
-                return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0)), 2.0)
+                norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0)), 2.0)
+                return norm
         return self._norm()
 
     def largest(self) -> float:
@@ -145,7 +147,7 @@ def no_contribution(model: nn.Module) -> Iterator[None]:
             for param in params:
                 if param.requires_grad and id(param) not in seen and not hasattr(param, "device_mesh"):
                     seen.add(id(param))
-                    stack.callback(param.register_hook(torch.zeros_like).remove)
+                    stack.callback(param.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
 
         silence(model.parameters())
         if any(hasattr(p, "device_mesh") for p in model.parameters()):

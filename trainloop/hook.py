@@ -28,23 +28,28 @@ class BaseHook:
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
         """The run is built, prepared and (if it resumes) its training state is restored; the first batch is not
-        drawn yet. Every rank; collectives allowed."""
+        drawn yet. Every rank; collectives allowed.
+        """
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
         """An optimizer step begins: `trainer.step` is its number, `trainer.step_info` is new and empty.
-        Every rank; collectives allowed."""
+        Every rank; collectives allowed.
+        """
 
     def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
         """The window's gradient is complete, reduced, unscaled, finite and clipped; the update comes next. Every rank;
-        collectives allowed. Gradients may be read and changed (alike on every rank)."""
+        collectives allowed. Gradients may be read and changed (alike on every rank).
+        """
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
         """The update was applied and the learning rate has moved on. Never called for a discarded window. Every rank;
-        collectives allowed; weights may be read, and are not to be changed."""
+        collectives allowed; weights may be read, and are not to be changed.
+        """
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
         """The run has reached `max_steps` or a stop was agreed. Not called after an exception. Every rank; collectives
-        allowed."""
+        allowed.
+        """
 
     def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
         """`trainer.log` was called, on the ranks that called it.
@@ -66,11 +71,13 @@ class BaseHook:
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         """`trainer.state_dict` gathers the state of the run: add yours under a key of your own. Every rank; collectives
-        allowed. Values are nested dicts and lists of numbers, strings, `None` and tensors (sharded ones included)."""
+        allowed. Values are nested dicts and lists of numbers, strings, `None` and tensors (sharded ones included).
+        """
 
     def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         """A saved state is loaded: take yours from the key that `on_state_dict` put it under. On a resume this comes
-        right after this hook's `on_before_train`. Every rank; collectives allowed."""
+        right after this hook's `on_before_train`. Every rank; collectives allowed.
+        """
 
     def on_non_finite_grad(self, trainer: BaseTrainer, retry: int) -> None:
         """A window was discarded because its gradient was not finite: weights, optimizer, buffers and learning rate
@@ -87,7 +94,8 @@ class BaseHook:
 
 class CheckpointerHook(BaseHook):
     """A hook that saves the run and brings it back. The trainer asks for both in places of their own, so that no other
-    hook's position in the list matters."""
+    hook's position in the list matters.
+    """
 
     def restore(self, trainer: BaseTrainer) -> dict[str, Any] | None:
         """Load the training state into `trainer`, if there is one, before any hook's `on_before_train`. Every rank.

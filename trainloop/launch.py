@@ -35,7 +35,8 @@ _STRATEGIES = {
 
 def launched_mixed_precision() -> str | None:
     """The launch's mixed precision, or `None`. The launcher says "no" also where nobody was asked, so that "no" binds
-    nobody."""
+    nobody.
+    """
     value = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return None if value == "no" else value
 
@@ -53,7 +54,8 @@ def resolve_mixed_precision(argument: str | None) -> str | None:
 
 def resolve_accumulation(argument: int | None) -> int:
     """Micro-batches a step: the argument, or the launch's, or 1. Both, and different, is an error: Accelerate would
-    follow the environment and ignore the script."""
+    follow the environment and ignore the script.
+    """
     text = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if text is None:
         return argument if argument is not None else 1
@@ -112,8 +114,8 @@ def check_accelerator(
         size = getattr(parallelism, f"{kind}_size", 1)
         if size > 1:
             raise ValueError(
-                f"The launch configuration asks for {kind}_size {size}, which trainloop does not support yet: every rank"
-                " draws data of its own. Use dp_replicate_size and dp_shard_size."
+                f"The launch configuration asks for {kind}_size {size}, which trainloop does not support yet: every"
+                " rank draws data of its own. Use dp_replicate_size and dp_shard_size."
             )
     wanted = mixed_precision if mixed_precision is not None or not is_ours else launched_mixed_precision() or "no"
     if wanted is not None and accelerator.mixed_precision != wanted:
@@ -146,7 +148,8 @@ def check_accelerator(
 @contextmanager
 def without_parallelism_on_cpu() -> Iterator[None]:
     """Within it, an `Accelerator` can be built for a rehearsal of HSDP: it refuses a `ParallelismConfig` for what it
-    takes to be plain CPU processes. `rehearse_fsdp2_on_cpu` gives it back."""
+    takes to be plain CPU processes. `rehearse_fsdp2_on_cpu` gives it back.
+    """
     rehearses = all(os.environ.get(key, "").lower() == "true" for key in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP"))
     hidden = os.environ.pop(_PARALLELISM, None) if rehearses else None
     try:

@@ -48,11 +48,11 @@ def map_nested(fn: Callable[[Any], Any], nested: Any, is_leaf: Callable[[Any], b
         if isinstance(value, list | tuple | set | frozenset):
             return type(value)(map(walk, value))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            copied = copy.copy(value)
+            twin = copy.copy(value)
             for field in dataclasses.fields(value):
                 # Not `replace`: it runs `__init__` and `__post_init__` again, and refuses fields with init=False.
-                object.__setattr__(copied, field.name, walk(getattr(value, field.name)))
-            return copied
+                object.__setattr__(twin, field.name, walk(getattr(value, field.name)))
+            return twin
         return value
 
     return walk(nested)

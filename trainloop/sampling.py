@@ -38,7 +38,7 @@ def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, boo
     else:
         return batch_sampler, None, False
     if type(sampler) is DistributedSampler:  # it shards; here that is done below, for any number of processes
-        sampler = RandomSampler(sampler.dataset) if sampler.shuffle else SequentialSampler(sampler.dataset)
+        sampler = (RandomSampler if sampler.shuffle else SequentialSampler)(loader.dataset)  # type: ignore[arg-type]
     return sampler, batch_size, drop_last
 
 
@@ -120,7 +120,8 @@ class EndlessSampler:
                 if position + num_seen < self._global_batch:
                     raise ValueError(
                         f"The data set gives {position + num_seen} samples an epoch, but `drop_last=True` drops what"
-                        f" doesn't fill a global batch of {self._global_batch}. Make the batch smaller or keep the rest."
+                        f" doesn't fill a global batch of {self._global_batch}. Make the batch smaller or keep the"
+                        " rest."
                     )
                 batch = []
             epoch, position = epoch + 1, 0

@@ -27,7 +27,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     Returns:
         `{"state": {name: {key: value}}, "param_groups": [{"params": [name], ...}]}`
     """
-    names = {param: clean_name(name) for name, param in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {param: clean_name(name) for name, param in model.named_parameters()}
     return {
         "state": {names[param]: dict(state) for param, state in optimizer.state.items()},
         "param_groups": [
@@ -80,5 +80,6 @@ def _like(value: Any, param: torch.Tensor) -> Any:
     if hasattr(param, "device_mesh") and value.shape == param.shape:
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+        like: Any = param
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value

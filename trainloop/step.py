@@ -43,7 +43,8 @@ class StepInfo:
     @property
     def loss(self) -> torch.Tensor:
         """This rank's share of the step's loss, 0-dim, on the device: the mean of it over the ranks is the loss of
-        the step. Computed when asked for; costs no sync."""
+        the step. Computed when asked for; costs no sync.
+        """
         if self.loss_factors is not None:
             pairs = zip(self.losses, self.loss_factors, strict=True)
             shares = [

@@ -172,6 +172,9 @@ class BaseTrainer:
         self.logger = logger if logger is not None else build.default_logger()
 
         self._is_built = False
+        self._restored_rng: dict[str, Any] | None = None
+        self._skipped: list[int] = []
+        self._checked_step = -1
         self.control = Control()
         """What hooks ask of all ranks, and what was agreed."""
 
@@ -190,7 +193,8 @@ class BaseTrainer:
 
     def build_data_loader(self) -> Iterable[Any]:
         """Return the training data: a `DataLoader` for one process (it is sharded over the ranks), or any iterable of
-        batches. Required."""
+        batches. Required.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `build_data_loader`.")
 
     def build_model(self) -> nn.Module:
@@ -260,7 +264,7 @@ class BaseTrainer:
                     load_rng_state(self._restored_rng, self.device)
                     self._restored_rng = None
                 self.model.train()
-                self.optimizer.train()
+                self.optimizer.train()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
                 self._gradients.drop()
                 while self.step < self.max_steps and not self.control.agreed["stop"]:
                     self._run_step()
@@ -301,7 +305,7 @@ class BaseTrainer:
         """N micro-batches forward and backward, all of them on every rank; the gradient is reduced with the last."""
         info, num_micro_steps = self.step_info, self.gradient_accumulation_steps
         info.losses, info.records, info.loss_factors = [], [], None
-        self._skipped: list[int] = []
+        self._skipped = []
         self._buffers.remember()
         window = self._draw_weighted_window() if self._is_weighted else None
         micro_step = num_drawn = 0
@@ -343,11 +347,13 @@ class BaseTrainer:
     def _no_sync(self, is_last: bool) -> AbstractContextManager[None]:
         if is_last or not self._defers_reduction:
             return nullcontext()
-        return self.accelerator.no_sync(self.model)
+        no_sync: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
+        return no_sync
 
-    def _dropped(self, factor: Any) -> AbstractContextManager[None]:
+    def _dropped(self, factor: Any) -> AbstractContextManager[Any]:
         """Around a micro-batch of weight 0: neither its gradient nor what it does to buffers may stay. A weight on the
-        device isn't read by the host: there `weighted_loss` masks the loss, and that is all."""
+        device isn't read by the host: there `weighted_loss` masks the loss, and that is all.
+        """
         if not isinstance(factor, float) or factor != 0.0:
             return nullcontext()
         stack = ExitStack()
@@ -439,7 +445,8 @@ class BaseTrainer:
 
     def _discard_window(self) -> None:
         """Undo the window, which every rank has completed: gradients dropped, buffers put back, its batches stay
-        consumed. Raises where another try is no use."""
+        consumed. Raises where another try is no use.
+        """
         info = self.step_info
         self._buffers.restore()
         report = diagnose(self.unwrapped_model, info.losses)
@@ -512,10 +519,7 @@ class BaseTrainer:
         self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
         self._buffers = BufferKeeper(self.unwrapped_model)
         self._checkpointers = [hook for hook in self.hooks if isinstance(hook, CheckpointerHook)]
-        self._skipped = []
-        self._checked_step = -1
         self._fruitless_since = 0
-        self._restored_rng: dict[str, Any] | None = None
         self._is_restored = False
         self._is_built = True
 

@@ -32,10 +32,10 @@ def loss_factors(weights: Sequence[Any], device: torch.device) -> list[float] | 
     scale = len(weights) * distributed.world_size()
     if all(on_device):
         tensors = torch.stack([w.detach().double().reshape(()) for w in weights])
-        total = tensors.sum()
+        device_total = tensors.sum()
         if distributed.world_size() > 1:
-            torch.distributed.all_reduce(total)
-        return list((tensors * (scale / total)).unbind())
+            torch.distributed.all_reduce(device_total)
+        return list((tensors * (scale / device_total)).unbind())
     read = [math.nan if is_on_device else _read(w) for w, is_on_device in zip(weights, on_device, strict=True)]
     given = [w for w in read if w is not None]
     total, num_given, num_all = distributed.sum_over_ranks([sum(given), len(given), len(read)])
@@ -73,7 +73,8 @@ def _read(weight: Any) -> float | None:
 
 def weighted_loss(loss: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     """`loss * factor`, both 0-dim; 0 where the factor is 0, also of a non-finite loss. Keeps the graph, because the
-    collectives of a dropped micro-batch's backward have to run."""
+    collectives of a dropped micro-batch's backward have to run.
+    """
     finite = loss.nan_to_num(0, 0, 0)
     if isinstance(factor, float):
         return (loss if factor != 0.0 else finite) * factor

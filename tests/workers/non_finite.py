@@ -1,6 +1,6 @@
 """Puts something non-finite into one window, in many ways in one launch, and writes what each rank ended with.
 
-Usage: accelerate launch non_finite.py OUT
+Usage: accelerate launch non_finite.py OUT [injection...]; with injections: only those, and none of the reports
 """
 
 from __future__ import annotations
@@ -191,17 +191,24 @@ def main() -> None:
     probe = Trainer(None, ())
     world = probe.accelerator.num_processes
     rank_sets = [(0,)] if world == 1 else [(0,), (1,), (0, 1)]
+    injections = sys.argv[2:] or INJECTIONS
     for n in (1, 4):
         kwargs: dict[str, Any] = {"gradient_accumulation_steps": n, "logger": logger}
         for clip in (None, 0.5):
             results[f"healthy-{n}-{clip}"] = outcome(Trainer(None, (), grad_clip=clip, **kwargs), log)
-        for kind, ranks in itertools.product(INJECTIONS, rank_sets):
+        for kind, ranks in itertools.product(injections, rank_sets):
             name = f"{kind}-{''.join(map(str, ranks))}-{n}"
             results[f"{name}-None"] = outcome(Trainer(kind, ranks, **kwargs), log)
             if kind == "batch":
                 results[f"{name}-0.5"] = outcome(Trainer(kind, ranks, grad_clip=0.5, **kwargs), log)
 
-    kwargs = {"logger": logger}
+    if not sys.argv[2:]:
+        add_reports(results, world, log, {"logger": logger})
+    (out / f"{probe.accelerator.process_index}.json").write_text(json.dumps(results))
+
+
+def add_reports(results: dict[str, Any], world: int, log: list[str], kwargs: dict[str, Any]) -> None:
+    """The limits, what ends a run and what doesn't."""
     last = (world - 1,)
     results["limit-0"] = outcome(Trainer("loss", last, max_non_finite_grad_retries=0, **kwargs), log)
     results["limit-2"] = outcome(Trainer("sqrt", last, 9, max_non_finite_grad_retries=2, **kwargs), log)
@@ -211,13 +218,11 @@ def main() -> None:
     for clip in (None, 0.5):
         everyone = tuple(range(world))
         results[f"huge-{clip}"] = outcome(Trainer("huge", everyone, max_steps=BAD_STEP, grad_clip=clip, **kwargs), log)
-    for dtype, name in ((2.0**127, "scaler"), (2.0**16, "scaler-collapse")):
+    for scale, name in ((2.0**127, "scaler"), (2.0**16, "scaler-collapse")):
         trainer = Trainer("loss" if name == "scaler-collapse" else None, last, 200, **kwargs)
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=dtype)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         results[name] = outcome(trainer, log)
         trainer.accelerator.scaler = None  # the next trainer builds its own Accelerator, but let no trace stay
-    results["bf16"] = None
-    (out / f"{probe.accelerator.process_index}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ class _StatsHook(BaseHook):
 
     def _stats(self) -> TrainingStats:
         """Means, over the ranks too with `sync`: one exchange of host values, which also joins keys that only some
-        ranks have."""
+        ranks have.
+        """
         mine = (self._sums, self._retries, self._max_memory)
         parts = distributed.gather_objects(mine) if self.sync else [mine]
         sums: dict[Key, list[float]] = {}

@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+LAUNCH := ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: help install demo test test-slow check bench docs clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/.installed  ## Create .venv and install the package with everything that tests need
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,trackers,wandb]'
+	@touch $@
+
+demo: install  ## Train on handwritten digits under `accelerate launch`: one process, then two
+	$(LAUNCH) --num_processes 1 examples/digits.py
+	$(LAUNCH) --multi_gpu --num_processes 2 examples/digits.py
+
+test: install  ## Run the tests
+	$(BIN)/pytest -n 2 -q --durations 10
+
+test-slow: install  ## Run the tests that take minutes as well
+	$(BIN)/pytest -n 2 -q -m 'not gpu'
+
+check: install  ## Lint, format, types, the layering, and the wheel from outside the repository
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layering.py
+	PYTHON=$(BIN)/python sh tests/check_wheel.sh
+
+bench: install  ## Measure the cost of a step beside plain loops
+	$(BIN)/python benchmarks/step.py
+
+docs: install  ## Write the API's documentation to site/
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/pdoc trainloop -o site
+
+clean:  ## Remove what the other targets made
+	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,29 @@
+#!/bin/sh
+# The wheel, not the checkout: built, unpacked by pip into a folder of its own, imported from another folder.
+# Its dependencies come from the environment of $PYTHON: fetching them again would show nothing about the wheel.
+set -eu
+python=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$python" -m build --quiet --wheel --outdir "$work/dist" .
+"$python" -m venv "$work/venv"
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
+dependencies=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cd "$work"
+PYTHONPATH=$dependencies "$work/venv/bin/python" - "$work/venv" <<'PY'
+import importlib.metadata
+import pathlib
+import sys
+
+sys.path = [entry for entry in sys.path if "__editable__" not in entry]
+import trainloop
+
+path = pathlib.Path(trainloop.__file__).resolve()
+assert path.is_relative_to(pathlib.Path(sys.argv[1]).resolve()), f"imported {path}, which is not the wheel"
+assert (path.parent / "py.typed").is_file(), "py.typed is missing from the wheel"
+for name in trainloop.__all__:
+    getattr(trainloop, name)
+heavy = {"wandb", "PIL", "tensorboard", "torch.distributed.checkpoint"} & sys.modules.keys()
+assert not heavy, f"`import trainloop` loads {sorted(heavy)}"
+print("wheel", importlib.metadata.version("trainloop-accelerate"), "imports from outside the repository")
+PY

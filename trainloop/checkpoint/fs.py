@@ -1,0 +1,65 @@
+"""Every operation that changes the disk, as the methods of one object, so that tests can make any of them fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+from .integrity import Buffer
+
+
+class FileSystem:
+    """The real disk. Nothing is durable before it is synced: a file's bytes by `sync_file`, its name by `sync_dir`."""
+
+    def make_dir(self, path: Path) -> None:
+        """Make a folder and those above it, where they do not exist."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: Path, buffers: Iterable[Buffer]) -> None:
+        """Write a new file and make its bytes durable."""
+        with open(path, "xb") as file:
+            for buffer in buffers:
+                file.write(buffer)
+            self.sync_file(file)
+
+    def sync_file(self, file: IO[bytes]) -> None:
+        """Make the bytes of an open file durable."""
+        file.flush()
+        os.fsync(file.fileno())
+
+    def sync_dir(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or folder another name, at once or not at all."""
+        os.rename(source, target)
+
+    def replace_symlink(self, link: Path, target: str, beside: Path) -> None:
+        """Point `link` to `target`; it never misses. Unlinking it first would leave readers without it for a moment.
+
+        Args:
+            link: The link, which may exist.
+            target: What it will hold.
+            beside: A free name in the same folder, used on the way.
+        """
+        os.symlink(target, beside)
+        os.replace(beside, link)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a file, a link, or a folder with all that it holds."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that may still be written to the disk that holds `path`."""
+        return shutil.disk_usage(path).free

@@ -1,0 +1,62 @@
+"""Checksums, and whether the files of a checkpoint are what was written."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from .layout import FileRecord
+
+Buffer: TypeAlias = "bytes | memoryview"
+Verify: TypeAlias = Literal["full", "size", "off"]
+
+VERIFY_LEVELS = ("full", "size", "off")
+_BLOCK = 2**22  # bytes read at once
+
+
+def crc32(buffers: Iterable[Buffer]) -> int:
+    """CRC-32 of the buffers, one after the other."""
+    crc = 0
+    for buffer in buffers:
+        crc = zlib.crc32(buffer, crc)
+    return crc
+
+
+def crc32_of_file(path: Path) -> int:
+    """CRC-32 of a file's bytes, read block by block."""
+    crc = 0
+    block = memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while num_read := file.readinto(block):
+            crc = zlib.crc32(block[:num_read], crc)
+    return crc
+
+
+def find_problems(folder: Path, files: Mapping[str, FileRecord], verify: Verify = "full") -> list[str]:
+    """What is wrong with the files of a checkpoint, a sentence each that begins with the file's path.
+
+    Args:
+        folder: The checkpoint.
+        files: The files to look at, by path inside `folder`.
+        verify: "full" reads every byte; "size" only asks for the sizes; "off" looks at nothing.
+    """
+    problems = []
+    for path, record in files.items() if verify != "off" else ():
+        try:
+            num_bytes = (folder / path).stat().st_size
+            if num_bytes != record.num_bytes:
+                problems.append(f"{path} has {num_bytes} bytes instead of {record.num_bytes}")
+            elif verify == "full" and crc32_of_file(folder / path) != record.crc32:
+                problems.append(f"{path} is damaged: its bytes are not those that were written (CRC-32 differs)")
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
+        except OSError as ex:
+            problems.append(f"{path} cannot be read ({ex.strerror or ex})")
+    return problems
+
+
+def is_whole(folder: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Whether every file is there in its full size."""
+    return not find_problems(folder, files, "size")
