@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from . import distributed
@@ -192,14 +193,17 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
     if getattr(model, "_is_accelerate_prepared", False) and isinstance(optimizer, AcceleratedOptimizer):
         return model, optimizer
     check_optimizer_params(raw_optimizer(optimizer), model)
+    returns_fp32 = False
     if accelerator.is_fsdp2:
-        choose_fsdp2_precision(accelerator)
+        returns_fp32 = choose_fsdp2_precision(accelerator)
         plugin = accelerator.state.fsdp_plugin
         if plugin.cpu_ram_efficient_loading and _has_persistent_buffers(model):
             plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours follows
         if not plugin.cpu_ram_efficient_loading:
             distributed.share_rank_zero_weights(model, accelerator.device)
     prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
+    if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
+        prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))
     return prepared
 
 

@@ -194,11 +194,12 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def choose_fsdp2_precision(accelerator: Accelerator) -> None:
-    """Reduce FSDP2's gradients, and return its outputs, in fp32 where Accelerate's default policy is in force.
+def choose_fsdp2_precision(accelerator: Accelerator) -> bool:
+    """Reduce FSDP2's gradients in fp32 where Accelerate's default policy is in force, and say whether it is.
 
     Accelerate reduces in bf16 and hands out a bf16 loss; DDP with autocast does neither. A policy that the user set is
-    left alone.
+    left alone. The model's output is for the caller to cast: the policy's `output_dtype` holds for every wrapped layer,
+    and a layer that returns fp32 breaks the next one, whose weights are bf16.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -206,10 +207,10 @@ def choose_fsdp2_precision(accelerator: Accelerator) -> None:
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     policy = plugin.mixed_precision_policy
     if low is None or policy is None or (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) != (low,) * 3:
-        return
+        return False
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=low,
         reduce_dtype=torch.float32,
-        output_dtype=torch.float32,
         cast_forward_inputs=policy.cast_forward_inputs,
     )
+    return True

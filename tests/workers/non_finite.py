@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.hidden = nn.Linear(6, 8)
-        self.norm = nn.BatchNorm1d(8)
+        # BatchNorm takes no bf16 weights beside its fp32 buffers, which is what FSDP2 in bf16 gives it.
+        self.norm = nn.LayerNorm(8) if os.environ.get("NORM") == "layer" else nn.BatchNorm1d(8)
         self.out = nn.Linear(8, 1)
         self.scale = nn.Parameter(torch.ones(1))
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))

@@ -1,0 +1,236 @@
+"""Each wrong use gives an error that names what must be changed, before anything is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from trainloop import BaseHook, LoggingHook, ProgressHook, Trainer
+
+from .launching import REPOSITORY, launch
+from .small import SmallTrainer
+
+
+def train(**kwargs: Any) -> Callable[[], None]:
+    return lambda: SmallTrainer(**kwargs).train()
+
+
+def build(**kwargs: Any) -> Callable[[], Any]:
+    return lambda: SmallTrainer(**kwargs)
+
+
+def linear_loss(self: Any, batch: Any) -> torch.Tensor:
+    return self.model(batch[0]).mean()
+
+
+class Empty(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+class NeedsWorkspace(BaseHook):
+    needs_workspace = True
+
+
+PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
+OTHER = nn.Linear(2, 2)
+CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    # arguments
+    (build(max_steps=-1), ValueError, "`max_steps` must be at least 0, but is -1."),
+    (build(max_steps=1.5), TypeError, "`max_steps` must be an integer, but is 1.5 (float)."),
+    (build(grad_clip=0), ValueError, "`grad_clip` must be positive and finite, but is 0. None turns clipping off."),
+    (build(grad_clip="1"), TypeError, "`grad_clip` must be a number or None, but is '1' (str)."),
+    (build(max_non_finite_grad_retries=-1), ValueError, "`max_non_finite_grad_retries` must be at least 0, but is -1."),
+    (build(gradient_accumulation_steps=0), ValueError, "`gradient_accumulation_steps` must be at least 1, but is 0."),
+    (build(mixed_precision="half"), ValueError, "`mixed_precision` must be one of ('no', 'fp16', 'bf16', 'fp8')"),
+    (build(mixed_precision="fp16", device="cpu"), ValueError, "`mixed_precision` 'fp16' needs a GPU"),
+    (build(seed=2**31), ValueError, "`seed` must be below 2**31, but is 2147483648."),
+    (build(no_sync_accumulate=1), TypeError, "`no_sync_accumulate` must be True or False, but is 1 (int)."),
+    (build(accelerator="cpu"), TypeError, "`accelerator` must be an accelerate.Accelerator, but is 'cpu' (str)."),
+    (build(device="cuda:7"), ValueError, "`device` is 'cuda:7', but Accelerate runs this process on 'cpu'."),
+    (build(device="gpu"), ValueError, "`device`"),
+    (build(state_dict_options={}), TypeError, "`state_dict_options`"),
+    (lambda: ProgressHook(interval=0), ValueError, "`interval` must be at least 1, but is 0."),
+    (lambda: LoggingHook(interval="5"), TypeError, "`interval` must be an integer, but is '5' (str)."),
+    (
+        lambda: ProgressHook(eta_warmup=-1),
+        ValueError,
+        "`eta_warmup` must be an integer of at least 0, but is -1 (int).",
+    ),
+    (
+        lambda: Trainer(model=OTHER, optimizer=None, data_loader=[], forward=3, max_steps=1),  # type: ignore[arg-type]
+        TypeError,
+        "`forward` must be callable, but is 3 (int).",
+    ),
+    # what factories return
+    (train(model_=lambda self: None), TypeError, "`build_model` must return a Module, but returned None (NoneType)."),
+    (
+        train(model_=lambda self: nn.Linear(3, 1, device="meta")),
+        ValueError,
+        "meta",
+    ),
+    (train(optimizer_=lambda self: 3), TypeError, "`build_optimizer` must return a Optimizer, but returned 3 (int)."),
+    (
+        train(optimizer_=lambda self: torch.optim.SGD(OTHER.parameters())),
+        ValueError,
+        "`build_optimizer` must return an optimizer of `self.model`'s parameters, but 2 of its parameters are not in",
+    ),
+    (
+        train(lr_scheduler_=lambda self: PLATEAU(self.optimizer)),
+        TypeError,
+        "`build_lr_scheduler` must return a scheduler that steps without a metric, but returned ReduceLROnPlateau.",
+    ),
+    (train(lr_scheduler_=lambda self: 0.1), TypeError, "`build_lr_scheduler` must return a scheduler or None"),
+    (train(grad_scaler_=lambda self: 8), TypeError, "`build_grad_scaler` must return a GradScaler, but returned 8"),
+    (train(hooks_=lambda self: 3), TypeError, "`build_hooks` must return a list of hooks, but returned 3 (int)."),
+    (train(hooks_=lambda self: [print]), TypeError, "`build_hooks` must return objects of BaseHook, but one is"),
+    (
+        train(hooks_=lambda self: [NeedsWorkspace()]),
+        ValueError,
+        "NeedsWorkspace writes to `workspace`, but it is None. Pass a folder to the trainer.",
+    ),
+    # data
+    (
+        train(data_loader=lambda self: None),
+        TypeError,
+        "`build_data_loader` must return a DataLoader or another iterable",
+    ),
+    (train(data_loader=lambda self: "abc"), TypeError, "`build_data_loader` must return an iterable of batches"),
+    (train(data_loader=lambda self: []), ValueError, "`build_data_loader` returned data without a sample."),
+    (train(data_loader=lambda self: DataLoader(Empty())), ValueError, "returned data without a batch."),
+    (train(data_loader=lambda self: iter([])), ValueError, "returned data without a batch."),
+    (
+        train(max_steps=3, data_loader=lambda self: iter([(torch.ones(1, 3),)] * 2)),
+        ValueError,
+        "The data ended before `max_steps`, and can't be iterated again",
+    ),
+    (
+        train(data_loader=lambda self: DataLoader(TensorDataset(torch.ones(3, 3)), batch_size=4, drop_last=True)),
+        ValueError,
+        "The data set gives 3 samples an epoch, but `drop_last=True` drops what doesn't fill a global batch of 4.",
+    ),
+    # forward
+    (
+        train(forward_=lambda self, batch: linear_loss(self, batch)),
+        TypeError,
+        "`forward` must return a tuple (loss, records), but returned tensor(",
+    ),
+    (train(forward_=lambda self, batch: (0.5, {})), TypeError, "The loss that `forward` returns must be a tensor"),
+    (
+        train(forward_=lambda self, batch: (self.model(batch[0]), {})),
+        ValueError,
+        "The loss that `forward` returns must have no dimensions, but has shape (2, 1). Take its mean.",
+    ),
+    (
+        train(forward_=lambda self, batch: (linear_loss(self, batch).detach(), {})),
+        ValueError,
+        "The loss that `forward` returns does not require grad",
+    ),
+    (
+        train(forward_=lambda self, batch: (linear_loss(self, batch), None)),
+        TypeError,
+        "The records that `forward` returns must be a mapping (`{}` if there are none), but are None (NoneType).",
+    ),
+    (
+        train(forward_=lambda self, batch: (linear_loss(self, batch), {"a": {"b": "high"}})),
+        TypeError,
+        "The record \"a/b\" must be a number or a 0-dim tensor, but is 'high' (str).",
+    ),
+    (
+        train(forward_=lambda self, batch: (linear_loss(self, batch), {"a": batch[0]})),
+        ValueError,
+        'The record "a" must be a number or a tensor of one element, but has shape (2, 3).',
+    ),
+    (
+        train(forward_=lambda self, batch: (linear_loss(self, batch), {1: 2.0})),
+        TypeError,
+        "The keys of records must be strings, but records has 1 (int).",
+    ),
+]
+
+
+@pytest.mark.parametrize(("use", "kind", "message"), CASES, ids=[message[:50] for *_, message in CASES])
+def test_a_wrong_use_is_told_as_such(use: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    """The error names the argument or the factory, what it must be and what it was."""
+    with pytest.raises(kind, match=re.escape(message)):
+        use()
+
+
+@pytest.mark.parametrize(
+    ("environment", "kwargs", "message"),
+    [
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            {"mixed_precision": "no"},
+            "`mixed_precision` is 'no', but the launch configuration says 'bf16'.",
+        ),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
+            {"gradient_accumulation_steps": 4},
+            "`gradient_accumulation_steps` is 4, but the launch configuration says 2.",
+        ),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "two"},
+            {},
+            "`ACCELERATE_GRADIENT_ACCUMULATION_STEPS` must be a number, but is 'two'.",
+        ),
+        (
+            {"WORLD_SIZE": "2"},
+            {},
+            "2 processes were launched, but each believes that it is alone, because no device was found that they could"
+            " share. To run them on the CPU, set `ACCELERATE_USE_CPU=true` before `accelerate launch`.",
+        ),
+    ],
+)
+def test_a_conflict_with_the_launch_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], kwargs: dict[str, Any], message: str
+) -> None:
+    """Configuration given at launch is honoured, and never silently overruled or ignored."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SmallTrainer(**kwargs)
+
+
+def test_two_trainers_of_a_process_share_one_mixed_precision() -> None:
+    """Accelerate keeps it for the whole process: another one for the second trainer is an error that says so."""
+    SmallTrainer(mixed_precision="bf16").train()
+    with pytest.raises(ValueError, match="mixed_precision"):
+        SmallTrainer(mixed_precision="no")
+
+
+def test_an_accelerator_with_another_accumulation_is_a_conflict() -> None:
+    """An `Accelerator` of the script says one number, the argument another."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 4, but the `Accelerator` was built with 2"):
+        SmallTrainer(accelerator=accelerator, gradient_accumulation_steps=4)
+
+
+def test_ranks_that_disagree_are_told_on_every_rank(tmp_path: Path) -> None:
+    """Where one rank alone does something else, all ranks raise, none hangs, and the next trainer works."""
+    launch(REPOSITORY / "tests" / "workers" / "errors.py", "ddp2", str(tmp_path))
+    for rank in range(2):
+        messages = json.loads((tmp_path / f"{rank}.json").read_text())
+        wanted = {
+            "NoneOnOneRank": "RankDisagreementError: Step 1: `forward` returned None for different micro-batches on"
+            " different ranks (draws of the window, from 0: rank 0: none; rank 1: [0]).",
+            "SomeWeights": "ValueError: `batch_weight` must return a weight for every micro-batch or None for every one,"
+            " but of a window's 2 micro-batches 1 have a weight.",
+            "BadWeight": "ValueError: `batch_weight` must return a finite number >= 0",
+            "OwnLoader": "ValueError: Mine iterates in a way of its own, so it can't be sharded over 2 processes",
+            "TooSmall": "ValueError: The data set gives 3 samples an epoch, but `drop_last=True` drops what doesn't fill"
+            " a global batch of 4.",
+            "NoneForEver": "TrainingError: ",
+            "afterwards": "2",
+        }
+        assert messages.keys() == wanted.keys()
+        assert [name for name, text in wanted.items() if not messages[name].startswith(text)] == [], messages
