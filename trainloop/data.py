@@ -183,7 +183,7 @@ class IndexedSource:
         if isinstance(data, DataLoader):
             sampler, batch_size, drop_last = sampling_of(data)
         else:
-            sampler, batch_size, drop_last = range(len(data)), 1, False
+            sampler, batch_size, drop_last = range(len(data)), None, False
         try:
             is_empty = len(sampler) == 0  # type: ignore[arg-type]
         except TypeError:
