@@ -1,11 +1,13 @@
-"""Imports go one way, and what only one hook needs is not loaded with the package."""
+"""Imports inside the package go one way, and no modules import one another in a circle."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+import shutil
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import trainloop
 
@@ -13,6 +15,7 @@ PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
     {"errors"},
     {"records", "rng", "distributed"},
+    {"checkpoint"},
     {"weights", "sampling", "non_finite", "gradients", "control", "launch"},
     {"step", "data", "state", "hook"},
     {"build"},
@@ -20,62 +23,85 @@ LAYERS = [
     {"hooks"},
     {"__init__"},
 ]
-"""A module imports from the layers above its own line only, or from its own layer's neighbours where no circle arises."""
-HEAVY = {"wandb", "PIL", "tensorboard", "torch.distributed.checkpoint"}
+"""A module or folder imports from its own line and those above it."""
 
 
 def layer(module: str) -> int:
-    found = [i for i, names in enumerate(LAYERS) if module.split(".")[0] in names]
-    assert found, f"trainloop/{module} has no place in LAYERS: give it one"
+    """The line of LAYERS that `module` ("hooks.stats") belongs to."""
+    top = module.split(".")[0]
+    found = [i for i, names in enumerate(LAYERS) if top in names]
+    assert found, f"trainloop/{top} has no place in LAYERS: give it one"
     return found[0]
 
 
-def imports(path: Path) -> list[str]:
-    """Modules of ours that `path` imports while it runs; what stands under TYPE_CHECKING doesn't count."""
-    tree = ast.parse(path.read_text())
-    depth = len(path.relative_to(PACKAGE).parts)
-    only_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    modules = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in only_types:
-            assert node.level <= depth, f"{path} imports from outside the package"
-            if node.level < depth:  # a neighbour in its own folder
-                continue
-            modules += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-    return modules
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """For each module the modules of ours that it imports while it runs: not what stands under TYPE_CHECKING."""
+    paths = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    graph: dict[str, set[str]] = {module: set() for module in paths}
+    for module, path in paths.items():
+        tree = ast.parse(path.read_text())
+        blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+        only_types = {
+            id(inner)
+            for block in blocks
+            if ast.unparse(block.test) == "TYPE_CHECKING"
+            for statement in block.body
+            for inner in ast.walk(statement)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == package.name for alias in node.names), (
+                    f"{path}: use `from .`"
+                )
+            elif isinstance(node, ast.ImportFrom) and id(node) not in only_types:
+                assert (node.module or "").split(".")[0] != package.name or node.level, f"{path}: use `from .`"
+                if node.level:
+                    graph[module] |= {find(module, node, alias.name, paths) for alias in node.names}
+    return graph
+
+
+def find(module: str, node: ast.ImportFrom, name: str, paths: dict[str, Path]) -> str:
+    """The module that a relative import of `name` in `module` loads."""
+    base = [*module.split(".")[: -node.level], *(node.module.split(".") if node.module else [])]
+    candidates = [".".join(parts) for parts in ([*base, name], base, [*base, "__init__"])]
+    return next(candidate for candidate in candidates if candidate in paths)
+
+
+def upward_imports(package: Path) -> list[str]:
+    """Imports that break the layers, as "importer -> imported"."""
+    edges = [(module, imported) for module, imports in import_graph(package).items() for imported in imports]
+    return sorted(f"{a} -> {b}" for a, b in edges if layer(b) > layer(a))
 
 
 def test_imports_go_one_way() -> None:
-    """No module imports from a later layer: hooks know the trainer, and the trainer knows no hook, by name only."""
-    wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        wrong += [f"{own} -> {name}" for name in imports(path) if layer(name) > layer(own)]
-    assert wrong == []
+    """No module imports from a later layer."""
+    assert upward_imports(PACKAGE) == []
 
 
-def test_trainer_and_hooks_name_each_other_for_types_only() -> None:
-    """A hook imports no trainer while it runs, and the trainer no hook but the base classes."""
-    wrong = [path.name for path in (PACKAGE / "hooks").rglob("*.py") if "trainer" in imports(path)]
-    assert wrong == []
-    assert "hooks" not in imports(PACKAGE / "trainer.py")
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Modules of one layer, and of one folder, can be read one after the other."""
+    TopologicalSorter(import_graph(PACKAGE)).prepare()  # raises CycleError, which names the circle
 
 
-def test_importing_the_package_loads_nothing_that_only_some_need() -> None:
-    """`import trainloop` stays as cheap as `import accelerate` is."""
-    code = f"import sys, trainloop; print(sorted({HEAVY!r} & sys.modules.keys()))"
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PACKAGE.parent
-    )
-    assert output.stdout.strip() == "[]"
+def test_hooks_name_the_trainer_for_types_only() -> None:
+    """A hook needs nothing of the trainer but the instance that it is handed."""
+    hooks = {module: imports for module, imports in import_graph(PACKAGE).items() if layer(module) == layer("hooks")}
+    assert hooks
+    assert [module for module, imports in hooks.items() if "trainer" in imports] == []
 
 
-def test_the_public_surface_is_sorted_and_there() -> None:
-    """`__all__` lists what there is, in order."""
-    assert trainloop.__all__ == sorted(trainloop.__all__)
-    assert [name for name in trainloop.__all__ if not hasattr(trainloop, name)] == []
+@pytest.mark.parametrize(
+    ("module", "line", "expected"),
+    [
+        ("records", "from .trainer import BaseTrainer", ["records -> trainer"]),
+        ("hooks/stats", "from .. import BaseTrainer", ["hooks.stats -> __init__"]),
+        ("checkpoint/layout", "def late():\n    from ..data import DataFeed", ["checkpoint.layout -> data"]),
+        ("hook", "if TYPE_CHECKING:\n    from .trainer import Trainer", []),
+    ],
+)
+def test_an_upward_import_is_found(tmp_path: Path, module: str, line: str, expected: list[str]) -> None:
+    """The check sees an import upward wherever it stands, and lets one for types pass."""
+    package = shutil.copytree(PACKAGE, tmp_path / "trainloop")
+    path = package / f"{module}.py"
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    assert upward_imports(package) == expected

@@ -241,7 +241,8 @@ class IndexedSource:
         )
 
     def close(self) -> None:
-        self._iterator = None  # the last reference: torch ends the workers
+        _end_workers(self._iterator)
+        self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         sampler = self._sampler
@@ -414,6 +415,7 @@ class IterableSource:
         if isinstance(self._iterable, DataLoader):  # it may have workers; anything else is kept where it stands
             if self._is_stateful and self._iterator is not None:
                 self._state = self._iterable.state_dict()  # type: ignore[attr-defined]
+            _end_workers(self._iterator)
             self._iterator = None
             if isinstance(self._iterable, DataLoaderShard | DataLoaderDispatcher):
                 self._iterable.end()  # else it stays "active" in Accelerate's state, and upsets what comes after
@@ -438,6 +440,15 @@ _EXHAUSTED = (
     "The data ended before `max_steps`, and can't be iterated again: it gave nothing the second time. Return an object"
     " whose `__iter__` starts anew, for example a DataLoader or a list, or lower `max_steps`."
 )
+
+
+def _end_workers(iterator: Any) -> None:
+    """End the worker processes now. torch does so when the iterator is collected, but the traceback of an exception
+    that came from it keeps it alive; it has no public way.
+    """
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
 
 
 def _is_stateful(data: Any) -> bool:

@@ -1,0 +1,267 @@
+"""The life of a run: events in their order, a second `train`, a second trainer, an exception, one host read a step."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from trainloop import BaseHook, BaseTrainer, CudaMaxMemoryHook, LoggingHook, ProgressHook, Trainer
+
+from .small import SmallTrainer
+
+EVENTS = [name for name in vars(BaseHook) if name.startswith("on_")]
+
+
+class Recorder(BaseHook):
+    """Writes down every event with the step at which it came."""
+
+    def __init__(self, name: str, events: list[Any]) -> None:
+        for event in EVENTS:
+            setattr(self, event, lambda trainer, *args, event=event: events.append((name, event, trainer.step)))
+
+
+def weights(trainer: BaseTrainer) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist()
+
+
+def test_hooks_hear_every_event_in_list_order() -> None:
+    """The whole list of a run of two steps, for two hooks."""
+    events: list[Any] = []
+    SmallTrainer(hooks_=lambda self: [Recorder("a", events), Recorder("b", events)]).train()
+    wanted = [("on_before_train", 0)]
+    for step in (1, 2):
+        wanted += [(event, step) for event in ("on_before_step", "on_before_optimizer_step", "on_after_step")]
+    wanted += [("on_after_train", 2)]
+    assert events == [(name, event, step) for event, step in wanted for name in ("a", "b")]
+
+
+def test_log_and_state_reach_every_hook() -> None:
+    """`log`, `log_images`, `state_dict` and `load_state_dict` are events too."""
+    events: list[Any] = []
+    trainer = SmallTrainer(hooks_=lambda self: [Recorder("a", events)])
+    trainer.train()
+    events.clear()
+    trainer.log({"x": 1.0})
+    trainer.log_images({"x": None}, dry_run=True)
+    trainer.load_state_dict(trainer.state_dict())
+    assert [event for _, event, _ in events] == ["on_log", "on_log_images", "on_state_dict", "on_load_state_dict"]
+
+
+def test_training_may_go_on_after_max_steps_was_raised() -> None:
+    """Two steps and then three more are five steps: weights and data alike."""
+    whole = SmallTrainer(5)
+    whole.train()
+    parts = SmallTrainer(2)
+    parts.train()
+    assert parts.step == 2
+    parts.max_steps = 5
+    parts.train()
+    assert parts.step == 5
+    assert weights(parts) == weights(whole)
+    assert parts.state_dict()["training_state"]["data"] == whole.state_dict()["training_state"]["data"]
+
+
+def test_the_state_of_one_run_continues_in_another() -> None:
+    """`state_dict` into a new trainer, and the rest of the run is the same bit for bit: dropout, OneCycle, shuffle."""
+
+    def make(max_steps: int) -> SmallTrainer:
+        return SmallTrainer(
+            max_steps,
+            gradient_accumulation_steps=3,
+            data_loader=lambda self: DataLoader(TensorDataset(torch.arange(33.0).view(11, 3)), 2, shuffle=True),
+            model_=lambda self: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)),
+            optimizer_=lambda self: torch.optim.AdamW(self.model.parameters(), lr=0.1),
+            lr_scheduler_=lambda self: torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, total_steps=9),
+        )
+
+    whole = make(8)
+    whole.train()
+    first = make(3)
+    first.train()
+    state = first.state_dict()
+    torch.rand(5)
+    second = make(8)
+    second.load_state_dict(state)
+    second.train()
+    assert second.step == 8
+    assert weights(second) == weights(whole)
+    assert second.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+
+
+@pytest.mark.parametrize("where", ["forward", "hook", "data"])
+def test_an_exception_leaves_nothing_behind(where: str) -> None:
+    """Workers end, `on_exception` is called once, the error is the user's, and the next trainer trains as the first
+    one of a process does."""
+    healthy = SmallTrainer(gradient_accumulation_steps=2)
+    healthy.train()
+    seen: list[BaseException] = []
+
+    class Watch(BaseHook):
+        def on_after_step(self, trainer: BaseTrainer) -> None:
+            assert multiprocessing.active_children(), "workers run while it trains"
+            if where == "hook":
+                raise KeyError(where)
+
+        def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
+            seen.append(exception)
+
+    class Data(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            if where == "data" and index == 7:
+                raise KeyError(where)
+            return super().__getitem__(index)
+
+    def forward(self: Any, batch: Any) -> Any:
+        if where == "forward":
+            raise KeyError(where)  # in mid-window, with `sync_gradients` off
+        return self.model(batch[0]).mean(), {}
+
+    trainer = SmallTrainer(
+        50,
+        gradient_accumulation_steps=2,
+        hooks_=lambda self: [Watch()],
+        forward_=forward,
+        data_loader=lambda self: DataLoader(Data(torch.ones(8, 3)), batch_size=2, num_workers=2),
+    )
+    with pytest.raises(KeyError, match=where) as caught:
+        trainer.train()
+    assert seen == [caught.value]
+    gc.collect()
+    assert multiprocessing.active_children() == []
+    after = SmallTrainer(gradient_accumulation_steps=2)
+    after.train()
+    assert weights(after) == weights(healthy)
+
+
+def test_trainers_of_a_process_do_not_disturb_each_other() -> None:
+    """Another accumulation in between changes nothing."""
+    alone = SmallTrainer(4, gradient_accumulation_steps=2)
+    alone.train()
+    first = SmallTrainer(2, gradient_accumulation_steps=2)
+    first.train()
+    SmallTrainer(3, gradient_accumulation_steps=4).train()
+    first.max_steps = 4
+    first.train()
+    assert weights(first) == weights(alone)
+
+
+def test_a_stop_ends_the_run_after_the_step_that_agreed_on_it() -> None:
+    """Asked for after step 2, agreed on in step 3; a later `train` goes on."""
+
+    class Stop(BaseHook):
+        def on_after_step(self, trainer: BaseTrainer) -> None:
+            if trainer.step == 2:
+                trainer.request_stop()
+
+    trainer = SmallTrainer(9, hooks_=lambda self: [Stop()])
+    trainer.train()
+    assert trainer.step == 3
+    trainer.train()
+    assert trainer.step == 9
+
+
+def test_ready_made_objects_train_as_a_subclass_does() -> None:
+    """`Trainer` with what a script has, prepared by Accelerate or not, gives the subclass's weights."""
+    reference = SmallTrainer(5, lr_scheduler_=lambda self: torch.optim.lr_scheduler.StepLR(self.optimizer, 2))
+    reference.train()
+    for is_prepared in (False, True):
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerate.utils.set_seed(0)
+        loader: Any = DataLoader(TensorDataset(torch.arange(24.0).reshape(8, 3) / 24), batch_size=2)
+        model: Any = nn.Linear(3, 1)
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        if is_prepared:
+            model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+        trainer = Trainer(
+            model=model,
+            optimizer=optimizer,
+            data_loader=loader,
+            lr_scheduler=scheduler,
+            forward=lambda model, batch: (model(batch[0]).pow(2).mean(), {}),
+            accelerator=accelerator,
+            max_steps=5,
+            seed=0,
+        )
+        trainer.train()
+        assert weights(trainer) == weights(reference)
+        assert trainer.optimizer.param_groups[0]["lr"] == reference.optimizer.param_groups[0]["lr"]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_micro", [1, 4])
+@pytest.mark.parametrize("grad_clip", [None, 0.01])
+def test_one_host_read_a_step(num_micro: int, grad_clip: float | None) -> None:
+    """Whatever the accumulation, with records, BatchNorm and hooks between their intervals."""
+
+    def host_reads(max_steps: int) -> int:
+        trainer = SmallTrainer(
+            max_steps,
+            gradient_accumulation_steps=num_micro,
+            grad_clip=grad_clip,
+            model_=lambda self: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
+            optimizer_=lambda self: torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9),
+            forward_=lambda self, batch: ((loss := self.model(batch[0]).pow(2).mean()), {"loss": loss}),
+            hooks_=lambda self: [LoggingHook(interval=100), ProgressHook(interval=100), CudaMaxMemoryHook()],
+        )
+        with HostReads() as reads:
+            trainer.train()
+        return reads.count
+
+    assert host_reads(30) - host_reads(10) == 20
+
+
+def test_a_compiled_model_keeps_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilation through Accelerate's launch configuration trains alike, and names in the state stay clean."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = SmallTrainer(3)
+    compiled.train()
+    AcceleratorState._reset_state(True)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    plain = SmallTrainer(3)
+    plain.train()
+    assert not hasattr(plain.model, "_orig_mod")
+    assert hasattr(compiled.model, "_orig_mod")
+    assert type(compiled.unwrapped_model) is nn.Linear
+    assert weights(compiled) == pytest.approx(weights(plain))
+    state = compiled.state_dict()
+    assert list(state["model"]) == ["weight", "bias"]
+    assert state["training_state"]["optimizer"]["param_groups"][0]["params"] == ["weight", "bias"]
+
+
+def test_the_seed_gives_the_model_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The same seed, the same weights; without one, one is drawn, logged and saved."""
+    trainers = [SmallTrainer(0, seed=seed) for seed in (1, 1, 2, None)]
+    with caplog.at_level(logging.INFO, "trainloop"):
+        for trainer in trainers:
+            trainer.train()
+    assert weights(trainers[0]) == weights(trainers[1]) != weights(trainers[2])
+    drawn = trainers[3].state_dict()["training_state"]["seed"]
+    assert [line for line in caplog.messages if "seed" in line] == [f"[RANK 0] seed: {drawn}"]
+
+
+@pytest.mark.gpu
+def test_peak_memory_is_measured_in_gib() -> None:
+    """`CudaMaxMemoryHook` writes what torch counts."""
+    trainer = SmallTrainer(hooks_=lambda self: [CudaMaxMemoryHook()])
+    trainer.train()
+    assert trainer.step_info.max_memory == torch.cuda.max_memory_allocated() / 2**30 > 0
