@@ -5,7 +5,7 @@ set -eu
 python=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$python" -m build --quiet --wheel --outdir "$work/dist" .
+"$python" -m build --quiet --wheel --no-isolation --outdir "$work/dist" .
 "$python" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
 dependencies=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -15,7 +15,6 @@ import importlib.metadata
 import pathlib
 import sys
 
-sys.path = [entry for entry in sys.path if "__editable__" not in entry]
 import trainloop
 
 path = pathlib.Path(trainloop.__file__).resolve()
@@ -23,6 +22,9 @@ assert path.is_relative_to(pathlib.Path(sys.argv[1]).resolve()), f"imported {pat
 assert (path.parent / "py.typed").is_file(), "py.typed is missing from the wheel"
 for name in trainloop.__all__:
     getattr(trainloop, name)
+files = importlib.metadata.files("trainloop-accelerate")
+others = {file.parts[0] for file in files if not file.parts[0].endswith(".dist-info")} - {"trainloop"}
+assert not others, f"the wheel installs {sorted(others)} beside the package"
 heavy = {"wandb", "PIL", "tensorboard", "torch.distributed.checkpoint"} & sys.modules.keys()
 assert not heavy, f"`import trainloop` loads {sorted(heavy)}"
 print("wheel", importlib.metadata.version("trainloop-accelerate"), "imports from outside the repository")

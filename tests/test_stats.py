@@ -1,0 +1,159 @@
+"""What is logged: exact means of an interval, over the ranks where asked for, also across a resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trainloop import BaseHook, BaseTrainer, LoggingHook, ProgressHook, flatten_nested_dict, key_average
+from trainloop.records import map_nested_tensor, unflatten_nested_dict
+
+from .launching import REPOSITORY, environment, launch
+from .small import SmallTrainer
+
+
+class Log(BaseHook):
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+
+    def on_log(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
+        self.logged.append(records["train"])
+
+
+def counting_forward(self: Any, batch: Any) -> Any:
+    """The loss of the n-th micro-batch is n; "odd" is recorded for the odd ones only."""
+    self.calls = getattr(self, "calls", 0) + 1
+    records = {"calls": torch.tensor(self.calls), "nested": {"twice": 2.0 * self.calls}}
+    if self.calls % 2:
+        records["odd"] = self.calls
+    return self.model(batch[0]).sum() * 0 + self.calls, records
+
+
+def without_times(logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in records.items() if not k.endswith("_time")} for records in logged]
+
+
+def named_groups(self: Any) -> torch.optim.Optimizer:
+    groups = [{"params": [self.model.weight], "name": "w"}, {"params": [self.model.bias], "lr": 0.5}]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def test_an_interval_is_averaged_over_its_micro_batches() -> None:
+    """Means over micro-batches and steps; a record counts where it exists; the learning rate is the one that the
+    interval's last step used, by the name of its group."""
+    log = Log()
+    SmallTrainer(
+        5,
+        gradient_accumulation_steps=2,
+        forward_=counting_forward,
+        optimizer_=named_groups,
+        lr_scheduler_=lambda self: torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.5),
+        hooks_=lambda self: [LoggingHook(interval=2), log],
+    ).train()
+    assert [records["step_time"] >= records["data_time"] > 0 for records in log.logged] == [True, True]
+    common = {"grad_norm": 0.0, "non_finite_grad_retry_count": 0}
+    assert without_times(log.logged) == [
+        {"loss": 2.5, "calls": 2.5, "nested": {"twice": 5.0}, "odd": 2.0, "lr": {"w": 0.05, "1": 0.25}, **common},
+        {"loss": 6.5, "calls": 6.5, "nested": {"twice": 13.0}, "odd": 6.0, "lr": {"w": 0.0125, "1": 0.0625}, **common},
+    ]
+
+
+def test_a_resume_within_an_interval_logs_the_whole_interval() -> None:
+    """As a run that was never stopped."""
+
+    def make(max_steps: int) -> tuple[SmallTrainer, Log]:
+        log = Log()
+        return SmallTrainer(max_steps, hooks_=lambda self: [LoggingHook(interval=4), log]), log
+
+    whole, whole_log = make(8)
+    whole.train()
+    first, _ = make(6)
+    first.train()
+    second, log = make(8)
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert without_times(log.logged) == without_times(whole_log.logged[1:])
+
+
+def test_records_of_some_ranks_only_are_averaged_over_those(tmp_path: Path) -> None:
+    """With `sync=True`, at 2 processes; every rank gets the same means."""
+    launch(REPOSITORY / "tests" / "workers" / "stats.py", "ddp2", str(tmp_path))
+    by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert by_rank[0] == by_rank[1] == [{"rank": 0.5, "only_1": 7.0, "loss": 2.5}]
+
+
+def test_the_line_says_what_one_wants_to_know(caplog: pytest.LogCaptureFixture) -> None:
+    """Step, times, remaining time, loss, norm, learning rate by group, retries, memory, records."""
+
+    class Memory(BaseHook):
+        def on_after_step(self, trainer: BaseTrainer) -> None:
+            trainer.step_info.max_memory = 1.5
+            trainer.step_info.non_finite_grad_retry_count = 1
+
+    with caplog.at_level(logging.INFO, "trainloop"):
+        SmallTrainer(
+            4,
+            forward_=counting_forward,
+            optimizer_=named_groups,
+            hooks_=lambda self: [Memory(), ProgressHook(interval=2, with_records=True, eta_warmup=2)],
+        ).train()
+    number = r"[\d.e+-]+"
+    start = rf"step time {number} s \| data time {number} s \| "
+    assert len(caplog.messages) == 2
+    assert re.fullmatch(
+        rf"\[RANK 0\] step 2/4 \| {start}loss 1.5 \| grad norm 0 \| lr w 0.1, 1 0.5 \| retries 2 \| memory 1.5 GiB"
+        r" \| calls 1.5 \| nested/twice 3 \| odd 1",
+        caplog.messages[0],
+    )
+    assert re.match(rf"\[RANK 0\] step 4/4 \| {start}ETA 0:00:00 \| loss 3.5 \|", caplog.messages[1])
+
+
+def test_a_terminal_gets_a_live_bar() -> None:
+    """On a pseudo-terminal the bar reaches the last step, and the lines stand above it."""
+    script = (
+        "from tests.small import SmallTrainer; from trainloop import ProgressHook;"
+        "SmallTrainer(40, hooks_=lambda self: [ProgressHook(interval=20)]).train()"
+    )
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment(), stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    output = b""
+    try:
+        while chunk := os.read(main, 4096):
+            output += chunk
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait(timeout=60) == 0
+    text = output.decode()
+    assert "40/40" in text
+    assert text.count("step 20/40 |") == text.count("step 40/40 |") == 1
+
+
+def test_nested_records() -> None:
+    """Flattened by tuples of keys and back; averaged where they exist; tensors are mapped and all else is left."""
+    nested = {"a": {"b": 1.0, "c": {"d": 2.0}}, "e": 3.0}
+    flat = {("a", "b"): 1.0, ("a", "c", "d"): 2.0, ("e",): 3.0}
+    assert flatten_nested_dict(nested) == flat
+    assert unflatten_nested_dict(flat) == nested
+    assert key_average([{"x": 1, "y": {"z": torch.tensor(4.0)}}, {"x": 2, "l": [1, 2]}, {"y": {"z": 2.0}}]) == {
+        "x": 1.5,
+        "y": {"z": 3.0},
+        "l": {"0": 1, "1": 2},
+    }
+    assert key_average([]) == {}
+    doubled = map_nested_tensor(lambda t: t * 2, {"a": [torch.tensor(1), "s"], "b": (torch.tensor(2), None)})
+    assert doubled == {"a": [2, "s"], "b": (4, None)}
+    assert map_nested_tensor(torch.Tensor.detach, nn.Parameter(torch.ones(1))).requires_grad is False
