@@ -1,6 +1,7 @@
 #!/bin/sh
 # The wheel, not the checkout: built, unpacked by pip into a folder of its own, imported from another folder.
-# Its dependencies come from the environment of $PYTHON: fetching them again would show nothing about the wheel.
+# Its dependencies come from the environment of $PYTHON, after its own folder on the path and without the editable install
+# there: fetching them again would take minutes and show nothing about the wheel.
 set -eu
 python=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 work=$(mktemp -d)
@@ -8,9 +9,10 @@ trap 'rm -rf "$work"' EXIT
 "$python" -m build --quiet --wheel --no-isolation --outdir "$work/dist" .
 "$python" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
-dependencies=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+"$python" -c "$purelib" > "$("$work/venv/bin/python" -c "$purelib")/dependencies.pth"
 cd "$work"
-PYTHONPATH=$dependencies "$work/venv/bin/python" - "$work/venv" <<'PY'
+env -u PYTHONPATH "$work/venv/bin/python" - "$work/venv" <<'PY'
 import importlib.metadata
 import pathlib
 import sys

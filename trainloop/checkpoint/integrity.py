@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,25 @@ def crc32(buffers: Iterable[Buffer]) -> int:
     for buffer in buffers:
         crc = zlib.crc32(buffer, crc)
     return crc
+
+
+class BackgroundCrc32:
+    """CRC-32 of buffers, computed by a thread while the disk is busy with them. A bare thread: executors refuse work
+    while the interpreter ends, when a save may still be in flight.
+    """
+
+    def __init__(self, buffers: Iterable[Buffer]) -> None:
+        self._crc = 0
+        self._thread = threading.Thread(target=self._run, args=(buffers,), name="crc32")
+        self._thread.start()
+
+    def result(self) -> int:
+        """The checksum, when it is ready."""
+        self._thread.join()
+        return self._crc
+
+    def _run(self, buffers: Iterable[Buffer]) -> None:
+        self._crc = crc32(buffers)
 
 
 def crc32_of_file(path: Path) -> int:

@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import CheckpointError
@@ -56,7 +56,8 @@ def shard_file(group: str, rank: int) -> str:
 
 def weight_file(group: str, part: int, num_parts: int) -> str:
     """Path of a part, from 0, of a group of whole tensors. Named "model" in every group, which is what
-    `from_pretrained` looks for."""
+    `from_pretrained` looks for.
+    """
     suffix = f"-{part + 1:05d}-of-{num_parts:05d}" if num_parts > 1 else ""
     return f"{group}/model{suffix}.safetensors"
 
@@ -113,7 +114,7 @@ class ManifestInfo:
 
     step: int
     seq: int
-    """Number of the commit in this folder: of two checkpoints the one with the higher one is newer, whatever its step."""
+    """Number of the commit in this folder: a checkpoint with a higher one is newer, whatever its step."""
     run_id: str
     time: float
     """Seconds since 1970, by rank 0's clock."""
@@ -146,10 +147,9 @@ class NewerFormatError(CheckpointError):
 
 def manifest_text(manifest: Manifest) -> str:
     """The manifest as JSON. Its last entry is the CRC-32 of all text before that entry."""
-    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    content = {"format": FORMAT, "version": VERSION, **vars(manifest)}
     content["metrics"], _ = encode(dict(manifest.metrics))
-    body = json.dumps(content, indent=1, allow_nan=False)
-    return _sealed(body.removesuffix("\n}") + ",\n ")
+    return _sealed(_lines(content, 3).removesuffix("\n}") + ",\n ")
 
 
 def parse_manifest(text: str) -> Manifest:
@@ -180,6 +180,14 @@ def parse_manifest(text: str) -> Manifest:
         for group, tensors in own["tensors"].items()
     }
     return Manifest(**own)
+
+
+def _lines(value: Any, depth: int, indent: str = "\n ") -> str:
+    """JSON with a line for each entry of the outer objects, so that there is a line for each file and each tensor."""
+    if not isinstance(value, dict) or not value or not depth:
+        return json.dumps(value, allow_nan=False, default=vars)
+    entries = (f"{indent}{json.dumps(key)}: {_lines(item, depth - 1, indent + ' ')}" for key, item in value.items())
+    return f"{{{','.join(entries)}{indent[:-1]}}}"
 
 
 def _sealed(body: str) -> str:

@@ -1,0 +1,164 @@
+"""What we rely on inside Accelerate and torch: a release that changes it fails here, by name, and not in a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trainloop.gradients import Gradients
+from trainloop.state import load_optimizer_state, optimizer_state
+
+from .launching import REPOSITORY, launch
+
+
+def model_with_gradients(scale: float = 1.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+    (model(torch.randn(4, 7)).pow(2).sum() * scale).backward()
+    return model
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e9, "the norm itself"])
+def test_clipping_is_accelerates(max_norm: Any) -> None:
+    """Norm and clipped gradients equal `accelerator.clip_grad_norm_`'s bit for bit; FSDP2: see the launched canaries."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    theirs, ours = model_with_gradients(), model_with_gradients()
+    if isinstance(max_norm, str):
+        max_norm = accelerator.clip_grad_norm_(model_with_gradients().parameters(), 1e9).item()
+    wanted = accelerator.clip_grad_norm_(theirs.parameters(), max_norm)
+    gradients = Gradients(ours, max_norm, None, torch.optim.SGD(ours.parameters()))
+    norm = gradients.norm()
+    gradients.clip(norm, norm.item())
+    assert torch.equal(norm, wanted)
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)  # type: ignore[arg-type]
+
+
+def test_launched_canaries(tmp_path: Path) -> None:
+    """Under DDP and FSDP2: our norm, clipping and division equal Accelerate's bit for bit; FSDP2 on CPU processes is
+    what the launch asked for; state that we set by hand is read where we think it is."""
+    for form in ("ddp2", "fsdp2"):
+        launch(REPOSITORY / "tests" / "workers" / "canaries.py", form, str(tmp_path))
+        for rank in range(2):
+            assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+                "norm": True,
+                "clipped": True,
+                "is_fsdp2": form == "fsdp2",
+                "no_sync_defers": True,
+            }
+
+
+def test_backward_divides_by_the_accumulation() -> None:
+    """`accelerator.backward` divides the loss by N, which the plain path does itself."""
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=4, sync_with_dataloader=False)
+    )
+    weight = nn.Parameter(torch.ones(()))
+    accelerator.backward(weight * 2)
+    assert weight.grad == torch.tensor(0.5)
+
+
+def test_sync_gradients_can_be_set_by_hand() -> None:
+    """And the wrapped optimizer, which users may call, listens to it."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    model(torch.ones(1, 1)).sum().backward()
+    before = model.weight.item()
+    accelerator.sync_gradients = False
+    optimizer.step()
+    assert model.weight.item() == before
+    accelerator.sync_gradients = True
+    optimizer.step()
+    assert model.weight.item() == before - 1
+
+
+def test_accumulation_settings_live_where_we_set_them() -> None:
+    """`GradientState.plugin_kwargs` holds them for the whole process."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+    accelerator.gradient_state.plugin_kwargs.update(num_steps=5, sync_with_dataloader=False)
+    assert accelerator.gradient_accumulation_steps == 5
+    assert accelerator.gradient_state.sync_with_dataloader is False
+
+
+def test_a_scaler_that_is_set_before_prepare_is_used() -> None:
+    """`accelerator.scaler` is taken by the optimizer that `prepare` wraps."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    model = nn.Linear(1, 1)
+    _, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    assert optimizer.scaler is accelerator.scaler
+
+
+def test_prepared_loaders_have_what_we_ask_them() -> None:
+    """`end`, `device` and `use_stateful_dataloader` of Accelerate's two loaders."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(TensorDataset(torch.ones(4, 1))))
+    assert isinstance(loader, DataLoaderShard)
+    assert loader.use_stateful_dataloader is False
+    assert loader.device == torch.device("cpu")
+    for kind in (DataLoaderShard, DataLoaderDispatcher):
+        assert callable(kind.end)
+
+
+def test_torchs_loader_can_be_told_to_end_its_workers() -> None:
+    """`_shutdown_workers` is private, and the only way."""
+    iterator: Any = iter(DataLoader(TensorDataset(torch.ones(4, 1)), num_workers=1))
+    worker = iterator._workers[0]
+    iterator._shutdown_workers()
+    assert not worker.is_alive()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.Adam(params, amsgrad=True),
+        lambda params: torch.optim.AdamW(params),
+        lambda params: torch.optim.NAdam(params),
+        lambda params: torch.optim.RAdam(params),
+        lambda params: torch.optim.Adamax(params),
+        lambda params: torch.optim.Adadelta(params),
+        lambda params: torch.optim.Adagrad(params),
+        lambda params: torch.optim.Adafactor(params),
+        lambda params: torch.optim.ASGD(params),
+        lambda params: torch.optim.RMSprop(params, momentum=0.9, centered=True),
+        lambda params: torch.optim.Rprop(params),
+    ],
+)
+def test_reading_optimizer_state_changes_nothing_and_loads_exactly(make: Any) -> None:
+    """For torch's optimizers, before the first step and later; a frozen parameter and one without a gradient too."""
+
+    def setup() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+        model[0].bias.requires_grad_(False)
+        return model, make(model.parameters())
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for i in numbers:
+            optimizer.zero_grad()
+            model[1](model[0](torch.full((2, 3), float(i + 1)))).pow(2).sum().backward()
+            optimizer.step()
+
+    model, optimizer = setup()
+    steps(model, optimizer, range(6))
+    other_model, other = setup()
+    for start in (0, 3):
+        state = optimizer_state(other_model, other)
+        resumed_model, resumed = setup()
+        resumed_model.load_state_dict(other_model.state_dict())
+        load_optimizer_state(resumed_model, resumed, state)
+        other_model, other = resumed_model, resumed
+        steps(other_model, other, range(start, start + 3))
+    for own, wanted in zip(other_model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(own, wanted)

@@ -1,0 +1,111 @@
+"""How the ranks do something together that any of them may fail at, without one ever waiting for another that has left.
+
+Host values over gloo; in a single process nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from .. import distributed
+from ..errors import CheckpointError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_NUM_TOLD = 3  # ranks whose errors are told
+
+
+class Ranks:
+    """The ranks of a run, who talk over a group of their own or over the run's host group."""
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        """Call on every rank if `timeout` is given.
+
+        Args:
+            timeout: Make a group of its own, so that a thread may use it, in which nobody waits longer than this. None:
+                use the run's host group; only the main thread may.
+        """
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self._own_group: Any = None
+        if timeout is not None and self.world_size > 1:
+            import torch.distributed as dist
+
+            self._own_group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def do(self, work: Callable[[], T], decide: Callable[[list[T]], R], failure: str) -> R:
+        """Every rank works, then rank 0 decides. Call on every rank.
+
+        Args:
+            work: Run on each rank.
+            decide: Run on rank 0 with what the ranks' work gave, by rank, if all of it succeeded.
+            failure: How the message begins if something raised.
+
+        Returns:
+            What `decide` returned.
+
+        Raises:
+            CheckpointError: On every rank with the same message, if `work` raised on any, or `decide` on rank 0.
+        """
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except Exception as ex:
+            error = ex
+        told, decision = None, None
+        results = self._gather((None if error is None else _tell(error), result))
+        if results is not None:
+            errors = {rank: text for rank, (text, _) in enumerate(results) if text is not None}
+            if not errors:
+                try:
+                    decision = decide([value for _, value in results])
+                except Exception as ex:
+                    error, errors = ex, {0: _tell(ex)}
+            if errors:
+                parts = [f"rank {rank}: {text}" for rank, text in list(errors.items())[:_NUM_TOLD]]
+                more = len(errors) - _NUM_TOLD
+                told = f"{failure}: {'; '.join(parts)}{f'; and {more} more ranks' if more > 0 else ''}."
+        told, decision = self._broadcast((told, decision))
+        if told is not None:
+            raise CheckpointError(told) from error
+        return decision  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Give the own group back. Call on every rank."""
+        if self._own_group is not None and distributed.world_size() > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group(self._own_group)
+        self._own_group = None
+
+    def _group(self) -> Any:
+        return self._own_group if self._own_group is not None else distributed.host_group()
+
+    def _gather(self, value: T) -> list[T] | None:
+        """Every rank's value, by rank, on rank 0; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self._group())
+        return gathered
+
+    def _broadcast(self, value: T) -> T:
+        """Rank 0's value."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group())
+        return box[0]
+
+
+def _tell(error: Exception) -> str:
+    """An error as a part of a sentence. Our own need no type."""
+    text = str(error).rstrip(".")
+    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"

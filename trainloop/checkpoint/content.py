@@ -1,0 +1,83 @@
+"""What a checkpoint holds, seen from who gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from .layout import STATE
+from .tensorfile import check_storable, dtype_name
+
+Tensors: TypeAlias = Mapping[str, torch.Tensor]
+Described: TypeAlias = "dict[str, dict[str, tuple[str, tuple[int, ...], bool]]]"
+"""By group and name: dtype, shape, and whether it is a DTensor."""
+
+
+@dataclass
+class Content:
+    """What to save; each rank passes its own. Groups, names, shapes and dtypes must be the same on every rank, and in
+    the same order.
+    """
+
+    weights: Mapping[str, Tensors] = field(default_factory=dict)
+    """By group ("model", "ema") and name. Written whole, so that other software reads them: a DTensor is gathered, a
+    plain tensor must be the same on each rank. Tensors that are the same memory are written once."""
+    shards: Mapping[str, Tensors] = field(default_factory=dict)
+    """By group ("optim") and name. Of a DTensor each rank writes what it holds, without communication; a plain tensor
+    must be the same on each rank and is written by one of them."""
+    global_state: Any = None
+    """Nested state that is the same on each rank (see `nested.encode`); rank 0's is written."""
+    rank_state: Any = None
+    """Nested state of this rank, for example its random generators."""
+
+    def groups(self) -> dict[str, Tensors]:
+        """All groups, those of weights first."""
+        return {**self.weights, **self.shards}
+
+    def describe(self) -> Described:
+        """What the ranks must agree on.
+
+        Raises:
+            TypeError: A tensor cannot be stored.
+            ValueError: A group's name cannot be a folder's, or is taken; or a shard cannot be.
+        """
+        names = [*self.weights, *self.shards]
+        for group in names:
+            if not group.isidentifier() or group == STATE or names.count(group) > 1:
+                raise ValueError(
+                    f'Names of groups must be different identifiers, and not "{STATE}", but they are: {names}.'
+                )
+        for group, tensors in self.groups().items():
+            for name, tensor in tensors.items():
+                check_storable(f"{group}/{name}", tensor)
+                if group in self.shards and is_dtensor(tensor):
+                    _check_shard(f"{group}/{name}", tensor)
+        return {
+            group: {name: (dtype_name(t.dtype), tuple(t.shape), is_dtensor(t)) for name, t in tensors.items()}
+            for group, tensors in self.groups().items()
+        }
+
+    def num_bytes(self, aliases: Mapping[str, Mapping[str, str]]) -> int:
+        """Bytes of all weights and shards of all ranks together, without the aliases."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for group, tensors in self.groups().items()
+            for name, tensor in tensors.items()
+            if name not in aliases[group]
+        )
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether it is a `torch.distributed.tensor.DTensor`, which costs half a second to import."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _check_shard(name: str, tensor: torch.Tensor) -> None:
+    if any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} is a DTensor whose ranks hold summands (placements {tensor.placements})."  # type: ignore[attr-defined]
+            " Redistribute it to shards before it is saved."
+        )

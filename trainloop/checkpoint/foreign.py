@@ -1,0 +1,77 @@
+"""What a folder looks like that is not a checkpoint of ours, so that an error can say it."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from .layout import REPLACED, TEMPORARY, TRASH, parse_step_name
+
+_MODEL_FILES = {
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+}
+_LOADERS = {
+    "accelerate": "an `accelerator.save_state` folder, which `accelerator.load_state` reads",
+    "dcp": "a torch.distributed.checkpoint (DCP) folder, which `torch.distributed.checkpoint.load` reads",
+    "deepspeed": "a DeepSpeed checkpoint, which its engine's `load_checkpoint` reads",
+    "trainer": "a checkpoint of transformers' Trainer, whose weights `from_pretrained` reads",
+    "transformers": "a transformers model folder, which `from_pretrained` reads",
+    "torch": "a torch.save file, which `torch.load` reads",
+    "safetensors": "a safetensors file, which `safetensors.torch.load_file` reads",
+}
+_FILES = {"torch", "safetensors"}
+DISTINCT_KINDS = frozenset({"accelerate", "dcp", "deepspeed", "trainer"})
+"""The kinds that cannot be mistaken; a loose .pt file may be anything."""
+
+
+def describe_folder(path: Path) -> str:
+    """What a path is that was given for a checkpoint: the rest of a sentence that begins with "it"."""
+    if not path.exists():
+        return "does not exist"
+    kind = foreign_kind(path)
+    if kind is not None:
+        return f"{'holds' if kind in _FILES and path.is_dir() else 'looks like'} {_LOADERS[kind]}"
+    if path.is_file():
+        return "is a file, but a checkpoint is a folder"
+    names = sorted(child.name for child in path.iterdir())
+    if steps := [name for name in names if parse_step_name(name) is not None]:
+        return f"holds checkpoints; give one of them: {', '.join(steps[:5])}{', ...' if len(steps) > 5 else ''}"
+    if path.name.startswith((TEMPORARY, REPLACED, TRASH)):
+        return "is what a save or a removal left behind that did not end"
+    visible = [name for name in names if not name.startswith(".")]
+    return f"has no manifest.json, only: {', '.join(visible[:5])}" if visible else "is empty"
+
+
+def foreign_kind(path: Path) -> str | None:
+    """Whose checkpoint a file or folder looks like; None: nobody's that we know."""
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return "safetensors"
+        return "torch" if _is_torch_file(path) else None
+    names = {child.name for child in path.iterdir()} if path.is_dir() else set()
+    if "random_states_0.pkl" in names or {"optimizer.bin", "scheduler.bin"} & names:
+        return "accelerate"
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        return "dcp"
+    if "zero_to_fp32.py" in names or any(name.endswith("_optim_states.pt") for name in names):
+        return "deepspeed"
+    if "trainer_state.json" in names:
+        return "trainer"
+    if "config.json" in names and _MODEL_FILES & names:
+        return "transformers"
+    for kind, endings in (("safetensors", (".safetensors",)), ("torch", (".pt", ".pth", ".ckpt", ".bin"))):
+        if any(name.endswith(endings) for name in names):
+            return kind
+    return None
+
+
+def _is_torch_file(path: Path) -> bool:
+    """A zip with a pickle in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False

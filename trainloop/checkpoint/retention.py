@@ -1,0 +1,155 @@
+"""Which checkpoints stay. Pure functions over what their manifests say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from ..errors import describe
+from .layout import ManifestInfo
+
+
+@runtime_checkable
+class RetentionPolicy(Protocol):
+    """Says which checkpoints it wants to stay. A checkpoint stays if any policy wants it.
+
+    It is asked again after every commit, about what is left: its answer must not need one that it did not keep.
+    """
+
+    def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
+        """
+        Args:
+            manifests: Of the checkpoints that exist, from the oldest commit to the newest, each of another step.
+
+        Returns:
+            Steps of those to keep.
+        """
+
+
+@dataclass(frozen=True)
+class KeepPrevious:
+    """The `num` newest before the newest one."""
+
+    num: int
+
+    def __post_init__(self) -> None:
+        _check_number("num", self.num, 0)
+
+    def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
+        return {manifest.step for manifest in manifests[-1 - self.num :]}
+
+
+@dataclass(frozen=True)
+class KeepInterval:
+    """Those whose step is divisible by `interval`."""
+
+    interval: int
+
+    def __post_init__(self) -> None:
+        _check_number("interval", self.interval, 1)
+
+    def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
+        return {manifest.step for manifest in manifests if manifest.step % self.interval == 0}
+
+
+@dataclass(frozen=True, init=False)
+class KeepSteps:
+    """Those of certain steps."""
+
+    steps: frozenset[int]
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        steps = list(steps)
+        for step in steps:
+            _check_number("steps", step, 0)
+        object.__setattr__(self, "steps", frozenset(steps))
+
+    def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
+        return {manifest.step for manifest in manifests if manifest.step in self.steps}
+
+
+@dataclass(frozen=True)
+class BestK:
+    """The `k` with the best value of a metric; of equal ones the earlier. One without the metric, or with NaN, is not
+    among them.
+    """
+
+    metric: str
+    """As it was logged, nested keys joined: "val/loss"."""
+    k: int = 1
+    mode: Literal["min", "max"] = field(default="min", kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_number("k", self.k, 1)
+        if self.mode not in ("min", "max"):
+            raise ValueError(f'`mode` must be "min" or "max", but is {self.mode!r}.')
+
+    def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
+        sign = 1 if self.mode == "min" else -1
+        ranked = [m for m in manifests if not math.isnan(m.metrics.get(self.metric, math.nan))]
+        ranked.sort(key=lambda manifest: (sign * manifest.metrics[self.metric], manifest.seq))
+        return {manifest.step for manifest in ranked[: self.k]}
+
+
+@dataclass(frozen=True)
+class EverySeconds:
+    """A chain of commits, each the first that came at least `seconds` after the one before it in the chain."""
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"`seconds` must be greater than 0, but is {self.seconds}.")
+
+    def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
+        kept: set[int] = set()
+        last = -math.inf
+        for manifest in manifests:
+            if manifest.time >= last + self.seconds:
+                kept.add(manifest.step)
+                last = manifest.time
+        return kept
+
+
+def reasons_to_keep(
+    manifests: Sequence[ManifestInfo], policies: Iterable[RetentionPolicy], protected_steps: Collection[int] = ()
+) -> dict[int, list[str]]:
+    """Why each checkpoint stays; an empty list: it does not.
+
+    Args:
+        manifests: Of all valid checkpoints, each of another step, in any order.
+        policies: What the user wants.
+        protected_steps: Must stay, for example the one that the run was resumed from.
+
+    Returns:
+        By step, in the order of the commits. Whatever the policies, the newest stays and the newest healthy one.
+    """
+    manifests = sorted(manifests, key=lambda manifest: manifest.seq)
+    reasons: dict[int, list[str]] = {manifest.step: [] for manifest in manifests}
+
+    def keep(steps: Collection[int], reason: str) -> None:
+        for step in reasons.keys() & steps:
+            reasons[step].append(reason)
+
+    keep({manifest.step for manifest in manifests[-1:]}, "newest")
+    keep({manifest.step for manifest in [m for m in manifests if m.health][-1:]}, "newest healthy")
+    keep(protected_steps, "in use")
+    for policy in policies:
+        keep(policy.keep(manifests), repr(policy))
+    return reasons
+
+
+def to_delete(
+    manifests: Sequence[ManifestInfo], policies: Iterable[RetentionPolicy], protected_steps: Collection[int] = ()
+) -> list[int]:
+    """Steps of the checkpoints that nothing keeps, from the oldest commit to the newest; see `reasons_to_keep`."""
+    return [step for step, reasons in reasons_to_keep(manifests, policies, protected_steps).items() if not reasons]
+
+
+def _check_number(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be whole numbers, but is {describe(value)}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")

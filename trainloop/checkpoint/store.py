@@ -1,0 +1,280 @@
+"""A folder of checkpoints: saves into it, finds in it, and lets go of old ones. Knows the disk and no trainer."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .agreement import Ranks
+from .catalog import Catalog
+from .content import Content
+from .fs import FileSystem
+from .housekeeping import clean_up, discard, make_folder, point_latest
+from .integrity import VERIFY_LEVELS, Verify
+from .layout import ManifestInfo, step_name
+from .loading import find_explicit, find_latest
+from .lock import FolderLock, is_visible
+from .reader import Checkpoint
+from .retention import RetentionPolicy, to_delete
+from .saving import Saving
+from .snapshot import Buffers
+
+
+class CheckpointStore:
+    """Checkpoints of one run in one folder. Make it on every rank, and call its methods on every rank unless they say
+    otherwise.
+
+    Example:
+        >>> store = CheckpointStore("checkpoints")
+        >>> store.open()
+        >>> store.save(5, Content(weights={"model": model.state_dict()}), run_id="a", health=True)
+        >>> store.resolve("latest").read_into("model", model.state_dict())
+        >>> store.close()
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        fs: FileSystem | None = None,
+        logger: logging.Logger | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        """
+        Args:
+            path: The folder; it need not exist.
+            fs: The disk.
+            logger: Hears on rank 0 what the user should know. None: the logger "trainloop".
+            timeout: How long an async save waits for a rank that is slower in writing.
+        """
+        self.path = Path(path)
+        self._fs = fs if fs is not None else FileSystem()
+        self._logger = logger if logger is not None else logging.getLogger("trainloop")
+        self._timeout = timeout
+        self._catalog = Catalog(self.path)
+        self._buffers = Buffers()
+        self._lock: FolderLock | None = None
+        self._is_open = False
+        self._damaged: set[Path] = set()
+        self._async_ranks: Ranks | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+
+    # ------------------------------------------------------------------ open and close
+
+    def open(self) -> None:
+        """Take the folder for this run, and clear away what a run left behind that died.
+
+        Raises:
+            CheckpointError: Another run has it, it cannot be written, or not every rank sees it.
+        """
+        if self._is_open:
+            return
+        ranks = Ranks()
+
+        def take(_: Any) -> str:
+            make_folder(self._fs, self.path)
+            self._lock = FolderLock(self.path)
+            clean_up(self._fs, self.path, self._logger)
+            return self._lock.token
+
+        def look() -> None:
+            if not is_visible(self.path, token):
+                raise CheckpointError(
+                    f"{self.path.absolute()} on {platform.node()} is not the folder that rank 0 sees. Give a path that"
+                    " all nodes share"
+                )
+
+        try:
+            token = ranks.do(_nothing, take, f"{self.path} cannot hold this run's checkpoints")
+            ranks.do(look, _nothing, f"{self.path} cannot hold this run's checkpoints")
+        except CheckpointError:
+            self._release()
+            raise
+        self._is_open = True
+
+    def close(self) -> None:
+        """Finish the save in flight and let go of the folder and of the memory.
+
+        Raises:
+            CheckpointError: The save in flight failed.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._async_ranks is not None:
+                self._async_ranks.close()
+                self._async_ranks = None
+            self._buffers = Buffers()
+            self._release()
+            self._is_open = False
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    # ------------------------------------------------------------------ save
+
+    def save(
+        self,
+        step: int,
+        content: Content,
+        *,
+        run_id: str,
+        health: bool,
+        metrics: Mapping[str, Any] | None = None,
+        retention: Iterable[RetentionPolicy] = (),
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        """Save and return when the checkpoint is durable. A save in flight is waited for first.
+
+        Args:
+            step: Names the checkpoint; one of the same step is replaced.
+            content: What to save.
+            run_id: Names the run.
+            health: Whether all parameters are finite.
+            metrics: Numbers, nested or flat, by which checkpoints are judged.
+            retention: What to keep besides the newest and the newest healthy; all others are removed.
+            extra: Small texts to put into the checkpoint, by path: `{"model/config.json": ...}`. Rank 0's are written.
+
+        Raises:
+            CheckpointError: On every rank, naming those that failed and why. The earlier checkpoints are untouched.
+        """
+        self._join()
+        saving, ranks = self._saving(step, run_id, health, metrics), Ranks()
+        saving.start(content, extra or {}, self._buffers, ranks, copy=False)
+        self._finish(saving, ranks, tuple(retention))
+
+    def save_async(
+        self,
+        step: int,
+        content: Content,
+        *,
+        run_id: str,
+        health: bool,
+        metrics: Mapping[str, Any] | None = None,
+        retention: Iterable[RetentionPolicy] = (),
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        """As `save`, but return when `content` is copied; a thread does the rest. A save in flight is waited for first.
+
+        What fails after the return is told by `failed` and raised by `wait`. Call `close` before the process ends.
+        """
+        self._join()
+        if self._async_ranks is None:
+            self._async_ranks = Ranks(self._timeout)
+        saving, ranks = self._saving(step, run_id, health, metrics), self._async_ranks
+        saving.start(content, extra or {}, self._buffers, Ranks(), copy=True)
+        self._thread = threading.Thread(
+            target=self._finish_in_thread, args=(saving, ranks, tuple(retention)), name="checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            CheckpointError: It failed, or one before it did, and that was not raised yet.
+        """
+        self._join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def busy(self) -> bool:
+        """Whether a save is in flight on this rank. Call on any rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def failed(self) -> bool:
+        """Whether an async save has failed, which `wait` will raise. Does not wait; call on any rank."""
+        return self._failure is not None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _saving(self, step: int, run_id: str, health: bool, metrics: Mapping[str, Any] | None) -> Saving:
+        self.open()
+        about = {"run_id": run_id, "health": health, "metrics": _flat(metrics or {})}
+        return Saving(self._fs, self._catalog, step, about)
+
+    def _finish(self, saving: Saving, ranks: Ranks, retention: tuple[RetentionPolicy, ...]) -> None:
+        replaced = saving.finish(ranks, self._logger)
+        if ranks.rank == 0:
+            self._quietly(lambda: point_latest(self._fs, self.path, saving.step, saving.token), "`latest` was not set")
+            self._quietly(lambda: self._retain(saving, replaced, retention), "old checkpoints were not removed")
+
+    def _retain(self, saving: Saving, replaced: list[Path], retention: tuple[RetentionPolicy, ...]) -> None:
+        """On rank 0: remove what the commit has made superfluous."""
+        self._damaged.discard(self.path / step_name(saving.step))
+        # Neither counted nor removed: a damaged one must not take a sound one's place.
+        infos = [info for info in self.checkpoints() if self.path / step_name(info.step) not in self._damaged]
+        superfluous = [self.path / step_name(step) for step in to_delete(infos, retention)]
+        discard(self._fs, [*replaced, *superfluous], saving.token)
+
+    def _finish_in_thread(self, saving: Saving, ranks: Ranks, retention: tuple[RetentionPolicy, ...]) -> None:
+        try:
+            self._finish(saving, ranks, retention)
+        except CheckpointError as ex:
+            self._failure = ex
+        except Exception as ex:  # a thread has nobody to raise it to
+            self._failure = CheckpointError(f"{saving.failure}: {type(ex).__name__}: {ex}")
+            self._failure.__cause__ = ex
+
+    def _quietly(self, action: Callable[[], None], complaint: str) -> None:
+        """Do what may fail when the checkpoint is safe already."""
+        try:
+            action()
+        except OSError as ex:
+            self._logger.warning(f"{self.path}: {complaint}: {ex}")
+
+    # ------------------------------------------------------------------ find
+
+    def checkpoints(self) -> list[ManifestInfo]:
+        """What the readable manifests say, from the oldest commit to the newest. Reads only these; call on any rank."""
+        return self._catalog.infos()
+
+    def resolve(self, which: int | str | Path, verify: Verify = "full") -> Checkpoint | None:
+        """Find a checkpoint and verify it; the ranks share that work. Needs no `open`.
+
+        Args:
+            which: "latest": the newest healthy one whose files are whole, and if none is healthy, the newest; a step;
+                or the path of a checkpoint, which may lie anywhere.
+            verify: "full": every byte is read; "size": only sizes are compared; "off": only the manifest is read.
+
+        Returns:
+            The checkpoint; None: "latest" was asked for, and there is none at all.
+
+        Raises:
+            CheckpointError: On every rank. There are checkpoints, but all are damaged; or the one that was asked for is
+                not there or is damaged.
+        """
+        if verify not in VERIFY_LEVELS:
+            raise ValueError(f"`verify` must be one of {', '.join(VERIFY_LEVELS)}, but is {verify!r}.")
+        self._join()
+        if which == "latest":
+            found = find_latest(self._catalog, verify, self._logger)
+        else:
+            found = find_explicit(self._catalog, which, verify)
+        self._damaged |= found.damaged.keys()
+        return found.checkpoint
+
+
+def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers by flat name: `{"val": {"loss": 1.0}}` -> `{"val/loss": 1.0}`."""
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": float(value)}
+    return flat
+
+
+def _nothing(*_: Any) -> None:
+    return None
