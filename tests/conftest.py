@@ -1,4 +1,4 @@
-"""Each test starts as a process of its own would: Accelerate keeps its state, and its environment, for a whole process."""
+"""Each test starts as a process of its own would: Accelerate keeps its state for the whole process."""
 
 from __future__ import annotations
 

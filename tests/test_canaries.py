@@ -29,7 +29,7 @@ def model_with_gradients(scale: float = 1.0) -> nn.Module:
 
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e9, "the norm itself"])
 def test_clipping_is_accelerates(max_norm: Any) -> None:
-    """Norm and clipped gradients equal `accelerator.clip_grad_norm_`'s bit for bit; FSDP2: see the launched canaries."""
+    """Norm and clipped gradients equal `accelerator.clip_grad_norm_`'s bit for bit."""
     accelerator = accelerate.Accelerator(cpu=True)
     theirs, ours = model_with_gradients(), model_with_gradients()
     if isinstance(max_norm, str):
@@ -45,7 +45,8 @@ def test_clipping_is_accelerates(max_norm: Any) -> None:
 
 def test_launched_canaries(tmp_path: Path) -> None:
     """Under DDP and FSDP2: our norm, clipping and division equal Accelerate's bit for bit; FSDP2 on CPU processes is
-    what the launch asked for; state that we set by hand is read where we think it is."""
+    what the launch asked for; state that we set by hand is read where we think it is.
+    """
     for form in ("ddp2", "fsdp2"):
         launch(REPOSITORY / "tests" / "workers" / "canaries.py", form, str(tmp_path))
         for rank in range(2):

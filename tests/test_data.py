@@ -168,7 +168,8 @@ def test_a_resumed_run_goes_on_with_the_next_sample(name: str, worlds: tuple[int
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_augmentation_is_the_same_after_a_resume(num_workers: int) -> None:
     """Random numbers drawn for a sample: by the process's generators without workers, by sample and epoch with them,
-    whichever worker serves it."""
+    whichever worker serves it.
+    """
 
     def make() -> DataLoader[Any]:
         return DataLoader(Numbers(noisy=True), batch_size=3, shuffle=True, num_workers=num_workers)

@@ -223,12 +223,12 @@ def test_ranks_that_disagree_are_told_on_every_rank(tmp_path: Path) -> None:
         wanted = {
             "NoneOnOneRank": "RankDisagreementError: Step 1: `forward` returned None for different micro-batches on"
             " different ranks (draws of the window, from 0: rank 0: none; rank 1: [0]).",
-            "SomeWeights": "ValueError: `batch_weight` must return a weight for every micro-batch or None for every one,"
-            " but of a window's 2 micro-batches 1 have a weight.",
+            "SomeWeights": "ValueError: `batch_weight` must return a weight for every micro-batch or None for every"
+            " one, but of a window's 2 micro-batches 1 have a weight.",
             "BadWeight": "ValueError: `batch_weight` must return a finite number >= 0",
             "OwnLoader": "ValueError: Mine iterates in a way of its own, so it can't be sharded over 2 processes",
-            "TooSmall": "ValueError: The data set gives 3 samples an epoch, but `drop_last=True` drops what doesn't fill"
-            " a global batch of 4.",
+            "TooSmall": "ValueError: The data set gives 3 samples an epoch, but `drop_last=True` drops what doesn't"
+            " fill a global batch of 4.",
             "NoneForEver": "TrainingError: ",
             "afterwards": "2",
         }

@@ -1,4 +1,4 @@
-"""A non-finite gradient never wins: all ranks see it alike, the window leaves no trace, and the report says what to do."""
+"""A non-finite gradient never wins: all ranks see it alike, its window leaves no trace, the report is of use."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def cases(results: dict[str, Any]) -> list[str]:
 def test_a_discarded_window_leaves_no_trace(results: Results) -> None:
     """NaN in the batch, the loss or a gradient, Inf in one shard; on rank 0, rank 1 or both; accumulation 1 and 4;
     with and without clipping: parameters, BatchNorm's and other buffers, optimizer state and learning rates equal
-    those of a run whose data never had the window, bit for bit."""
+    those of a run whose data never had the window, bit for bit.
+    """
     for rank, own in enumerate(results):
         assert len(cases(own)) == (10 if len(results) == 1 else 30)
         for case in cases(own):
@@ -76,7 +77,8 @@ def test_a_limit_of_zero_raises_at_once(results: Results) -> None:
 
 def test_the_limit_counts_retries_of_one_step(results: Results, form: str) -> None:
     """K retries are allowed: three bad windows pass a limit of 3 and end a run with a limit of 2; the report names the
-    step, the losses, the parameter, the rank and the way on."""
+    step, the losses, the parameter, the rank and the way on.
+    """
     for own in results:
         assert [event[:3] for event in own["limit-3"]["events"]][BAD - 1 : BAD + 3] == [
             ["retry", BAD, 1],

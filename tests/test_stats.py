@@ -51,7 +51,8 @@ def named_groups(self: Any) -> torch.optim.Optimizer:
 
 def test_an_interval_is_averaged_over_its_micro_batches() -> None:
     """Means over micro-batches and steps; a record counts where it exists; the learning rate is the one that the
-    interval's last step used, by the name of its group."""
+    interval's last step used, by the name of its group.
+    """
     log = Log()
     SmallTrainer(
         5,

@@ -101,7 +101,8 @@ def test_the_state_of_one_run_continues_in_another() -> None:
 @pytest.mark.parametrize("where", ["forward", "hook", "data"])
 def test_an_exception_leaves_nothing_behind(where: str) -> None:
     """Workers end, `on_exception` is called once, the error is the user's, and the next trainer trains as the first
-    one of a process does."""
+    one of a process does.
+    """
     healthy = SmallTrainer(gradient_accumulation_steps=2)
     healthy.train()
     seen: list[BaseException] = []

@@ -18,6 +18,10 @@ from accelerate.utils import DistributedType
 from .errors import TrainloopWarning
 
 _PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
+_FSDP1 = (
+    "The launch configuration asks for FSDP version 1, which trainloop does not support. Use FSDP2: `--fsdp_version 2`,"
+    " or `fsdp_version: 2` under `fsdp_config`."
+)
 _STRATEGIES = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -73,6 +77,16 @@ def resolve_accumulation(argument: int | None) -> int:
     return launched
 
 
+def check_fsdp_version() -> None:
+    """Raise for FSDP version 1 before an `Accelerator` is built, which fails on it without a GPU, for another reason."""
+    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(_FSDP1)
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
 def check_accelerator(
     accelerator: Accelerator,
     *,
@@ -105,10 +119,7 @@ def check_accelerator(
             " Use one process, DDP (`--multi_gpu`) or FSDP2 (`--use_fsdp --fsdp_version 2`)."
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
-            "The launch configuration asks for FSDP version 1, which trainloop does not support. Use FSDP2:"
-            " `--fsdp_version 2`, or `fsdp_version: 2` under `fsdp_config`."
-        )
+        raise ValueError(_FSDP1)
     parallelism = accelerator.parallelism_config
     for kind in ("tp", "cp", "sp"):
         size = getattr(parallelism, f"{kind}_size", 1)
@@ -150,7 +161,7 @@ def without_parallelism_on_cpu() -> Iterator[None]:
     """Within it, an `Accelerator` can be built for a rehearsal of HSDP: it refuses a `ParallelismConfig` for what it
     takes to be plain CPU processes. `rehearse_fsdp2_on_cpu` gives it back.
     """
-    rehearses = all(os.environ.get(key, "").lower() == "true" for key in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP"))
+    rehearses = _is_set("ACCELERATE_USE_CPU") and _is_set("ACCELERATE_USE_FSDP")
     hidden = os.environ.pop(_PARALLELISM, None) if rehearses else None
     try:
         yield
@@ -169,8 +180,7 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
     from torch.distributed.fsdp import OffloadPolicy
 
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
+    if not _is_set("ACCELERATE_USE_FSDP") or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version == 2:
@@ -186,7 +196,7 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
             )
     else:
         accelerator.state.fsdp_plugin = plugin  # refused with its remedy by `check_accelerator`
-    if os.environ.get(_PARALLELISM, "false").lower() == "true":
+    if _is_set(_PARALLELISM):
         config = ParallelismConfig()
         accelerator.state.parallelism_config = config
         accelerator.state.device_mesh = config.get_device_mesh("cpu")

@@ -33,6 +33,7 @@ from .gradients import Gradients, no_contribution
 from .hook import BaseHook, CheckpointerHook
 from .launch import (
     check_accelerator,
+    check_fsdp_version,
     rehearse_fsdp2_on_cpu,
     resolve_accumulation,
     resolve_mixed_precision,
@@ -154,6 +155,7 @@ class BaseTrainer:
 
         self._forces_cpu = wanted_device is not None and wanted_device.type == "cpu"
         if accelerator is None:
+            check_fsdp_version()
             self.gradient_accumulation_steps = resolve_accumulation(gradient_accumulation_steps)
             self.accelerator = build.check_type(self.build_accelerator(), Accelerator, "build_accelerator")
             rehearse_fsdp2_on_cpu(self.accelerator)

@@ -1,0 +1,100 @@
+"""The same script runs under any `accelerate launch`, which is taken at its word."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .launching import REPOSITORY, launch
+
+SCRIPTS = REPOSITORY / "tests" / "scripts"
+TINY = """
+from tests.small import SmallTrainer
+import torch
+from torch import nn
+trainer = SmallTrainer(2, model_=lambda self: nn.Sequential(nn.Linear(3, 8), nn.{norm}(8), nn.Linear(8, 1)))
+trainer.train()
+a = trainer.accelerator
+a.print("RESULT", a.num_processes, a.mixed_precision, trainer.gradient_accumulation_steps,
+      any(hasattr(p, "device_mesh") for p in trainer.model.parameters()), type(trainer.model).__name__)
+"""
+
+
+def result(output: str) -> str:
+    lines = re.findall(r"RESULT (.*)", output)
+    assert lines, output[-3000:]
+    return lines[0]
+
+
+def tiny(tmp_path: Path, norm: str = "LayerNorm") -> Path:
+    script = tmp_path / "train.py"
+    script.write_text(TINY.format(norm=norm))
+    return script
+
+
+@pytest.mark.parametrize("form", ["single", "ddp2", "fsdp2"])
+def test_a_users_image_classifier_learns(form: str) -> None:
+    """BatchNorm, dict batches with strings, workers, augmentation, two parameter groups: over 85 % after 100 steps."""
+    accuracy = re.fullmatch(r"accuracy=(.*)", result(launch(SCRIPTS / "image_classifier.py", form).stdout))
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.85
+
+
+@pytest.mark.parametrize("form", ["single", "ddp2", "fsdp2"])
+def test_a_users_language_model_learns(form: str) -> None:
+    """A stream of padded windows, tied weights, token weights, accumulation: well below the letters' entropy of 3."""
+    # Wrapping by size would try to shard the ModuleList itself.
+    blocks = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "Block"]
+    loss = re.fullmatch(r"loss=(.*)", result(launch(SCRIPTS / "language_model.py", form, launch_args=blocks).stdout))
+    assert loss is not None
+    assert float(loss[1]) < 2.6
+
+
+@pytest.mark.parametrize(
+    ("form", "launch_args", "env", "wanted"),
+    [
+        ("single", ["--mixed_precision", "bf16"], {}, "1 bf16 1 False Sequential"),
+        ("ddp2", [], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, "2 no 3 False DistributedDataParallel"),
+        ("ddp2", ["--mixed_precision", "bf16"], {}, "2 bf16 1 False DistributedDataParallel"),
+        ("fsdp2", ["--mixed_precision", "bf16"], {}, "2 bf16 1 True FSDPSequential"),
+        ("single", ["--dynamo_backend", "eager"], {}, "1 no 1 False OptimizedModule"),
+    ],
+)
+def test_the_launch_configuration_is_honoured(
+    tmp_path: Path, form: str, launch_args: list[str], env: dict[str, str], wanted: str
+) -> None:
+    """Processes, mixed precision, accumulation, wrapping and compilation are those of the launch."""
+    assert result(launch(tiny(tmp_path), form, launch_args=launch_args, env=env).stdout) == wanted
+
+
+def test_a_rehearsal_of_fsdp2_says_so_once(tmp_path: Path) -> None:
+    """One warning, on rank 0; BatchNorm's buffers and `cpu_ram_efficient_loading` go together."""
+    arguments = ["--fsdp_cpu_ram_efficient_loading", "true"]
+    output = launch(tiny(tmp_path, "BatchNorm1d"), "fsdp2", launch_args=arguments).stdout
+    assert result(output) == "2 no 1 True FSDPSequential"
+    assert output.count("FSDP2 runs on CPU processes: right for rehearsing a launch configuration") == 1
+
+
+def test_fsdp1_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """It names the option."""
+    done = launch(tiny(tmp_path), "fsdp2", launch_args=["--fsdp_version", "1"], check=False)
+    assert done.returncode != 0
+    assert "The launch configuration asks for FSDP version 1, which trainloop does not support." in done.stdout
+
+
+def test_processes_that_are_each_alone_are_told(tmp_path: Path) -> None:
+    """Two processes on a machine without a GPU, and nobody said CPU: an error instead of two runs."""
+    done = launch(tiny(tmp_path), "ddp2", env={"ACCELERATE_USE_CPU": "false"}, check=False)
+    assert done.returncode != 0
+    assert "set `ACCELERATE_USE_CPU=true` before `accelerate launch`" in done.stdout
+
+
+def test_the_example_reaches_what_it_promises() -> None:
+    """At least 97 % on held-out digits, as one process and as two."""
+    for form in ("single", "ddp2"):
+        output = launch(REPOSITORY / "examples" / "digits.py", form).stdout
+        accuracy = re.search(r"accuracy on 360 held-out digits: (.*)%", output)
+        assert accuracy is not None
+        assert float(accuracy[1]) >= 97
