@@ -78,7 +78,7 @@ def resolve_accumulation(argument: int | None) -> int:
 
 
 def check_fsdp_version() -> None:
-    """Raise for FSDP version 1 before an `Accelerator` is built, which fails on it without a GPU, for another reason."""
+    """Raise for FSDP version 1 before an `Accelerator` is built, which fails on it for another reason without a GPU."""
     if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(_FSDP1)
 

@@ -247,6 +247,11 @@ def message_of(action: Callable[[], Any]) -> str:
     raise AssertionError("nothing was raised")
 
 
+def meet() -> None:
+    """Wait for the other ranks."""
+    distributed.gather_objects(None)
+
+
 def failures(folder: Path, form: str) -> dict[str, Any]:
     """What the ranks say when one of them fails, by scenario."""
     rank, last = distributed.rank(), distributed.world_size() - 1
@@ -331,18 +336,18 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
     logger.addHandler(handler)
     store = CheckpointStore(folder / "store", logger=logger)
     for path in paths:
+        kept = (victim / path).read_bytes()
+        meet()
         if rank == 0:
-            kept = (victim / path).read_bytes()
             (victim / path).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        distributed.gather_objects(None)
+        meet()
         records.clear()
         assert_holds(store.resolve("latest"), 1)
         assert not records if rank else path in records[0]
         assert path in message_of(lambda: store.resolve(3))
-        distributed.gather_objects(None)
         if rank == 0:
             (victim / path).write_bytes(kept)
-        distributed.gather_objects(None)
+        meet()
         assert_holds(store.resolve("latest"), 3)
     return told
 

@@ -137,7 +137,7 @@ def digest(trainer: BaseTrainer) -> str:
     for name in sorted(tensors):
         local = tensors[name].to_local() if hasattr(tensors[name], "to_local") else tensors[name]
         total.update(name.encode())
-        total.update(local.detach().contiguous().numpy().tobytes())
+        total.update(local.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

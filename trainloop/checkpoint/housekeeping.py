@@ -2,7 +2,7 @@
 
 Commit of a step that exists already:
 
-1. `step_5` -> `.replaced-step_5-x`, sync     the old one is whole, under a name that nobody loads
+1. `step_5` -> `.replaced-step_5-x`           the old one is whole, under a name that nobody loads
 2. `.tmp-step_5-x` -> `step_5`, sync          the new one is there
 3. `.replaced-…` -> `.trash-…`, sync, remove
 
@@ -51,7 +51,6 @@ def publish(fs: FileSystem, temporary: Path, step: int, token: str) -> list[Path
         return []
     fs.rename(target, replaced)
     try:
-        fs.sync_dir(root)
         fs.rename(temporary, target)
     except OSError:
         fs.rename(replaced, target)

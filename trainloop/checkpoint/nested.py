@@ -55,11 +55,15 @@ def decode(value: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
             return {decode(key, tensors): decode(item, tensors) for key, item in payload}
         if tag == "$tensor":
             return tensors[payload]
+        if tag == "$complex":
+            return torch.view_as_complex(tensors[payload])
     return {key: decode(item, tensors) for key, item in value.items()}
 
 
 def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> Json:
     if isinstance(value, torch.Tensor):
+        if value.is_complex():  # see `tensorfile`
+            return {"$complex": _put(torch.view_as_real(value.detach().resolve_conj()), path, tensors)}
         return {"$tensor": _put(value, path, tensors)}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):

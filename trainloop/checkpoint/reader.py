@@ -18,7 +18,7 @@ from .integrity import Verify, find_problems
 from .layout import MANIFEST, Manifest, TensorRecord, state_file, tensors_beside
 from .nested import decode
 from .sharding import Box, local_box, local_tensor, overlap, slices
-from .tensorfile import dtype_name, load
+from .tensorfile import as_real, dtype_name, load
 
 _NUM_TOLD = 5  # names in an error
 _Read = tuple[str, Box, tuple[int, ...], torch.Tensor]
@@ -145,7 +145,7 @@ def _read_file(path: Path, reads: list[_Read]) -> None:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for key, box, origin, memory in reads:
-                stored = file.get_tensor(key) if not box[1] else file.get_slice(key)[slices(box, origin)]
-                memory.copy_(stored)
+                stored = file.get_slice(key)[slices(box, origin)] if box[1] else file.get_tensor(key)
+                as_real(memory).copy_(stored)
     except (OSError, safetensors.SafetensorError) as ex:
         raise CheckpointError(f"{path} cannot be read: {ex}") from ex

@@ -2,6 +2,8 @@
 
 Files are read by safetensors itself. They are written here, because its `save_file` goes through a temporary file of
 mode 0600, turns a full disk into an error without its number, and leaves the checksum to a second reading.
+
+A complex tensor is stored as a real one with a last dimension of 2: most versions of safetensors know no complex dtype.
 """
 
 from __future__ import annotations
@@ -29,22 +31,23 @@ _CODES = {
     "int32": "I32",
     "int64": "I64",
     "float8_e4m3fn": "F8_E4M3",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
     "float16": "F16",
     "bfloat16": "BF16",
     "float32": "F32",
     "float64": "F64",
-    "complex64": "C64",
 }
-"""The format's name of each dtype that it knows, by torch's."""
+"""The format's name of a dtype, by torch's. Only those that every version of safetensors reads which we allow."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Torch's own name, "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """The form in which a tensor is stored, sharing its memory: what is real as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
@@ -53,7 +56,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     Raises:
         TypeError: Its dtype or layout is not one that safetensors knows, or it holds no data.
     """
-    if dtype_name(tensor.dtype) not in _CODES:
+    if _code(tensor) is None:
         raise TypeError(
             f"Tensor {name} has dtype {dtype_name(tensor.dtype)}, which the safetensors format does not have."
         )
@@ -76,11 +79,7 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
     # Wide elements first, so that each tensor is aligned to its own.
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _CODES[dtype_name(tensor.dtype)],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        header[name] = {"dtype": _code(tensor), "shape": list(as_real(tensor).shape), "data_offsets": [begin, end]}
         if tensor.nbytes:
             buffers.append(_bytes_of(tensor))
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -100,6 +99,11 @@ def load(path: Path) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as ex:
         raise CheckpointError(f"{path} cannot be read: {ex}") from ex
+
+
+def _code(tensor: torch.Tensor) -> str | None:
+    dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+    return _CODES.get(dtype_name(dtype))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

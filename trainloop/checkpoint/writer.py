@@ -40,12 +40,14 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
     """
     if draft.error is not None:
         raise draft.error
+    parents = {(folder / path).parent for path in draft.outputs}
+    for parent in parents:
+        fs.make_dir(parent)
     files = {}
     for path, output in draft.outputs.items():
-        fs.make_dir((folder / path).parent)
         buffers = [output.text] if output.text is not None else serialize(output.tensors, _METADATA)
         files[path] = write_file(fs, folder / path, buffers)
-    for parent in {(folder / path).parent for path in files}:
+    for parent in parents:
         fs.sync_dir(parent)
     return Written(files, draft.chunks)
 
