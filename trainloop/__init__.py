@@ -10,6 +10,7 @@ from .errors import (
     TrainloopWarning,
 )
 from .hook import BaseHook
+from .hooks.checkpointing import CheckpointingHook
 from .hooks.cuda_memory import CudaMaxMemoryHook
 from .hooks.stats import LoggingHook, ProgressHook
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
@@ -20,6 +21,7 @@ __all__ = [
     "BaseHook",
     "BaseTrainer",
     "CheckpointError",
+    "CheckpointingHook",
     "CudaMaxMemoryHook",
     "DataReplayWarning",
     "LoggingHook",

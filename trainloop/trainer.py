@@ -39,7 +39,7 @@ from .launch import (
     resolve_mixed_precision,
     without_parallelism_on_cpu,
 )
-from .non_finite import BufferKeeper, NonFiniteReport, diagnose
+from .non_finite import BufferKeeper, NonFiniteReport, clean_name, diagnose
 from .records import Records, check_records, map_nested_tensor
 from .rng import derived_seed, load_rng_state, rng_state
 from .state import load_optimizer_state, optimizer_state
@@ -552,10 +552,26 @@ class BaseTrainer:
             data position (the same on every rank); `"rank"`: random generators and what else belongs to this rank only;
             and what the hooks add. Tensors are the live ones, unless `state_dict_options` says otherwise.
         """
+        return self._state_dict(self.live_model_state(self.state_dict_options))
+
+    def live_state_dict(self) -> dict[str, Any]:
+        """`state_dict` with the live tensors, whatever `state_dict_options` says: what a checkpoint is made of."""
+        return self._state_dict(self.live_model_state())
+
+    def live_model_state(self, options: StateDictOptions | None = None) -> dict[str, torch.Tensor]:
+        """The model's tensors by clean name; without `options` the live ones. Call on every rank."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return state
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by clean name; under FSDP2 they are DTensors."""
+        return {clean_name(name): param for name, param in self.unwrapped_model.named_parameters()}
+
+    def _state_dict(self, model: dict[str, torch.Tensor]) -> dict[str, Any]:
         state_dict: dict[str, Any] = {
-            "model": get_model_state_dict(self.model, options=self.state_dict_options),
+            "model": model,
             "training_state": {
                 "step": self.step,
                 "seed": self.seed,
@@ -579,21 +595,24 @@ class BaseTrainer:
         Raises:
             ValueError: The state is not that of this model and optimizer.
         """
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
         self._build()
-        self._load_training_state(state_dict)
+        self.load_training_state(state_dict)
+        set_model_state_dict(self.model, state_dict["model"], options=self.state_dict_options)
         for hook in self.hooks:
             hook.on_load_state_dict(self, state_dict)
 
-    def _load_training_state(self, state_dict: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
+    def load_training_state(self, state_dict: dict[str, Any]) -> None:
+        """`load_state_dict` without the model, which a resume reads in place, and without the hooks, which get their
+        part later. Call on every rank.
+        """
         state, rank_state = state_dict["training_state"], state_dict.get("rank")
         for name, own in (("lr_scheduler", self.lr_scheduler), ("grad_scaler", self.grad_scaler)):
             if (state[name] is None) != (own is None):
                 has, had = ("no", "one") if own is None else ("one", "none")
                 raise ValueError(f"`build_{name}` gives this run {has} {name}, but the saved one had {had}.")
         load_optimizer_state(self.unwrapped_model, self._raw_optimizer, state["optimizer"])
-        set_model_state_dict(self.model, state_dict["model"], options=self.state_dict_options)
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.grad_scaler is not None:

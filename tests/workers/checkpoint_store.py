@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import resource
 import sys
 from collections.abc import Callable, Iterable
@@ -18,10 +19,11 @@ import torch.distributed as dist
 from torch import nn
 
 from trainloop import CheckpointError, distributed
-from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepPrevious
+from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
 from trainloop.state import optimizer_state
 
 STEP = 7
+ABOUT: dict[str, Any] = {"run_id": "run", "health": True}
 
 
 # ---------------------------------------------------------------------- what is saved
@@ -158,7 +160,7 @@ def load(folder: Path, form: str) -> None:
             assert checkpoint is not None
             targets = {**optim_like(checkpoint, model), **optim}
             for group, tensors in (("model", model), ("optim", targets)):
-                for name, tensor in tensors.items():
+                for tensor in tensors.values():
                     put(tensor, torch.zeros_like(whole(tensor)) + 1)
                 checkpoint.read_into(group, tensors)
                 for name, tensor in tensors.items():
@@ -187,6 +189,61 @@ def optim_like(checkpoint: Checkpoint, model: dict[str, torch.Tensor]) -> dict[s
             same = tuple(param.shape) == shape
             targets[name] = torch.zeros_like(param, dtype=dtype) if same else torch.zeros(shape, dtype=dtype)
     return targets
+
+
+# ---------------------------------------------------------------------- for tests of one process
+
+
+def saved(root: Path, *steps: int, health: Callable[[int], bool] = lambda step: True) -> Path:
+    """A folder with checkpoints of these steps, committed in this order."""
+    store = CheckpointStore(root)
+    for step in steps:
+        store.save(step, small(step), run_id="run", health=health(step), retention=[KeepInterval(1)])
+    store.close()
+    return root
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.name != ".lock")
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step_{step:07d}"
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def latest(root: Path, **kwargs: Any) -> Checkpoint:
+    checkpoint = CheckpointStore(root).resolve("latest", **kwargs)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def in_child(target: Callable[[], None]) -> int:
+    """Run `target` in a forked process; its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def small(step: int, **more: Any) -> Content:
+    """Content whose every part says the step; plain tensors, the same on each rank."""
+    tensors = {f"w{i}": torch.full((100 + i,), float(step)) for i in range(4)}
+    return Content({"model": tensors, **more}, {"optim": {"m": torch.full((50,), float(step))}}, {"step": step}, [step])
+
+
+def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:
+    assert checkpoint is not None
+    assert checkpoint.manifest.step == step
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors("model").items()}
+    checkpoint.read_into("model", tensors)
+    assert all(bool((tensor == step).all()) for tensor in tensors.values())
+    assert checkpoint.global_state() == {"step": step}
+    assert checkpoint.rank_state(distributed.rank()) == [step]
 
 
 # ---------------------------------------------------------------------- failures
@@ -220,22 +277,6 @@ class Failing(FileSystem):
         super().rename(source, target)
 
 
-def small(step: int, **more: Any) -> Content:
-    """Content whose every part says the step; plain tensors, the same on each rank."""
-    tensors = {f"w{i}": torch.full((100 + i,), float(step)) for i in range(4)}
-    return Content({"model": tensors, **more}, {"optim": {"m": torch.full((50,), float(step))}}, {"step": step}, [step])
-
-
-def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:
-    assert checkpoint is not None
-    assert checkpoint.manifest.step == step
-    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors("model").items()}
-    checkpoint.read_into("model", tensors)
-    assert all(bool((tensor == step).all()) for tensor in tensors.values())
-    assert checkpoint.global_state() == {"step": step}
-    assert checkpoint.rank_state(distributed.rank()) == [step]
-
-
 def message_of(action: Callable[[], Any]) -> str:
     """The message of the CheckpointError that `action` raises on every rank."""
     try:
@@ -256,11 +297,10 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
     """What the ranks say when one of them fails, by scenario."""
     rank, last = distributed.rank(), distributed.world_size() - 1
     told: dict[str, Any] = {}
-    about: dict[str, Any] = {"run_id": "r", "health": True}
     fs = Failing()
     store = CheckpointStore(folder / "store", fs=fs)
     store.open()
-    store.save(1, small(1), **about)
+    store.save(1, small(1), **ABOUT)
 
     def expect(name: str, action: Callable[[], Any]) -> None:
         told[name] = message_of(action)
@@ -273,39 +313,39 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             if rank == where:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-            expect(f"fsize-{name}-{where}", lambda save_it=save_it: (save_it(2, small(2), **about), store.wait()))
+            expect(f"fsize-{name}-{where}", lambda save_it=save_it: (save_it(2, small(2), **ABOUT), store.wait()))
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     bad_state = small(2)
     if rank == last:
         bad_state.rank_state = {"a": [object()]}
-    expect("state", lambda: store.save(2, bad_state, **about))
+    expect("state", lambda: store.save(2, bad_state, **ABOUT))
     other = small(2, **({"ema": {"w": torch.zeros(3)}} if rank == last else {}))
-    expect("groups", lambda: store.save(2, other, **about))
+    expect("groups", lambda: store.save(2, other, **ABOUT))
     other = small(2)
     if rank == last:
         other.weights["model"]["w2"] = torch.zeros(3)  # type: ignore[index]
-    expect("shapes", lambda: store.save(2, other, **about))
+    expect("shapes", lambda: store.save(2, other, **ABOUT))
 
     def copy(*_: Any) -> Any:
         raise MemoryError("no memory for the copy")
 
     if rank == last:
         store._buffers.hold = copy  # type: ignore[method-assign]
-    expect("snapshot", lambda: (store.save_async(2, small(2), **about), store.wait()))
+    expect("snapshot", lambda: (store.save_async(2, small(2), **ABOUT), store.wait()))
     if rank == last:
         del store._buffers.hold
 
     # Each operation in turn, on each rank. After the commit an error is no error any more.
     for where in (0, last):
         fs.count, fs.at = 0, -1
-        store.save(1, small(1), **about)
+        store.save(1, small(1), **ABOUT)
         total = distributed.gather_objects(fs.count)[where]
         outcomes = []
         for at in range(1, total + 1):
             fs.count, fs.at = 0, at if rank == where else -1
             try:
-                store.save(1, small(1), **about)
+                store.save(1, small(1), **ABOUT)
                 outcome = "saved"
             except CheckpointError as ex:
                 outcome = str(ex)
@@ -314,7 +354,7 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
             fs.at = -1
             assert_holds(store.resolve("latest"), 1)
         told[f"operations-{where}"] = outcomes
-    store.save(3, small(3), **about, retention=[KeepPrevious(1)])
+    store.save(3, small(3), **ABOUT, retention=[KeepPrevious(1)])
     assert_holds(store.resolve("latest"), 3)
     store.close()
 

@@ -35,6 +35,7 @@ class FolderLock:
         Raises:
             CheckpointError: Another run holds it.
         """
+        self._descriptor = -1
         self.token = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
         self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -53,6 +54,9 @@ class FolderLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.release()  # a store that nobody closed must not lock out the next one of this process
 
     def _lock(self, folder: Path) -> None:
         try:

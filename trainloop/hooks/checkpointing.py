@@ -1,0 +1,355 @@
+"""When the run is saved, and how it comes back: between the trainer's state and the checkpoint store."""
+
+from __future__ import annotations
+
+import signal
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import distributed
+from ..checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    Content,
+    KeepInterval,
+    KeepPrevious,
+    KeepSteps,
+    RetentionPolicy,
+)
+from ..errors import CheckpointError, describe
+from ..hook import CheckpointerHook
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+_OURS = {"model", "training_state", "rank"}
+
+
+class CheckpointingHook(CheckpointerHook):
+    """Saves the whole run every `interval` steps and at its end, and resumes it exactly.
+
+    A checkpoint is committed by one rename, after every file is on the disk; until then the ones before stay. The
+    newest and the newest healthy one (all parameters finite) are never removed.
+
+    Args:
+        interval: Optimizer steps between two saves.
+        keep_previous: How many commits before the newest stay.
+        keep_interval: Steps that are multiples of it stay. 0: none.
+        path: Folder, relative to the trainer's `workspace`.
+        load: "latest": resume from the newest healthy one, start fresh only if there is none at all; a step; a path;
+            None: start fresh.
+        exit_signals: Signals, by number or name, at which all ranks save after the same step and exit.
+        exit_code: Of that exit; "128+signal" follows the shell.
+        exit_wait: Seconds to wait before that exit.
+        keep_steps: These steps stay.
+        keep: More policies, from `trainloop.checkpoint`.
+        save_every: Save also when this time has passed since the last save, by rank 0's clock.
+        async_save: Only the copy of the tensors blocks; a thread writes. Final saves always finish.
+        verify: How a checkpoint is checked before it is loaded: "full", "size" or "off".
+        on_busy: An async save is due and the last one still runs: "wait" for it, or "skip".
+        max_failures: Saves in a row that may fail before the run ends.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        interval: int,
+        keep_previous: int = 0,
+        keep_interval: int = 0,
+        path: Path | str = "checkpoints",
+        load: str | int | Path | None = "latest",
+        exit_signals: Iterable[int | str] | int | str | None = None,
+        exit_code: int | str = "128+signal",
+        exit_wait: float = 0.0,
+        *,
+        keep_steps: Sequence[int] = (),
+        keep: Sequence[RetentionPolicy] = (),
+        save_every: timedelta | None = None,
+        async_save: bool = False,
+        verify: str = "full",
+        on_busy: str = "wait",
+        max_failures: int = 3,
+    ) -> None:
+        for name, value, lowest in (
+            ("interval", interval, 1),
+            ("keep_previous", keep_previous, 0),
+            ("keep_interval", keep_interval, 0),
+            ("max_failures", max_failures, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be an integer, but is {describe(value)}.")
+            if value < lowest:
+                raise ValueError(f"`{name}` must be at least {lowest}, but is {value}.")
+        if isinstance(load, bool) or not (load is None or isinstance(load, str | int | Path)):
+            raise TypeError(f'`load` must be "latest", a step, a path or None, but is {describe(load)}.')
+        if exit_code != "128+signal" and (isinstance(exit_code, bool) or not isinstance(exit_code, int)):
+            raise TypeError(f'`exit_code` must be an integer or "128+signal", but is {describe(exit_code)}.')
+        if save_every is not None and (not isinstance(save_every, timedelta) or save_every <= timedelta(0)):
+            raise TypeError(f"`save_every` must be a positive timedelta or None, but is {describe(save_every)}.")
+        for name, choice, choices in (("verify", verify, ("full", "size", "off")), ("on_busy", on_busy, _ON_BUSY)):
+            if choice not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, but is {choice!r}.")
+        self.interval = interval
+        self.path = Path(path)
+        self.needs_workspace = not self.path.is_absolute()
+        self.load = load
+        self.exit_signals = _signals(exit_signals)
+        self.exit_code = exit_code
+        self.exit_wait = exit_wait
+        self.save_every = save_every
+        self.async_save = async_save
+        self.verify: Any = verify
+        self.on_busy = on_busy
+        self.max_failures = max_failures
+        self._retention: list[RetentionPolicy] = [KeepPrevious(keep_previous), *keep]
+        if keep_interval:
+            self._retention.append(KeepInterval(keep_interval))
+        if keep_steps:
+            self._retention.append(KeepSteps(keep_steps))
+        self._store: CheckpointStore | None = None
+        self._run_id = ""
+        self._saved_step = -1
+        self._num_failures = 0
+        self._previous_handlers: dict[int, Any] = {}
+
+    # ------------------------------------------------------------------ resume
+
+    def restore(self, trainer: BaseTrainer) -> dict[str, Any] | None:
+        self._open(trainer)
+        assert self._store is not None
+        checkpoint = None
+        if self.load is not None:
+            checkpoint = self._store.resolve(self.load, self.verify)
+        if checkpoint is None:
+            self._run_id = distributed.broadcast_object(uuid.uuid4().hex)
+            trainer.logger.info(f"No checkpoint is loaded from {self._store.path}: the run starts at step 0.")
+            return None
+        state_dict = read_state(trainer, checkpoint)
+        trainer.load_training_state(state_dict)
+        self._run_id = checkpoint.manifest.run_id
+        self._saved_step = trainer.step
+        trainer.logger.info(f"Resumed from {checkpoint.folder}: the run goes on after step {trainer.step}.")
+        if state_dict.get("rank") is None:
+            trainer.logger.warning(
+                f"The checkpoint was saved by {checkpoint.manifest.world_size} processes, and there are now"
+                f" {distributed.world_size()}: model, optimizer and data go on exactly, the random generators of each"
+                " rank are seeded anew."
+            )
+        return state_dict
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        self._open(trainer)
+        self._last_save = time.monotonic()
+        for number in self.exit_signals:
+            # Only a note is made here: all ranks agree on it within the next window.
+            previous = signal.signal(number, lambda received, frame: trainer.control.ask("exit_signal", received))
+            self._previous_handlers.setdefault(number, previous)
+
+    def _open(self, trainer: BaseTrainer) -> None:
+        if self._store is None:
+            path = self.path if trainer.workspace is None else trainer.workspace / self.path
+            self._store = CheckpointStore(path, logger=trainer.logger)
+            self._store.open()
+
+    # ------------------------------------------------------------------ save
+
+    def save_if_due(self, trainer: BaseTrainer) -> None:
+        agreed = trainer.control.agreed
+        exit_signal = agreed["exit_signal"]
+        is_final = bool(exit_signal or agreed["stop"] or trainer.step >= trainer.max_steps)
+        is_asked = bool(trainer.control.take("checkpoint"))
+        if is_final or is_asked or trainer.step % self.interval == 0:
+            self._save(trainer, is_final)
+        elif self._is_overdue() and distributed.rank() == 0:
+            trainer.request_checkpoint()
+        if exit_signal:
+            self._exit(trainer, exit_signal)
+
+    def _is_overdue(self) -> bool:
+        elapsed = timedelta(seconds=time.monotonic() - self._last_save)
+        return self.save_every is not None and elapsed >= self.save_every
+
+    def _save(self, trainer: BaseTrainer, is_final: bool) -> None:
+        if trainer.step == self._saved_step:
+            return
+        assert self._store is not None
+        runs_in_thread = self.async_save and not is_final
+        if runs_in_thread and self.on_busy == "skip" and any(distributed.gather_objects(self._store.busy())):
+            trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
+            return
+        self._last_save = time.monotonic()
+        try:
+            self._store.wait()  # what the last async save has to say
+            save = self._store.save_async if runs_in_thread else self._store.save
+            save(
+                trainer.step,
+                content_of(trainer, self._run_id),
+                run_id=self._run_id,
+                health=_is_healthy(trainer),
+                retention=self._retention,
+            )
+        except CheckpointError as ex:
+            self._num_failures += 1
+            if is_final or self._num_failures > self.max_failures:
+                raise
+            trainer.logger.error(
+                f"Step {trainer.step}: the checkpoint was not saved, training goes on (failure {self._num_failures} of"
+                f" {self.max_failures} in a row). {ex}"
+            )
+        else:
+            self._num_failures = 0
+            self._saved_step = trainer.step
+
+    def _exit(self, trainer: BaseTrainer, exit_signal: int) -> None:
+        code = 128 + exit_signal if isinstance(self.exit_code, str) else self.exit_code
+        name = signal.Signals(exit_signal).name
+        trainer.logger.warning(f"{name} was received: saved after step {trainer.step}, exiting with code {code}.")
+        self._close()
+        time.sleep(self.exit_wait)
+        raise SystemExit(code)
+
+    def on_after_train(self, trainer: BaseTrainer) -> None:
+        self._close()
+
+    def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+        for number, previous in self._previous_handlers.items():
+            signal.signal(number, previous)
+        self._previous_handlers.clear()
+
+
+_ON_BUSY = ("wait", "skip")
+
+
+def content_of(trainer: BaseTrainer, run_id: str) -> Content:
+    """The trainer's state, sorted by how it is stored. Call on every rank.
+
+    A hook's value that is a flat dict of tensors, as an average of the weights is, becomes a folder of its own.
+    """
+    state_dict = trainer.live_state_dict()
+    training_state = dict(state_dict["training_state"])
+    optimizer = training_state.pop("optimizer")
+    shards: dict[str, torch.Tensor] = {}
+    other: dict[str, dict[str, Any]] = {}
+    for name, state in optimizer["state"].items():
+        other[name] = {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                shards[f"{name}/{key}"] = value
+            else:
+                other[name][key] = value
+    weights = {"model": state_dict["model"]}
+    hooks: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        if key not in _OURS:
+            (weights if _is_weights(value) else hooks)[key] = value
+    return Content(
+        weights=weights,
+        shards={"optim": shards},
+        global_state={
+            **training_state,
+            "run_id": run_id,
+            "optimizer": {"state": other, "param_groups": optimizer["param_groups"]},
+            "hooks": hooks,
+        },
+        rank_state={**state_dict["rank"], "buffers": _buffers(trainer)},
+    )
+
+
+def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The inverse of `content_of`: weights are read into the live model, the rest is returned. Call on every rank.
+
+    Raises:
+        CheckpointError: The checkpoint is not of this model; nothing was changed.
+    """
+    params = trainer.named_parameters()
+    training_state = dict(checkpoint.global_state())
+    hooks = training_state.pop("hooks")
+    training_state.pop("run_id")
+    saved_optimizer = training_state["optimizer"]
+    groups = {name: group for group in saved_optimizer["param_groups"] for name in group["params"]}
+    optim: dict[str, torch.Tensor] = {}
+    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in saved_optimizer["state"].items()}
+    for full_name, (shape, dtype) in checkpoint.tensors("optim").items():
+        name, key = full_name.rsplit("/", 1)
+        if name not in params:
+            raise CheckpointError(f"{checkpoint.folder} holds optimizer state of {name}, which the model has not.")
+        group = groups[name]
+        on_host = not shape and not (group.get("fused") or group.get("capturable"))
+        optim[full_name] = state[name][key] = _empty(params[name], shape, dtype, on_host)
+    live = trainer.live_model_state()
+    checkpoint.read_into("model", live)  # checks all names and shapes before it writes
+    checkpoint.read_into("optim", optim)
+    for group_name, tensors in checkpoint.manifest.tensors.items():
+        if group_name in ("model", "optim"):
+            continue
+        averages = {
+            name: _empty(params.get(name), tuple(record.shape), getattr(torch, record.dtype), False)
+            for name, record in tensors.items()
+        }
+        checkpoint.read_into(group_name, averages)
+        hooks[group_name] = averages
+    training_state["optimizer"] = {"state": state, "param_groups": saved_optimizer["param_groups"]}
+    state_dict = {"model": live, "training_state": training_state, **hooks}
+    rank_state = checkpoint.rank_state(distributed.rank())
+    if rank_state is not None:
+        for name, buffer in rank_state.pop("buffers").items():
+            _buffers(trainer)[name].copy_(buffer)
+        state_dict["rank"] = rank_state
+    return state_dict
+
+
+def _buffers(trainer: BaseTrainer) -> dict[str, torch.Tensor]:
+    """Each rank's own: BatchNorm's statistics are of the rank's data, and under FSDP2 nobody makes them equal."""
+    if distributed.world_size() == 1:
+        return {}
+    return {name: buffer.detach() for name, buffer in trainer.unwrapped_model.named_buffers()}
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _empty(param: Any, shape: tuple[int, ...], dtype: torch.dtype, on_host: bool) -> torch.Tensor:
+    """Memory for what belongs to a parameter: sharded like it if it has its shape."""
+    if param is None or on_host:
+        return torch.empty(shape, dtype=dtype)
+    if shape == tuple(param.shape):
+        return torch.empty_like(param.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=param.device)
+
+
+def _is_healthy(trainer: BaseTrainer) -> bool:
+    """Whether all parameters are finite, on all ranks. One device-to-host sync."""
+    params = [p.detach() for p in trainer.named_parameters().values()]
+    shards = [p.to_local() if hasattr(p, "to_local") else p for p in params]
+    finite = [torch.isfinite(shard).all() for shard in shards]
+    own = bool(torch.stack(finite).all()) if finite else True
+    return all(distributed.gather_objects(own))
+
+
+def _signals(given: Any) -> list[int]:
+    """Signal numbers from numbers and names."""
+    if given is None:
+        return []
+    numbers = []
+    for one in [given] if isinstance(given, int | str) else given:
+        try:
+            numbers.append(int(signal.Signals[one] if isinstance(one, str) else signal.Signals(one)))
+        except (KeyError, ValueError) as ex:
+            raise ValueError(f"`exit_signals` must be signals, by number or name, but one is {one!r}.") from ex
+    return numbers
