@@ -453,5 +453,8 @@ def test_every_sync_is_needed(recorded: tuple[Path, list[Event]], tmp_path: Path
     syncs = [i for i, (operation, _) in enumerate(events) if operation.startswith("sync")]
     assert len(syncs) > 40
     for i in syncs:
-        lost = loses(base, events[:i] + events[i + 1 :], tmp_path / "disk", range(50), start=i)
-        assert next(lost, None) is not None, f"{events[i]} can be left out"
+        end = next(j for j in range(i, len(events)) if events[j][0] == "end")
+        without = events[:i] + events[i + 1 : end + 1]
+        # Most show at once; the rest is a matter of luck.
+        attempts = (loses(base, without, tmp_path / "disk", seeds, start=i) for seeds in ((), range(3), range(3, 60)))
+        assert any(next(attempt, None) for attempt in attempts), f"{events[i]} can be left out"

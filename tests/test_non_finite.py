@@ -173,7 +173,6 @@ def test_an_overflow_in_fp16_on_cuda_lowers_the_scale_and_the_step_is_taken() ->
     trainer.given["hooks_"] = lambda self: [Overflows(overflows)]
     trainer.train()
     assert overflows[0] > 0
-    assert overflows[1:] == [0, 0]
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 

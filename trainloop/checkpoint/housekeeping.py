@@ -4,10 +4,10 @@ Commit of a step that exists already:
 
 1. `step_5` -> `.replaced-step_5-x`           the old one is whole, under a name that nobody loads
 2. `.tmp-step_5-x` -> `step_5`, sync          the new one is there
-3. `.replaced-…` -> `.trash-…`, sync, remove
+3. remove `.replaced-…`
 
-A run that dies after 1 leaves no `step_5`; the next run's `clean_up` gives the old one its name back. What dies after 2
-or during 3 leaves something to remove.
+A run that dies after 1 leaves no `step_5`; the next run's `clean_up` gives the old one its name back. One that dies
+later leaves something to remove.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def point_latest(fs: FileSystem, root: Path, step: int, token: str) -> None:
 
 
 def discard(fs: FileSystem, folders: Sequence[Path], token: str) -> None:
-    """Remove folders such that none is ever seen with only a part of its files."""
-    trashed = [folder.with_name(f"{TRASH}{folder.name.lstrip('.')}-{token}") for folder in folders]
+    """Remove checkpoints such that none is ever seen with only a part of its files."""
+    trashed = [folder.with_name(f"{TRASH}{folder.name}-{token}") for folder in folders]
     for folder, trash in zip(folders, trashed, strict=True):
         fs.rename(folder, trash)
     if folders:

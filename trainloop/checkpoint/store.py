@@ -218,7 +218,9 @@ class CheckpointStore:
         # Neither counted nor removed: a damaged one must not take a sound one's place.
         infos = [info for info in self.checkpoints() if self.path / step_name(info.step) not in self._damaged]
         superfluous = [self.path / step_name(step) for step in to_delete(infos, retention)]
-        discard(self._fs, [*replaced, *superfluous], saving.token)
+        for folder in replaced:
+            self._fs.remove_tree(folder)
+        discard(self._fs, superfluous, saving.token)
 
     def _finish_in_thread(self, saving: Saving, ranks: Ranks, retention: tuple[RetentionPolicy, ...]) -> None:
         try:
