@@ -17,7 +17,7 @@ LAYERS = [
     {"records", "rng", "distributed"},
     {"checkpoint"},
     {"weights", "sampling", "non_finite", "gradients", "control", "launch"},
-    {"step", "data", "state", "hook"},
+    {"step", "sources", "data", "state", "hook"},
     {"build"},
     {"trainer"},
     {"hooks"},
