@@ -20,6 +20,7 @@ LAYERS = [
     {"step", "sources", "data", "state", "hook"},
     {"build"},
     {"trainer"},
+    {"ready_made"},
     {"hooks"},
     {"__init__"},
 ]

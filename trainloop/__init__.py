@@ -13,9 +13,10 @@ from .hook import BaseHook
 from .hooks.checkpointing import CheckpointingHook
 from .hooks.cuda_memory import CudaMaxMemoryHook
 from .hooks.stats import LoggingHook, ProgressHook
+from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
 from .step import StepInfo, TrainingStats
-from .trainer import BaseTrainer, Trainer
+from .trainer import BaseTrainer
 
 __all__ = [
     "BaseHook",

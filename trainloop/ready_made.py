@@ -1,0 +1,82 @@
+"""The trainer for scripts that have their model, optimizer and data already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import describe
+from .hook import BaseHook
+from .records import Records
+from .trainer import BaseTrainer
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+class Trainer(BaseTrainer):
+    """The same trainer from objects that a script already has, prepared by Accelerate or not.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        data_loader: The training data, as `BaseTrainer.build_data_loader` returns it.
+        forward: Called as `forward(model, batch)`, with the prepared model; returns what `BaseTrainer.forward` does.
+        lr_scheduler: Moves once per applied update, at any number of processes; a prepared one is unwrapped.
+        hooks: Called in this order.
+        batch_weight: As `BaseTrainer.batch_weight`.
+        **kwargs: Arguments of `BaseTrainer`.
+
+    Example:
+        ```python
+        Trainer(model=model, optimizer=optimizer, data_loader=loader, forward=lambda model, batch: (model(batch), {}),
+                max_steps=1000).train()
+        ```
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data_loader: Iterable[Any],
+        forward: Callable[[nn.Module, Any], tuple[torch.Tensor | None, Records]],
+        lr_scheduler: LRScheduler | None = None,
+        hooks: Sequence[BaseHook] = (),
+        batch_weight: Callable[[Any], float | torch.Tensor | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, function in (("forward", forward), ("batch_weight", batch_weight)):
+            if function is not None and not callable(function):
+                raise TypeError(f"`{name}` must be callable, but is {describe(function)}.")
+        self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks))
+        self._forward, self._batch_weight = forward, batch_weight
+        super().__init__(**kwargs)
+
+    def build_model(self) -> nn.Module:
+        return self._given[0]
+
+    def build_optimizer(self) -> Optimizer:
+        return self._given[1]
+
+    def build_data_loader(self) -> Iterable[Any]:
+        return self._given[2]
+
+    def build_lr_scheduler(self) -> LRScheduler | None:
+        return self._given[3]
+
+    def build_hooks(self) -> list[BaseHook]:
+        return self._given[4]
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
+        return self._forward(self.model, batch)
+
+    def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
+        return self._batch_weight(batch) if self._batch_weight is not None else None
+
+    def _has_batch_weight(self) -> bool:
+        return self._batch_weight is not None
