@@ -12,6 +12,9 @@ from .errors import (
 from .hook import BaseHook
 from .hooks.checkpointing import CheckpointingHook
 from .hooks.cuda_memory import CudaMaxMemoryHook
+from .hooks.early_stopping import EarlyStoppingHook
+from .hooks.ema import EmaHook
+from .hooks.evaluation import EvaluationHook
 from .hooks.stats import LoggingHook, ProgressHook
 from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
@@ -25,6 +28,9 @@ __all__ = [
     "CheckpointingHook",
     "CudaMaxMemoryHook",
     "DataReplayWarning",
+    "EarlyStoppingHook",
+    "EmaHook",
+    "EvaluationHook",
     "LoggingHook",
     "LossNoneWarning",
     "NonFiniteGradientError",
