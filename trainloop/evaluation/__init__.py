@@ -119,12 +119,13 @@ def _untouched(trainer: BaseTrainer) -> Iterator[None]:
     others; afterwards modes, buffers and random generators are as they were.
     """
     model, device = trainer.model, trainer.device
-    modes = [(module, module.training) for module in model.modules()]
-    rng = rng_state(device)
     with ExitStack() as stack:
-        stack.callback(load_rng_state, rng, device)
-        stack.callback(_set_modes, modes)
+        stack.callback(load_rng_state, rng_state(device), device)
+        stack.callback(_set_modes, [(module, module.training) for module in model.modules()])
         stack.callback(distributed.reshard, model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            # A forward pass without gradients has DDP leave out its sharing of buffers at the next one.
+            stack.callback(setattr, model, "require_forward_param_sync", model.require_forward_param_sync)
         stack.enter_context(BufferKeeper(trainer.unwrapped_model).kept())
         distributed.share_rank_zero_buffers(trainer.unwrapped_model)
         model.eval()
