@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import sys
 import warnings
@@ -34,7 +33,6 @@ SYSTEMS = {
 def main() -> None:
     request: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # what the peers have to say about a loader without workers, and the like
     task = Task(**request["task"])
     rank = int(os.environ.get("RANK", "0"))

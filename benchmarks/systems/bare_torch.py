@@ -28,7 +28,8 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
         with nullcontext() if is_last or task.world_size == 1 else model.no_sync():
             with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
                 output = model(x)
-            (loss_of(output, y) / task.num_micro).backward()
+            loss = loss_of(output, y)
+            (loss / task.num_micro if task.num_micro > 1 else loss).backward()
         if is_last:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()

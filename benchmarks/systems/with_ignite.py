@@ -19,7 +19,9 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
         idist.initialize("gloo")
     model = idist.auto_model(make_model(task.model))
     optimizer = idist.auto_optim(make_optimizer(task, model.parameters()))
-    loader = idist.auto_dataloader(data, **data.loader_arguments())
+    arguments = data.loader_arguments()
+    arguments["batch_size"] *= task.world_size  # Ignite divides it
+    loader = idist.auto_dataloader(data, **arguments)
 
     def step(engine: Engine, batch: Any) -> torch.Tensor:
         model.train()
@@ -28,8 +30,8 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
         with nullcontext() if is_last or task.world_size == 1 else model.no_sync():
             with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
                 output = model(x)
-            loss = loss_of(output, y) / task.num_micro
-            loss.backward()
+            loss = loss_of(output, y)
+            (loss / task.num_micro if task.num_micro > 1 else loss).backward()
         if is_last:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()

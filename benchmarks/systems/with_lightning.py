@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import torch
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from ..tasks import CLIP, Task, loss_of, make_model, make_optimizer
 from ..turns import TurnTakingData
@@ -41,7 +42,11 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        use_distributed_sampler=False,
         default_root_dir=os.devnull,
     )
-    trainer.fit(module, data.loader())
+    sampling: dict[str, Any] = {}
+    if task.world_size > 1:  # Lightning's own shuffles
+        sampling["sampler"] = DistributedSampler(data, task.world_size, trainer.global_rank, shuffle=False)
+    trainer.fit(module, data.loader(**sampling))
     return module.inner
