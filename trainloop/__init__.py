@@ -12,6 +12,7 @@ from .errors import (
 from .hook import BaseHook
 from .hooks.checkpointing import CheckpointingHook
 from .hooks.cuda_memory import CudaMaxMemoryHook
+from .hooks.images import ImageFileLoggerHook
 from .hooks.stats import LoggingHook, ProgressHook
 from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointingHook",
     "CudaMaxMemoryHook",
     "DataReplayWarning",
+    "ImageFileLoggerHook",
     "LoggingHook",
     "LossNoneWarning",
     "NonFiniteGradientError",
