@@ -84,6 +84,7 @@ def test_a_batch_becomes_one_grid_that_is_nearly_square() -> None:
     assert np.array_equal(pixels(batch), wanted)
     assert np.array_equal(pixels(batch.permute(0, 2, 3, 1).numpy()), wanted)
     assert to_pil("key", torch.zeros(8, 1, 10, 20)).size == (2 * 20 + 2, 4 * 10 + 3 * 2)
+    assert to_pil("key", torch.zeros(2, 1, 40, 2)).size == (2 * 2 + 2, 40)
     assert to_pil("key", torch.zeros(1, 1, 8, 8)).size == (8, 8)
 
 
@@ -94,6 +95,20 @@ def test_records_are_flattened_by_their_keys() -> None:
         ("b", "c", "0"): 2,
         ("b", "c", "1", "d"): 3,
     }
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([LEVELS], "The records of `log_images` must be a mapping of images, but are [tensor("),
+        ({3: LEVELS}, "The keys of images must be strings, but the records have 3 (int)."),
+        ({"a": [{"b": {3: LEVELS}}]}, "The keys of images must be strings, but `a/0/b` has 3 (int)."),
+    ],
+)
+def test_records_that_are_not_images_by_name_are_refused(records: Any, message: str) -> None:
+    """It says where."""
+    with pytest.raises(TypeError, match=re.escape(message)):
+        flatten_images(records)
 
 
 WRONG: list[tuple[Any, type[Exception], str]] = [

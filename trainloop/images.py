@@ -41,8 +41,8 @@ def flatten_images(records: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
         if isinstance(value, Mapping):
             for key, item in value.items():
                 if not isinstance(key, str):
-                    place = f"`{'/'.join(path)}`" if path else "the records"
-                    raise TypeError(f"The keys of images must be strings, but {place} has {describe(key)}.")
+                    place = f"`{'/'.join(path)}` has" if path else "the records have"
+                    raise TypeError(f"The keys of images must be strings, but {place} {describe(key)}.")
                 walk((*path, key), item)
         else:
             flat[path] = value.detach().full_tensor() if hasattr(value, "full_tensor") else value
@@ -73,7 +73,7 @@ def to_pil(key: str, value: Any) -> Image.Image:
     pixels = _levels(key, _channels_last(key, _array(key, value), is_tensor=isinstance(value, torch.Tensor)))
     if pixels.ndim == 4:
         pixels = _grid(pixels)
-    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _array(key: str, value: Any) -> np.ndarray[Any, Any]:
@@ -129,7 +129,7 @@ def _levels(key: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             f"`{key}` must be in [0, 1], because its values are floats, but is in [{low:g}, {high:g}]. Map it there,"
             " for example by `(x + 1) / 2` and `x.clip(0, 1)`; levels of 0 to 255 must be uint8."
         )
-    return np.rint(array.clip(0, 1).astype(np.float32) * 255).astype(np.uint8)
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 
 
 def _grid(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
