@@ -64,7 +64,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: ProgressHook(eta_warmup=-1),
         ValueError,
-        "`eta_warmup` must be an integer of at least 0, but is -1 (int).",
+        "`eta_warmup` must be at least 0, but is -1.",
     ),
     (
         lambda: Trainer(model=OTHER, optimizer=None, data_loader=[], forward=3, max_steps=1),  # type: ignore[arg-type]

@@ -40,7 +40,8 @@ def test_hooks_hear_every_event_in_list_order() -> None:
     SmallTrainer(hooks_=lambda self: [Recorder("a", events), Recorder("b", events)]).train()
     wanted = [("on_before_train", 0)]
     for step in (1, 2):
-        wanted += [(event, step) for event in ("on_before_step", "on_before_optimizer_step", "on_after_step")]
+        names = ("on_before_step", "on_before_optimizer_step", "on_after_optimizer_step", "on_after_step")
+        wanted += [(event, step) for event in names]
     wanted += [("on_after_train", 2)]
     assert events == [(name, event, step) for event, step in wanted for name in ("a", "b")]
 

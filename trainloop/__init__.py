@@ -12,6 +12,9 @@ from .errors import (
 from .hook import BaseHook
 from .hooks.checkpointing import CheckpointingHook
 from .hooks.cuda_memory import CudaMaxMemoryHook
+from .hooks.early_stopping import EarlyStoppingHook
+from .hooks.ema import EmaHook
+from .hooks.evaluation import EvaluationHook
 from .hooks.images import ImageFileLoggerHook
 from .hooks.stats import LoggingHook, ProgressHook
 from .ready_made import Trainer
@@ -26,6 +29,9 @@ __all__ = [
     "CheckpointingHook",
     "CudaMaxMemoryHook",
     "DataReplayWarning",
+    "EarlyStoppingHook",
+    "EmaHook",
+    "EvaluationHook",
     "ImageFileLoggerHook",
     "LoggingHook",
     "LossNoneWarning",

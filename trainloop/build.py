@@ -20,7 +20,7 @@ from torch import nn
 
 from . import distributed
 from .data import DataFeed
-from .errors import describe
+from .errors import check_int, describe
 from .hook import BaseHook
 from .launch import choose_fsdp2_precision
 
@@ -43,10 +43,10 @@ def check_arguments(
     seed: Any,
 ) -> None:
     """Raise for arguments of `BaseTrainer` that cannot be meant."""
-    _check_int("max_steps", max_steps, 0)
-    _check_int("max_non_finite_grad_retries", max_non_finite_grad_retries, 0, optional=True)
-    _check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
-    _check_int("seed", seed, 0, optional=True)
+    check_int("max_steps", max_steps, 0)
+    check_int("max_non_finite_grad_retries", max_non_finite_grad_retries, 0, optional=True)
+    check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
+    check_int("seed", seed, 0, optional=True)
     if seed is not None and seed >= 2**31:
         raise ValueError(f"`seed` must be below 2**31, but is {seed}.")
     if grad_clip is not None:
@@ -66,15 +66,6 @@ def check_arguments(
             "`state_dict_options` must be torch.distributed.checkpoint.state_dict.StateDictOptions, but is"
             f" {describe(state_dict_options)}."
         )
-
-
-def _check_int(name: str, value: Any, minimum: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer{' or None' if optional else ''}, but is {describe(value)}.")
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
 
 
 def parse_device(device: torch.device | str | int | None) -> torch.device | None:

@@ -33,6 +33,14 @@ class Control:
         value, self.agreed[request] = self.agreed[request], 0
         return value
 
+    def agree_on_exit(self) -> bool:
+        """Whether any rank was sent an exit signal, told at once. Call on every rank; for long work between two
+        windows, which must not keep the run from ending in time.
+        """
+        own = max(self._asked["exit_signal"], self.agreed["exit_signal"])
+        (self.agreed["exit_signal"],) = distributed.start_max([own])()
+        return bool(self.agreed["exit_signal"])
+
     def start(self, skipped: Sequence[int]) -> None:
         """Tell the others, without waiting for them. Call on every rank once a window, when its work is queued: the
         exchange of host values over gloo then runs while the device computes.

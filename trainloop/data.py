@@ -6,7 +6,7 @@ everywhere, and nothing runs ahead of what it has yielded but its workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,12 +40,8 @@ class DataFeed:
     def __init__(self, loader: Any, *, seed: int, rank: int, world_size: int, device: torch.device) -> None:
         self._source = _source(loader, seed, rank, world_size)
         self._next: Any = None
-        self._transfer = None
         is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
-        if device.type != "cpu" and not (is_prepared and loader.device is not None):
-            # Asynchronous where the user's loader has pinned the batch; from pageable memory the copy waits anyway.
-            send = partial(send_to_device, device=device, non_blocking=bool(getattr(loader, "pin_memory", False)))
-            self._transfer = partial(map_nested, send, is_leaf=lambda value: hasattr(value, "to"))
+        self._transfer = None if is_prepared and loader.device is not None else transfer(loader, device)
 
     @property
     def epoch(self) -> int:
@@ -87,6 +83,15 @@ class DataFeed:
                 f" {type(self._source).__name__}. Resume with the same kind of data."
             )
         self._source.load_state_dict(state, rank_state)
+
+
+def transfer(loader: Any, device: torch.device) -> Callable[[Any], Any] | None:
+    """What moves a batch of this loader to the device; None: it is there already."""
+    if device.type == "cpu":
+        return None
+    # Asynchronous where the user's loader has pinned the batch; from pageable memory the copy waits anyway.
+    send = partial(send_to_device, device=device, non_blocking=bool(getattr(loader, "pin_memory", False)))
+    return partial(map_nested, send, is_leaf=lambda value: hasattr(value, "to"))
 
 
 def _source(loader: Any, seed: int, rank: int, world_size: int) -> Source:

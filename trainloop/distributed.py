@@ -6,6 +6,7 @@ In a single process every function answers at once from its own argument.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -104,6 +105,29 @@ def share_rank_zero_weights(model: torch.nn.Module, device: torch.device) -> boo
         dist.broadcast(moved, src=0)
         tensor.copy_(moved)
     return True
+
+
+@torch.no_grad()
+def share_rank_zero_buffers(model: torch.nn.Module) -> None:
+    """Give every rank the buffers of rank 0, on the device. Call on every rank."""
+    if world_size() == 1:
+        return
+    for buffer in model.buffers():
+        flat = buffer.detach().reshape(-1).contiguous()
+        dist.broadcast(flat.view(torch.uint8), src=0)  # as bytes: not every backend knows every dtype
+        buffer.copy_(flat.view_as(buffer))
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of the whole parameters that FSDP2 has gathered. It keeps those of the outermost module after a forward
+    pass without a backward pass, and would go on with them whatever happens to the shards. No communication.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # half a second to load, and where nobody has loaded it nothing is sharded
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def _checksum(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:

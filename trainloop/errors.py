@@ -24,6 +24,16 @@ def describe(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
+def check_int(name: str, value: Any, minimum: int, optional: bool = False) -> None:
+    """Raise unless an argument is a whole number of at least `minimum` (or None, if that is allowed)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer{' or None' if optional else ''}, but is {describe(value)}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
+
+
 class TrainingError(RuntimeError):
     """Something stopped the run. Every rank raises the same error."""
 

@@ -41,6 +41,12 @@ class BaseHook:
         collectives allowed. Gradients may be read and changed (alike on every rank).
         """
 
+    def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
+        """The update was just applied, and no hook has heard `on_after_step` yet: the place for what every other hook
+        must find done, as an average of the weights. Every rank; collectives allowed; weights may be read and, alike on
+        every rank, constrained.
+        """
+
     def on_after_step(self, trainer: BaseTrainer) -> None:
         """The update was applied and the learning rate has moved on. Never called for a discarded window. Every rank;
         collectives allowed; weights may be read, and are not to be changed.

@@ -29,6 +29,8 @@ class Trainer(BaseTrainer):
         lr_scheduler: Moves once per applied update, at any number of processes; a prepared one is unwrapped.
         hooks: Called in this order.
         batch_weight: As `BaseTrainer.batch_weight`.
+        eval_data_loader: The evaluation data, as `BaseTrainer.build_eval_data_loader` returns it.
+        eval_forward: As `forward`, for the evaluation data. None: `forward`.
         **kwargs: Arguments of `BaseTrainer`.
 
     Example:
@@ -48,13 +50,16 @@ class Trainer(BaseTrainer):
         lr_scheduler: LRScheduler | None = None,
         hooks: Sequence[BaseHook] = (),
         batch_weight: Callable[[Any], float | torch.Tensor | None] | None = None,
+        eval_data_loader: Any = None,
+        eval_forward: Callable[[nn.Module, Any], tuple[torch.Tensor | None, Records]] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, function in (("forward", forward), ("batch_weight", batch_weight)):
+        functions = {"forward": forward, "batch_weight": batch_weight, "eval_forward": eval_forward}
+        for name, function in functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"`{name}` must be callable, but is {describe(function)}.")
-        self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks))
-        self._forward, self._batch_weight = forward, batch_weight
+        self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks), eval_data_loader)
+        self._forward, self._batch_weight, self._eval_forward = forward, batch_weight, eval_forward or forward
         super().__init__(**kwargs)
 
     def build_model(self) -> nn.Module:
@@ -72,8 +77,14 @@ class Trainer(BaseTrainer):
     def build_hooks(self) -> list[BaseHook]:
         return self._given[4]
 
+    def build_eval_data_loader(self) -> Any:
+        return self._given[5]
+
     def forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
         return self._forward(self.model, batch)
+
+    def eval_forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
+        return self._eval_forward(self.model, batch)
 
     def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
         return self._batch_weight(batch) if self._batch_weight is not None else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from .errors import describe
 
+K = TypeVar("K")
 Records: TypeAlias = Mapping[str, Any]
 """Mapping of numbers and 0-dim tensors, or of such mappings and sequences."""
 
@@ -105,6 +106,48 @@ def key_average(records: Iterable[Records]) -> dict[str, Any]:
     return unflatten_nested_dict({key: total / counts[key] for key, total in sums.items()})
 
 
+def read_rows(rows: Sequence[Mapping[K, Any]]) -> list[dict[K, float]]:
+    """The same with every tensor read, all of them in one device-to-host transfer."""
+    tensors = [value.reshape(()) for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    host: dict[int, float] = {}
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for kind, same in by_kind.items():
+        by_device.setdefault(kind[0], []).extend(same)
+    for device, group in by_device.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
+        stacks = [torch.stack(by_kind[kind]).to(wide) for kind in by_kind if kind[0] == device]
+        host.update(zip(map(id, group), torch.cat(stacks).tolist(), strict=True))
+    numbers = iter([host[id(tensor)] for tensor in tensors])
+    return [
+        {key: next(numbers) if isinstance(value, torch.Tensor) else float(value) for key, value in row.items()}
+        for row in rows
+    ]
+
+
+def check_output(output: Any, function: str) -> tuple[torch.Tensor | None, Any]:
+    """What `forward` or `eval_forward` returned as a loss, 0-dim, and records.
+
+    Raises:
+        TypeError: It is not a tuple of a tensor or None, and something else.
+        ValueError: The loss has dimensions.
+    """
+    if type(output) is not tuple or len(output) != 2:
+        raise TypeError(f"`{function}` must return a tuple (loss, records), but returned {describe(output)}.")
+    loss, records = output
+    if loss is not None:
+        if not isinstance(loss, torch.Tensor):
+            raise TypeError(f"The loss that `{function}` returns must be a tensor, but is {describe(loss)}.")
+        if loss.dim() != 0:
+            raise ValueError(
+                f"The loss that `{function}` returns must have no dimensions, but has shape {tuple(loss.shape)}. Take"
+                " its mean."
+            )
+    return loss, records
+
+
 def check_records(records: Any, _path: str = "") -> None:
     """Raise if `records` are not nested numbers, naming the key. Reads no tensor.
 
@@ -131,11 +174,12 @@ def check_records(records: Any, _path: str = "") -> None:
                 f'The record "{_path}" must be a number or a tensor of one element, but has shape'
                 f" {tuple(records.shape)}. Reduce it first, for example by its mean."
             )
-    elif not _is_number(records):
+    elif not is_number(records):
         raise TypeError(f'The record "{_path}" must be a number or a 0-dim tensor, but is {describe(records)}.')
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number, of Python or numpy, or a 0-dim tensor."""
     # numpy's scalars register as numbers, but for numpy.bool and 0-dim arrays.
     return isinstance(value, numbers.Real) or (getattr(value, "shape", None) == () and hasattr(value, "item"))
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
 from .rng import derived_seed, lent_rng, seed_all
@@ -30,6 +31,8 @@ def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, boo
     or the index of what the data set itself calls a batch.
     """
     batch_sampler = loader.batch_sampler
+    if isinstance(batch_sampler, BatchSamplerShard):  # Accelerate's, around the user's
+        batch_sampler = batch_sampler.batch_sampler
     sampler: Any
     if batch_sampler is None:  # no automatic batching: each item is what the data set calls a batch
         sampler, batch_size, drop_last = loader.sampler, None, False

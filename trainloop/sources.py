@@ -72,6 +72,29 @@ def with_workers(loader: DataLoader[Any], rank: int, world_size: int) -> DataLoa
     )
 
 
+def with_sampler(loader: DataLoader[Any], sampler: Iterable[Any], seed: int) -> DataLoader[Any]:
+    """A user's loader of a map-style data set with another sampler of what it samples, batches or items. It gets a
+    generator of its own: making its iterator draws from the process's generator otherwise, which a resumed run would do
+    once more. With workers the sampler yields keys of `SeededDataset`.
+    """
+    if loader.batch_sampler is None:
+        sampling: dict[str, Any] = {"batch_size": None, "sampler": sampler}
+    else:
+        sampling = {"batch_sampler": sampler}
+    return DataLoader(
+        loader.dataset if loader.num_workers == 0 else SeededDataset(loader.dataset),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator().manual_seed(seed),
+        prefetch_factor=loader.prefetch_factor,
+        **sampling,
+    )
+
+
 class IndexedSource:
     """Batches from a map-style data set or a sequence, by index."""
 
@@ -115,27 +138,8 @@ class IndexedSource:
             yield batch
 
     def _loader(self) -> DataLoader[Any]:
-        """Torch's loader with the user's options, our sampler, and a generator of its own: making its iterator draws
-        from the process's generator otherwise, which a resumed run would do once more.
-        """
-        data = self._data
-        assert isinstance(data, DataLoader)
-        if data.batch_sampler is None:
-            sampling: dict[str, Any] = {"batch_size": None, "sampler": self._sampler}
-        else:
-            sampling = {"batch_sampler": self._sampler}
-        return DataLoader(
-            data.dataset if data.num_workers == 0 else SeededDataset(data.dataset),
-            num_workers=data.num_workers,
-            collate_fn=data.collate_fn,
-            pin_memory=data.pin_memory,
-            timeout=data.timeout,
-            worker_init_fn=data.worker_init_fn,
-            multiprocessing_context=data.multiprocessing_context,
-            generator=torch.Generator().manual_seed(self._sampler.seed),
-            prefetch_factor=data.prefetch_factor,
-            **sampling,
-        )
+        assert isinstance(self._data, DataLoader)
+        return with_sampler(self._data, self._sampler, self._sampler.seed)
 
     def close(self) -> None:
         _end_workers(self._iterator)

@@ -63,12 +63,12 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     optimizer.state.clear()
     for name, state in state_dict["state"].items():
         param = params[name]
-        optimizer.state[param] = {key: _like(value, param) for key, value in state.items()}
+        optimizer.state[param] = {key: like_param(value, param) for key, value in state.items()}
     for saved_group, group in zip(saved, optimizer.param_groups, strict=True):
         group.update({key: value for key, value in saved_group.items() if key != "params"})
 
 
-def _like(value: Any, param: torch.Tensor) -> Any:
+def like_param(value: Any, param: torch.Tensor) -> Any:
     """`value` as a tensor of its own, on `param`'s device, and sharded like it if it has its shape."""
     if not isinstance(value, torch.Tensor):
         return value

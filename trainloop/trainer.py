@@ -16,7 +16,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,9 @@ from torch import nn
 
 from . import build, distributed
 from .control import Control
-from .errors import LossNoneWarning, NonFiniteGradientError, TrainingError, describe
+from .errors import LossNoneWarning, NonFiniteGradientError, TrainingError
+from .evaluation import evaluate
+from .evaluation.totals import Reduce
 from .gradients import Gradients, no_contribution
 from .hook import BaseHook, CheckpointerHook
 from .launch import (
@@ -40,7 +42,7 @@ from .launch import (
     without_parallelism_on_cpu,
 )
 from .non_finite import BufferKeeper, NonFiniteReport, clean_name, diagnose
-from .records import Records, check_records, map_nested_tensor
+from .records import Records, check_output, check_records, map_nested_tensor
 from .rng import derived_seed, load_rng_state, rng_state
 from .state import load_optimizer_state, optimizer_state
 from .step import StepInfo
@@ -199,6 +201,12 @@ class BaseTrainer:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `build_data_loader`.")
 
+    def build_eval_data_loader(self) -> Any:
+        """Return the data that `evaluate` takes by default: a `DataLoader` for one process (it is sharded over the
+        ranks such that each sample counts once), any iterable of batches, a mapping from names to such; or None.
+        """
+        return None
+
     def build_model(self) -> nn.Module:
         """Return the plain model; it is moved and wrapped by Accelerate. Required."""
         raise NotImplementedError(f"{type(self).__name__} must define `build_model`.")
@@ -232,6 +240,16 @@ class BaseTrainer:
             alone wants to drop gets a `batch_weight` of 0 instead.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `forward`.")
+
+    def eval_forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
+        """Compute loss and records of one batch of the evaluation data; the model is in eval mode, without gradients.
+        By default `forward`.
+
+        Returns:
+            As `forward`. The records may also hold objects with `update`, which was called with this batch, `compute`,
+            which reduces over the ranks, and `reset`, as torchmetrics has them: the same ones for every batch.
+        """
+        return self.forward(batch)
 
     def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
         """How much this micro-batch weighs in the step's mean loss, for example its number of target tokens.
@@ -337,6 +355,8 @@ class BaseTrainer:
         self._gradients.drop()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+        for hook in self.hooks:
+            hook.on_after_optimizer_step(self)
 
     # ------------------------------------------------------------------ parts of a window
 
@@ -364,22 +384,12 @@ class BaseTrainer:
         return stack
 
     def _checked(self, output: Any) -> tuple[torch.Tensor | None, Records]:
-        if type(output) is not tuple or len(output) != 2:
-            raise TypeError(f"`forward` must return a tuple (loss, records), but returned {describe(output)}.")
-        loss, records = output
-        if loss is not None:
-            if not isinstance(loss, torch.Tensor):
-                raise TypeError(f"The loss that `forward` returns must be a tensor, but is {describe(loss)}.")
-            if loss.dim() != 0:
-                raise ValueError(
-                    f"The loss that `forward` returns must have no dimensions, but has shape {tuple(loss.shape)}. Take"
-                    " its mean."
-                )
-            if not loss.requires_grad:
-                raise ValueError(
-                    "The loss that `forward` returns does not require grad: it was detached, computed under"
-                    " `torch.no_grad()`, or doesn't depend on the model."
-                )
+        loss, records = check_output(output, "forward")
+        if loss is not None and not loss.requires_grad:
+            raise ValueError(
+                "The loss that `forward` returns does not require grad: it was detached, computed under"
+                " `torch.no_grad()`, or doesn't depend on the model."
+            )
         if self.step != self._checked_step:  # once a step is enough to catch it early, and costs nothing
             self._checked_step = self.step
             check_records(records)
@@ -480,6 +490,37 @@ class BaseTrainer:
             f" {self.step_info.non_finite_grad_retry_count}). {report}. {report.advice}"
         )
 
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate(self, data_loader: Any = None, *, reduce: Mapping[str, Reduce] | None = None) -> dict[str, Any]:
+        """Run `eval_forward` over held-out data. Call on every rank, between steps; logs nothing.
+
+        Each sample counts exactly once, whatever the number of ranks and the size of the last batch: records and loss
+        are averaged over the batches by their number of samples, or by `batch_weight` if it is overridden. Each batch
+        draws the same noise at every evaluation. Modes, buffers, random generators and position of the training run are
+        as before, bit for bit; BatchNorm has rank 0's statistics everywhere. Before `train` it evaluates the model as
+        it was built; after it, or after `load_state_dict`, as it was trained.
+
+        Args:
+            data_loader: As `build_eval_data_loader` returns it. None: what that returned.
+            reduce: How a record is reduced over batches and ranks, by its name ("a/b"): "mean" (the default of each),
+                "sum", "max" or "min".
+
+        Returns:
+            Nested numbers, the same on every rank: `{"loss": …, <records>}`, for a mapping of loaders by name.
+
+        Raises:
+            TypeError: The data is not iterable.
+            ValueError: There is none, or it cannot be sharded such that each sample counts once.
+        """
+        self._build()
+        data_loader = data_loader if data_loader is not None else self.eval_data_loader
+        if data_loader is None:
+            raise ValueError("`evaluate` has no data: `build_eval_data_loader` returned None. Override it.")
+        result = evaluate(self, data_loader, reduce or {})
+        assert result is not None, "it stops early only where it is told to"
+        return result
+
     # ------------------------------------------------------------------ build, restore
 
     @property
@@ -499,6 +540,7 @@ class BaseTrainer:
         set_seed(self.seed)
         self.data_loader = self.build_data_loader()
         self._feed = build.data_feed(self.data_loader, self.seed, accelerator)
+        self.eval_data_loader = self.build_eval_data_loader()
         set_seed(self.seed)  # the model doesn't depend on what building the data drew
         self.model = build.check_model(self.build_model())
         self.optimizer = build.check_type(self.build_optimizer(), torch.optim.Optimizer, "build_optimizer")

@@ -36,7 +36,7 @@ def loss_factors(weights: Sequence[Any], device: torch.device) -> list[float] | 
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(device_total)
         return list((tensors * (scale / device_total)).unbind())
-    read = [math.nan if is_on_device else _read(w) for w, is_on_device in zip(weights, on_device, strict=True)]
+    read = [math.nan if is_on_device else host_weight(w) for w, is_on_device in zip(weights, on_device, strict=True)]
     given = [w for w in read if w is not None]
     total, num_given, num_all = distributed.sum_over_ranks([sum(given), len(given), len(read)])
     # Checked after the reduction: a rank that raised alone would leave the others waiting.
@@ -55,7 +55,7 @@ def loss_factors(weights: Sequence[Any], device: torch.device) -> list[float] | 
     return [w * scale / total for w in given] if total > 0 else []
 
 
-def _read(weight: Any) -> float | None:
+def host_weight(weight: Any) -> float | None:
     """A weight on the host; NaN if it cannot be meant."""
     if weight is None:
         return None

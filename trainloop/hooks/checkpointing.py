@@ -24,6 +24,8 @@ from ..checkpoint import (
 )
 from ..errors import CheckpointError, describe
 from ..hook import CheckpointerHook
+from ..pretrained import config_text
+from ..records import Records, flatten_nested_dict, is_number
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -35,7 +37,9 @@ class CheckpointingHook(CheckpointerHook):
     """Saves the whole run every `interval` steps and at its end, and resumes it exactly.
 
     A checkpoint is committed by one rename, after every file is on the disk; until then the ones before stay. The
-    newest and the newest healthy one (all parameters finite) are never removed.
+    newest and the newest healthy one (all parameters finite) are never removed. The numbers that were logged since the
+    commit before, those of an evaluation at the same step among them, are a checkpoint's metrics, which `BestK` and
+    `python -m trainloop checkpoints ls` go by.
 
     Args:
         interval: Optimizer steps between two saves.
@@ -119,6 +123,7 @@ class CheckpointingHook(CheckpointerHook):
         self._run_id = ""
         self._saved_step = -1
         self._num_failures = 0
+        self._metrics: dict[str, Any] = {}
         self._previous_handlers: dict[int, Any] = {}
 
     # ------------------------------------------------------------------ resume
@@ -190,12 +195,16 @@ class CheckpointingHook(CheckpointerHook):
         try:
             self._store.wait()  # what the last async save has to say
             save = self._store.save_async if runs_in_thread else self._store.save
+            content = content_of(trainer, self._run_id)
+            config = config_text(trainer.unwrapped_model)
             save(
                 trainer.step,
-                content_of(trainer, self._run_id),
+                content,
                 run_id=self._run_id,
                 health=_is_healthy(trainer),
+                metrics={name: float(value) for name, value in self._metrics.items()},
                 retention=self._retention,
+                extra={f"{group}/config.json": config for group in content.weights} if config is not None else None,
             )
         except CheckpointError as ex:
             self._num_failures += 1
@@ -208,6 +217,14 @@ class CheckpointingHook(CheckpointerHook):
         else:
             self._num_failures = 0
             self._saved_step = trainer.step
+            self._metrics = {}
+
+    def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
+        """What was logged since the last commit is what the next one is judged by."""
+        if not dry_run and distributed.rank() == 0:
+            for key, value in flatten_nested_dict(records).items():
+                if is_number(value):
+                    self._metrics["/".join(map(str, key))] = value
 
     def _exit(self, trainer: BaseTrainer, exit_signal: int) -> None:
         code = 128 + exit_signal if isinstance(self.exit_code, str) else self.exit_code

@@ -8,13 +8,12 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 
 from .. import distributed
-from ..errors import describe
+from ..errors import check_int, describe
 from ..hook import BaseHook
-from ..records import flatten_nested_dict, key_average, unflatten_nested_dict
+from ..records import flatten_nested_dict, key_average, read_rows, unflatten_nested_dict
 from ..step import StepInfo, TrainingStats
 
 if TYPE_CHECKING:
@@ -31,10 +30,7 @@ class _StatsHook(BaseHook):
     """
 
     def __init__(self, interval: int, sync: bool) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int):
-            raise TypeError(f"`interval` must be an integer, but is {describe(interval)}.")
-        if interval < 1:
-            raise ValueError(f"`interval` must be at least 1, but is {interval}.")
+        check_int("interval", interval, 1)
         if not isinstance(sync, bool):
             raise TypeError(f"`sync` must be True or False, but is {describe(sync)}.")
         self.interval = interval
@@ -102,7 +98,7 @@ class _StatsHook(BaseHook):
             if info.max_memory is not None:
                 self._max_memory = max(self._max_memory, info.max_memory)
         self._steps = []
-        for row in _read(rows):
+        for row in read_rows(rows):
             for key, value in row.items():  # one after the other: the sum is the same wherever a checkpoint cuts
                 entry = self._sums.setdefault(key, [0.0, 0])
                 entry[0] += value
@@ -180,8 +176,7 @@ class ProgressHook(_StatsHook):
         show_units: bool = True,
     ) -> None:
         super().__init__(interval, sync)
-        if isinstance(eta_warmup, bool) or not isinstance(eta_warmup, int) or eta_warmup < 0:
-            raise ValueError(f"`eta_warmup` must be an integer of at least 0, but is {describe(eta_warmup)}.")
+        check_int("eta_warmup", eta_warmup, 0)
         self.with_records = with_records
         self.eta_warmup = eta_warmup
         self.show_units = show_units
@@ -247,24 +242,3 @@ class ProgressHook(_StatsHook):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _read(rows: list[dict[Key, Any]]) -> list[dict[Key, float]]:
-    """The same with every tensor read, all of them in one device-to-host transfer."""
-    tensors = [value.reshape(()) for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
-    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    host: dict[int, float] = {}
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for kind, same in by_kind.items():
-        by_device.setdefault(kind[0], []).extend(same)
-    for device, group in by_device.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
-        stacks = [torch.stack(by_kind[kind]).to(wide) for kind in by_kind if kind[0] == device]
-        host.update(zip(map(id, group), torch.cat(stacks).tolist(), strict=True))
-    numbers = iter([host[id(tensor)] for tensor in tensors])
-    return [
-        {key: next(numbers) if isinstance(value, torch.Tensor) else float(value) for key, value in row.items()}
-        for row in rows
-    ]

@@ -1,0 +1,138 @@
+"""One pass over held-out data: every sample counts once over all ranks, and the training run is not touched.
+
+batch i ─► rank i mod world size ─► eval_forward ─► weighted sums on the device ─► one read ─► sums over the ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import find_batch_size
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import distributed
+from ..errors import describe
+from ..non_finite import BufferKeeper
+from ..records import check_output, check_records, unflatten_nested_dict
+from ..rng import load_rng_state, rng_state
+from ..weights import host_weight
+from .batches import EvaluationBatches, seed_for
+from .totals import REDUCTIONS, Metrics, Reduce, Totals
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+_QUIET_SECONDS = 5  # an evaluation that takes longer shows a bar
+
+
+def evaluate(
+    trainer: BaseTrainer,
+    data: Any,
+    reduce: Mapping[str, Reduce],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Run `eval_forward` over a loader, or over each of a mapping. Call on every rank, between steps.
+
+    Args:
+        trainer: The trainer; it is built.
+        data: An iterable of batches, or a mapping from names to such.
+        reduce: How a record is reduced over batches and ranks, by its name ("a/b"); the others are averaged.
+        should_stop: Asked after each round, on every rank, and must answer alike.
+
+    Returns:
+        Nested numbers, the same on every rank; by name for a mapping. None: it was stopped.
+    """
+    for name, how in reduce.items():
+        if how not in REDUCTIONS:
+            raise ValueError(f"`reduce` must name one of {REDUCTIONS} for each record, but has {how!r} for {name!r}.")
+    with _untouched(trainer), torch.no_grad():
+        if not isinstance(data, Mapping):
+            return _evaluate_one(trainer, data, reduce, should_stop)
+        results: dict[str, Any] = {}
+        for name, loader in data.items():
+            result = _evaluate_one(trainer, loader, reduce, should_stop)
+            if result is None:
+                return None
+            results[name] = result
+        return results
+
+
+def _evaluate_one(
+    trainer: BaseTrainer, loader: Any, reduce: Mapping[str, Reduce], should_stop: Callable[[], bool]
+) -> dict[str, Any] | None:
+    assert trainer.seed is not None, "the trainer is built"
+    batches = EvaluationBatches(loader, trainer.seed, trainer.device)
+    is_shown = trainer.accelerator.is_main_process
+    totals, metrics = Totals(reduce), Metrics()
+    try:
+        for index, batch, num_samples in tqdm(
+            batches, "evaluation", batches.num_rounds, leave=False, delay=_QUIET_SECONDS, disable=not is_shown
+        ):
+            seed_for(trainer.device, trainer.seed, "forward", index)
+            is_counted = num_samples is not None
+            with metrics.muted(not is_counted):
+                loss, records = check_output(trainer.eval_forward(batch), "eval_forward")
+            numbers = metrics.split(records, is_counted)
+            if index < distributed.world_size():
+                check_records(numbers)
+            if is_counted:
+                if loss is not None:
+                    numbers = {**numbers, "loss": loss}
+                totals.add(numbers, _weight(trainer, batch, num_samples))
+            if should_stop():
+                return None
+        return unflatten_nested_dict({**totals.result(), **metrics.result()})
+    finally:
+        metrics.reset()
+
+
+def _weight(trainer: BaseTrainer, batch: Any, num_samples: int) -> Any:
+    weight = trainer.batch_weight(batch)
+    if weight is not None:
+        if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":
+            return weight.detach().reshape(())
+        number = host_weight(weight)
+        if number is None or number != number:
+            raise ValueError(f"`batch_weight` must return a finite number >= 0, but returned {describe(weight)}.")
+        return number
+    if num_samples >= 0:
+        return num_samples
+    try:
+        return find_batch_size(batch)
+    except (TypeError, ValueError, IndexError) as ex:
+        raise ValueError(
+            "How many samples a batch of the evaluation data has cannot be told: it does not begin with a tensor. Let"
+            " `batch_weight` return the number."
+        ) from ex
+
+
+# ---------------------------------------------------------------------- the training run, untouched
+
+
+@contextmanager
+def _untouched(trainer: BaseTrainer) -> Iterator[None]:
+    """Around an evaluation: the model in eval mode with rank 0's buffers, which are the ones that a checkpoint shows to
+    others; afterwards modes, buffers and random generators are as they were.
+    """
+    model, device = trainer.model, trainer.device
+    modes = [(module, module.training) for module in model.modules()]
+    rng = rng_state(device)
+    with ExitStack() as stack:
+        stack.callback(load_rng_state, rng, device)
+        stack.callback(_set_modes, modes)
+        stack.callback(distributed.reshard, model)
+        stack.enter_context(BufferKeeper(trainer.unwrapped_model).kept())
+        distributed.share_rank_zero_buffers(trainer.unwrapped_model)
+        model.eval()
+        trainer.optimizer.eval()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
+        stack.callback(trainer.optimizer.train)  # type: ignore[attr-defined]
+        yield
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode

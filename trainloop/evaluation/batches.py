@@ -1,0 +1,116 @@
+"""The batches of one evaluation: which rank takes which, such that each counts once.
+
+Whole batches go to the ranks, so a batch is the same one at any number of processes. Where the last round has none left
+for a rank, it runs one again that does not count: under FSDP2 and DDP every forward pass is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from .. import distributed
+from ..data import transfer
+from ..errors import describe
+from ..rng import derived_seed, seed_all
+from ..sampling import batch_keys, order, sample_key, sampling_of
+from ..sources import with_sampler
+
+
+class EvaluationBatches:
+    """This rank's batches of one pass, as many on each rank: pairs of the batch's number and the batch, on the device,
+    with the number of samples in it (-1: to be counted; None: it does not count).
+
+    Args:
+        data: A `DataLoader` of a map-style data set, of which each rank fetches its batches only; or any other iterable
+            of batches, which each rank reads whole. One that Accelerate has prepared is taken apart again.
+        seed: Of the order, and of random transforms.
+        device: Where the batches go.
+
+    Raises:
+        TypeError: `data` is not an iterable of batches.
+        ValueError: It shards itself in a way that repeats samples.
+    """
+
+    def __init__(self, data: Any, seed: int, device: torch.device) -> None:
+        if not hasattr(data, "__iter__") or isinstance(data, str | bytes):
+            raise TypeError(
+                "The evaluation data must be a DataLoader or another iterable of batches, or a mapping from names to"
+                f" such, but is {describe(data)}."
+            )
+        self._data, self._seed, self._device = data, seed, device
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._transfer = transfer(data, device) or (lambda batch: batch)
+        is_prepared = isinstance(data, DataLoaderShard | DataLoaderDispatcher)
+        is_torch = isinstance(data, DataLoader) and (is_prepared or type(data).__iter__ is DataLoader.__iter__)
+        self._items: list[Any] | None = None
+        if is_torch and not isinstance(data.dataset, IterableDataset):
+            self._items = _items(data, seed)
+        elif self._world_size > 1 and is_prepared:
+            raise ValueError(
+                "The evaluation data is an IterableDataset in a loader that Accelerate has prepared: it repeats samples"
+                " to make the ranks equal. Return the plain loader; it is sharded so that each sample counts once."
+            )
+        self.num_rounds = -(-len(self._items) // self._world_size) if self._items is not None else None
+        """None: not known before the end."""
+
+    def __iter__(self) -> Iterator[tuple[int, Any, int | None]]:
+        num_batches = 0
+        for index, batch, num_samples in self._by_index() if self._items is not None else self._by_reading():
+            num_batches += 1
+            yield index, self._transfer(batch), num_samples
+        if not num_batches:
+            raise ValueError("The evaluation data gave no batch. If it can be iterated once only, return a DataLoader.")
+
+    def _by_index(self) -> Iterator[tuple[int, Any, int | None]]:
+        items = self._items
+        assert items is not None
+        mine = list(range(self._rank, len(items), self._world_size))
+        padding = [0] * ((self.num_rounds or 0) - len(mine))
+        loader: DataLoader[Any] = self._data
+        sampler = [items[i] for i in [*mine, *padding]]
+        if loader.num_workers > 0:
+            key = sample_key if loader.batch_sampler is None else batch_keys
+            sampler = [key(self._seed, 0, item) for item in sampler]
+        iterator = iter(with_sampler(loader, sampler, self._seed))
+        for i, is_counted in [*((i, True) for i in mine), *((i, False) for i in padding)]:
+            seed_for(self._device, self._seed, "fetch", i)
+            batch = next(iterator)
+            num_samples = -1 if loader.batch_sampler is None else len(items[i])
+            yield i, batch, num_samples if is_counted else None
+
+    def _by_reading(self) -> Iterator[tuple[int, Any, int | None]]:
+        first = mine = None
+        i = -1
+        seed_for(self._device, self._seed, "read")  # all ranks read the same
+        for i, batch in enumerate(self._data):
+            first = batch if i == 0 else first
+            if i % self._world_size == self._rank:
+                mine = i, batch, -1
+            if (i + 1) % self._world_size == 0:
+                assert mine is not None
+                yield mine
+                mine = None
+        if (i + 1) % self._world_size:
+            yield mine or (0, first, None)
+
+
+def _items(loader: DataLoader[Any], seed: int) -> list[Any]:
+    """What the loader fetches its batches by, in their order."""
+    sampler, batch_size, drop_last = sampling_of(loader)
+    indices = order(sampler, seed, 0)
+    if batch_size is None:
+        return list(indices)
+    return list(BatchSampler(indices, batch_size, drop_last))
+
+
+def seed_for(device: torch.device, *parts: Any) -> None:
+    """Seed the generators: noise that is the same for a batch at every evaluation, at any number of processes."""
+    seed = derived_seed("evaluation", *parts)
+    seed_all(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

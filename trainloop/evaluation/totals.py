@@ -1,0 +1,158 @@
+"""What the records of an evaluation come to, over batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from .. import distributed
+from ..records import flatten_nested_dict, key_average, read_rows, unflatten_nested_dict
+
+Reduce: TypeAlias = Literal["mean", "sum", "max", "min"]
+Key: TypeAlias = "tuple[Any, ...]"
+
+REDUCTIONS = ("mean", "sum", "max", "min")
+
+
+class Totals:
+    """What the records of a rank's batches come to; tensors stay on the device until `result`."""
+
+    def __init__(self, reduce: Mapping[str, Reduce]) -> None:
+        self._reduce = reduce
+        self._values: dict[Key, Any] = {}
+        self._weights: dict[Key, Any] = {}
+
+    def add(self, records: Mapping[str, Any], weight: Any) -> None:
+        """Count the records of a batch; for those that are averaged with its weight, a number or a 0-dim tensor."""
+        for key, value in flatten_nested_dict(key_average([records])).items():
+            value = _wide(value)
+            how = self._how(key)
+            if how == "mean":
+                value = _weighted(value, weight)
+                self._weights[key] = self._weights.get(key, 0.0) + weight
+            self._values[key] = _combined(how, self._values[key], value) if key in self._values else value
+
+    def result(self) -> dict[Key, float]:
+        """Over all ranks. Call on every rank: one device-to-host sync, one exchange of host values."""
+        values, weights = read_rows([self._values, self._weights])
+        totals: dict[Key, float] = {}
+        total_weights: dict[Key, float] = {}
+        for rank_values, rank_weights in distributed.gather_objects((values, weights)):
+            for key, value in rank_values.items():
+                totals[key] = _combined(self._how(key), totals[key], value) if key in totals else value
+            for key, weight in rank_weights.items():
+                total_weights[key] = total_weights.get(key, 0.0) + weight
+        return {
+            key: _divided(total, total_weights[key]) if key in total_weights else total for key, total in totals.items()
+        }
+
+    def _how(self, key: Key) -> Reduce:
+        return self._reduce.get("/".join(map(str, key)), "mean")
+
+
+def _wide(value: Any) -> Any:
+    """In double precision, where the device has it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().reshape(()).to(torch.float32 if value.device.type == "mps" else torch.float64)
+    return float(value)
+
+
+def _weighted(value: Any, weight: Any) -> Any:
+    """What weighs nothing adds nothing, a NaN included."""
+    if isinstance(weight, torch.Tensor):
+        return torch.where(weight == 0, torch.zeros_like(weight), value) * weight
+    return value * weight if weight else 0.0
+
+
+def _combined(how: Reduce, a: Any, b: Any) -> Any:
+    if how in ("mean", "sum"):
+        return a + b
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return (torch.maximum if how == "max" else torch.minimum)(torch.as_tensor(a), torch.as_tensor(b))
+    return (max if how == "max" else min)(a, b)
+
+
+def _divided(total: float, weight: float) -> float:
+    return total / weight if weight else float("nan")
+
+
+class Metrics:
+    """Objects in the records that add up by themselves, as those of torchmetrics: `update`, which `eval_forward` calls,
+    `compute`, which reduces over the ranks, and `reset`.
+    """
+
+    def __init__(self) -> None:
+        self._metrics: dict[Key, Any] = {}
+
+    @contextmanager
+    def muted(self, is_muted: bool) -> Iterator[None]:
+        """Within it, updates do nothing."""
+        muted = list(self._metrics.values()) if is_muted else []
+        own = [vars(metric).get("update") for metric in muted]
+        for metric in muted:
+            metric.update = _ignore
+        try:
+            yield
+        finally:
+            for metric, update in zip(muted, own, strict=True):
+                if update is None:
+                    del metric.update
+                else:
+                    metric.update = update
+
+    def split(self, records: Any, is_counted: bool) -> Any:
+        """The records without the metrics in them, which are taken note of."""
+        if not isinstance(records, Mapping):
+            return records
+        flat = flatten_nested_dict(records)
+        metrics = {key: value for key, value in flat.items() if _is_metric(value)}
+        if not metrics:
+            return records
+        for key, metric in metrics.items():
+            if not is_counted and key not in self._metrics:
+                metric.reset()  # this rank has no batch but the one that does not count
+        self._metrics |= metrics
+        return unflatten_nested_dict({key: value for key, value in flat.items() if key not in metrics})
+
+    def result(self) -> dict[Key, float]:
+        """What each computes. Call on every rank."""
+        names = ["/".join(map(str, key)) for key in sorted(self._metrics)]
+        by_rank = distributed.gather_objects(names)
+        if any(other != by_rank[0] for other in by_rank):
+            raise ValueError(
+                "The metric objects in the records of `eval_forward` must be the same on every rank, but are, by rank:"
+                f" {by_rank}. Return each of them for every batch."
+            )
+        computed = {key: self._metrics[key].compute() for key in sorted(self._metrics)}
+        return dict(_numbers(key, value) for key, value in _leaves(computed))
+
+    def reset(self) -> None:
+        """For the next evaluation."""
+        for metric in self._metrics.values():
+            metric.reset()
+
+
+def _is_metric(value: Any) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset"))
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _leaves(computed: Mapping[Key, Any]) -> Iterator[tuple[Key, Any]]:
+    """Each number of each result; those of a vector by their index."""
+    for key, value in computed.items():
+        if isinstance(value, Mapping):
+            yield from _leaves({(*key, name): item for name, item in value.items()})
+        elif isinstance(value, torch.Tensor) and value.numel() != 1:
+            yield from (((*key, str(i)), item) for i, item in enumerate(value.flatten()))
+        else:
+            yield key, value
+
+
+def _numbers(key: Key, value: Any) -> tuple[Key, float]:
+    return key, float(value)

@@ -1,0 +1,97 @@
+"""Ends a run that no longer gets better."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import check_int, describe
+from ..hook import BaseHook
+from ..records import Records, flatten_nested_dict
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+
+class EarlyStoppingHook(BaseHook):
+    """Stops the run when a logged metric has not improved `patience` times in a row.
+
+    All ranks stop after the same step, with a last checkpoint, as `BaseTrainer.request_stop` says. A NaN is no
+    improvement. What is the best so far, and how often it was missed, survives a resume.
+
+    Args:
+        metric: As it was logged, nested keys joined: "val/loss".
+        patience: How many values in a row may be no better than the best.
+        mode: Whether less is better ("min") or more ("max").
+        min_delta: What a value must be better by.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self, metric: str, patience: int = 3, mode: Literal["min", "max"] = "min", min_delta: float = 0.0
+    ) -> None:
+        if not isinstance(metric, str) or not metric:
+            raise ValueError(f'`metric` must be the name of what is logged, as "val/loss", but is {metric!r}.')
+        check_int("patience", patience, 1)
+        if mode not in ("min", "max"):
+            raise ValueError(f'`mode` must be "min" or "max", but is {mode!r}.')
+        if isinstance(min_delta, bool) or not isinstance(min_delta, int | float):
+            raise TypeError(f"`min_delta` must be a number, but is {describe(min_delta)}.")
+        if not (math.isfinite(min_delta) and min_delta >= 0):
+            raise ValueError(f"`min_delta` must be finite and at least 0, but is {min_delta}.")
+        self.metric = metric
+        self.patience = patience
+        self.mode = mode
+        self.min_delta = min_delta
+        self.best: float | None = None
+        self.num_bad = 0
+        """Values in a row that were no better than `best`."""
+        self._is_stopping = False
+        self._others: set[str] = set()
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        self._is_stopping = False
+
+    def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
+        if dry_run:
+            return
+        flat = {"/".join(map(str, key)): value for key, value in flatten_nested_dict(records).items()}
+        if self.metric not in flat:
+            self._others |= flat.keys()
+            return
+        value = float(flat[self.metric])
+        if self._is_better(value):
+            self.best, self.num_bad = value, 0
+            return
+        self.num_bad += 1
+        if self.num_bad >= self.patience and not self._is_stopping:
+            self._is_stopping = True
+            trainer.logger.info(
+                f"Step {trainer.step}: {self.metric} was {value:.6g}, and for {self.num_bad} times no better than"
+                f" {'nothing' if self.best is None else f'{self.best:.6g}'}: the run is stopped."
+            )
+            trainer.request_stop()
+
+    def _is_better(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self.best is None:
+            return True
+        gain = self.best - value if self.mode == "min" else value - self.best
+        return gain > self.min_delta
+
+    def on_after_train(self, trainer: BaseTrainer) -> None:
+        if self.best is None and not self.num_bad:
+            logged = ", ".join(sorted(self._others)) or "nothing"
+            trainer.logger.warning(f"EarlyStoppingHook never saw {self.metric!r}; what was logged: {logged}.")
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        state_dict[f"early_stopping_{self.metric}"] = {"best": self.best, "num_bad": self.num_bad}
+
+    def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        state = state_dict.get(f"early_stopping_{self.metric}")
+        if state is not None:
+            self.best, self.num_bad = state["best"], state["num_bad"]

@@ -1,0 +1,246 @@
+"""An exponential moving average of the weights, kept on each rank's own shards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.content import is_dtensor
+from ..checkpoint.sharding import local_tensor
+from ..distributed import reshard
+from ..errors import check_int, describe
+from ..hook import BaseHook
+from ..non_finite import clean_name
+from ..state import like_param
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+_WARMUPS: dict[str, Callable[[int], float]] = {
+    "ratio": lambda t: (1 + t) / (10 + t),
+    "power": lambda t: 1 - (1 + t) ** (-2 / 3),
+}
+_COARSE = (torch.float16, torch.bfloat16)
+"""Their steps are wider than what one update adds, so their average is kept in fp32."""
+
+
+class EmaHook(BaseHook):
+    """Averages the weights over the steps: `average = decay * average + (1 - decay) * weights` after each update.
+
+    Each rank averages the shards that it holds: no communication, no host sync, no copy of the module. Frozen
+    parameters are not averaged, and buffers are those of the model. As torch's `AveragedModel`, the first update copies
+    the weights. A window that was discarded is not an update. Of fp16 and bf16 parameters the average is kept in fp32.
+
+    In a checkpoint the average is the folder `name`, in the form of `model/`: a resume reads it at any number of
+    processes, and `python -m trainloop checkpoints export --group ema` writes it as a model.
+
+    Args:
+        decay: In [0, 1]; what the average keeps of itself at an update, once the warm-up has come to it.
+        warmup: What `decay` is at most at update t (the first, which copies, is t = 0): "ratio", (1 + t) / (10 + t), as
+            diffusers' `EMAModel` has it by default; "power", 1 - (1 + t)^(-2/3), as it has it with `use_ema_warmup`; a
+            function of t; None: no warm-up.
+        update_interval: Optimizer steps between two updates.
+        start_step: Until this step the average is a copy of the weights.
+        device: Where the average lies, for example "cpu", which costs a transfer an update. None: beside the weights.
+        name: Of the average in `state_dict` and checkpoints; several hooks must differ in it.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        ```python
+        ema = EmaHook(0.999, warmup="ratio")
+        hooks = [ema, EvaluationHook(500, ema=ema, prefix="val_ema")]
+
+        with ema.swapped(trainer):  # on every rank
+            samples = sample(trainer.model)
+        ```
+    """
+
+    def __init__(
+        self,
+        decay: float,
+        *,
+        warmup: str | Callable[[int], float] | None = None,
+        update_interval: int = 1,
+        start_step: int = 0,
+        device: torch.device | str | None = None,
+        name: str = "ema",
+    ) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, int | float):
+            raise TypeError(f"`decay` must be a number, but is {describe(decay)}.")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"`decay` must be in [0, 1], but is {decay}.")
+        if not (warmup is None or callable(warmup) or warmup in _WARMUPS):
+            raise ValueError(f"`warmup` must be one of {list(_WARMUPS)}, a function or None, but is {warmup!r}.")
+        check_int("update_interval", update_interval, 1)
+        check_int("start_step", start_step, 0)
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"`name` must be an identifier, since it names a folder, but is {name!r}.")
+        self.decay = decay
+        self.update_interval = update_interval
+        self.start_step = start_step
+        self.name = name
+        self.num_updates = 0
+        """Updates of the average so far, the copy at its begin included."""
+        self._warmup = _WARMUPS[warmup] if isinstance(warmup, str) else warmup
+        self._device = torch.device(device) if device is not None else None
+        self._model: nn.Module | None = None
+        self._copy: nn.Module | None = None
+        self._is_swapped = False
+
+    def _bind(self, trainer: BaseTrainer) -> None:
+        """Begin with the weights that the model has now."""
+        if self._model is trainer.model:
+            return
+        self._model, self._copy, self.num_updates = trainer.model, None, 0
+        self._unwrapped = trainer.unwrapped_model
+        named = trainer.named_parameters()
+        self._params = {name: p.detach() for name, p in named.items() if p.requires_grad}
+        first_names = {p: name for name, p in named.items()}
+        tied = self._unwrapped.named_parameters(remove_duplicate=False)
+        self._first_names = {clean_name(name): first_names[p] for name, p in tied}
+        # Lists that are made once: on many small tensors making them costs more than the update.
+        self._weights = [local_tensor(param) for param in self._params.values()]
+        self._averages = [
+            weight.to(self._device or weight.device, torch.float32 if weight.dtype in _COARSE else None, copy=True)
+            for weight in self._weights
+        ]
+        pairs = zip(self._averages, self._weights, strict=True)
+        self._is_direct = all((a.dtype, a.device) == (w.dtype, w.device) for a, w in pairs)
+
+    # ------------------------------------------------------------------ the average
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        twins = [h for h in trainer.hooks if isinstance(h, EmaHook) and h.name == self.name]
+        if len(twins) > 1:
+            raise ValueError(f"The `name`s of several EmaHooks must differ, but {len(twins)} have {self.name!r}.")
+        self._bind(trainer)
+
+    @torch.no_grad()
+    def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
+        if self._is_swapped:
+            raise RuntimeError("The model was trained inside `EmaHook.swapped`, which puts its weights back. Leave it.")
+        if trainer.step % self.update_interval:
+            return
+        weights = self._weights
+        if not self._is_direct:
+            pairs = zip(weights, self._averages, strict=True)
+            weights = [weight.to(average.device, average.dtype) for weight, average in pairs]
+        if trainer.step <= self.start_step or not self.num_updates:
+            torch._foreach_copy_(self._averages, weights)
+        else:
+            torch._foreach_lerp_(self._averages, weights, 1.0 - self._decay_at(self.num_updates))
+        self.num_updates += trainer.step > self.start_step
+
+    def _decay_at(self, update: int) -> float:
+        return self.decay if self._warmup is None else min(self.decay, self._warmup(update))
+
+    # ------------------------------------------------------------------ its use
+
+    @contextmanager
+    def swapped(self, trainer: BaseTrainer) -> Iterator[None]:
+        """Within it the model has the averaged weights, for evaluation, sampling or export; at the end its own are
+        back, bit for bit, also after an exception. Call on every rank, between steps.
+
+        Costs a copy of this rank's shards while it lasts. A checkpoint inside it is refused.
+
+        Raises:
+            RuntimeError: It is entered twice, or the state is saved or the model trained inside it.
+        """
+        self._bind(trainer)
+        if self._is_swapped:
+            raise RuntimeError("`EmaHook.swapped` must be left before it is entered again.")
+        # What FSDP2 still has gathered would go on being used in place of the shards.
+        reshard(trainer.model)
+        with torch.no_grad():
+            backup = torch._foreach_clone(self._weights)
+        self._is_swapped = True
+        try:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, self._averages)
+            yield
+        finally:
+            reshard(trainer.model)
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, backup)
+            self._is_swapped = False
+
+    @property
+    def ema_model(self) -> nn.Module:
+        """A copy of the model with the averaged weights, in eval mode: the same object at each call, brought up to
+        date. In a single process and under DDP; call it on any rank.
+
+        Raises:
+            RuntimeError: The run has not begun, or the weights are sharded (FSDP2).
+        """
+        if self._model is None:
+            raise RuntimeError("`ema_model` is there as soon as the run has begun, and it has not.")
+        if any(map(is_dtensor, self._params.values())):
+            raise RuntimeError(
+                "`ema_model` needs the whole weights on one rank, but FSDP2 has sharded them. Use them in place, inside"
+                f" `with hook.swapped(trainer)`, or export them from a checkpoint: `python -m trainloop checkpoints"
+                f" export DIR --group {self.name}`."
+            )
+        if self._copy is None:
+            self._copy = copy.deepcopy(self._unwrapped).eval().requires_grad_(False)
+        averages = dict(zip(self._params, self._averages, strict=True))
+        with torch.no_grad():
+            for name, param in self._copy.named_parameters():
+                if (average := averages.get(clean_name(name))) is not None:
+                    param.copy_(average)
+            for buffer, live in zip(self._copy.buffers(), self._unwrapped.buffers(), strict=True):
+                buffer.copy_(live)
+        return self._copy
+
+    # ------------------------------------------------------------------ state
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        if self._is_swapped:
+            raise RuntimeError(
+                "The state was asked for inside `EmaHook.swapped`: it would hold the averaged weights in place of the"
+                " model's. Leave it first."
+            )
+        self._bind(trainer)
+        pairs = zip(self._averages, self._params.values(), strict=True)
+        averages = dict(zip(self._params, (_sharded_like(param, average) for average, param in pairs), strict=True))
+        # Frozen parameters, buffers and the second names of tied ones too, so that it is a model's whole state.
+        state_dict[self.name] = {
+            name: averages.get(self._first_names.get(name, name), tensor)
+            for name, tensor in trainer.live_model_state().items()
+        }
+        state_dict[f"{self.name}_hook"] = {"num_updates": self.num_updates}
+
+    @torch.no_grad()
+    def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        self._bind(trainer)
+        saved = state_dict.get(self.name)
+        if saved is None:
+            trainer.logger.warning(f"The saved state has no {self.name!r}: the average begins with the weights.")
+            return
+        if missing := sorted(self._params.keys() - saved.keys()):
+            raise ValueError(
+                f"The saved average {self.name!r} has not the parameters: {', '.join(missing[:5])}"
+                f"{', …' if len(missing) > 5 else ''}."
+            )
+        for (name, param), average in zip(self._params.items(), self._averages, strict=True):
+            average.copy_(local_tensor(like_param(saved[name], param)))
+        self.num_updates = state_dict[f"{self.name}_hook"]["num_updates"]
+
+
+def _sharded_like(param: Any, local: torch.Tensor) -> torch.Tensor:
+    """This rank's shard as a part of the whole, where `param` is one. No communication."""
+    if not is_dtensor(param):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = param.device_mesh, param.placements
+    shard = local.to(param.device)
+    whole: torch.Tensor = DTensor.from_local(shard, mesh, placements, shape=param.shape, stride=param.stride())
+    return whole

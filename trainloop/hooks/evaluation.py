@@ -1,0 +1,115 @@
+"""When the run is evaluated, with which weights, and where the result goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from ..errors import check_int, describe
+from ..evaluation import evaluate
+from ..evaluation.totals import Reduce
+from ..hook import BaseHook
+from ..records import flatten_nested_dict
+from .ema import EmaHook
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+
+class EvaluationHook(BaseHook):
+    """Evaluates every `interval` steps, and logs `{prefix: {"loss": …, <records>}}`, exact over all samples and ranks.
+
+    See `BaseTrainer.evaluate` for what is computed. The numbers go to every hook's `on_log` and into the next
+    checkpoint's metrics, by which `BestK` judges it: those of a step into the checkpoint of that step, if one is due.
+    The training run goes on as if it had not been evaluated, bit for bit. An exit signal ends an evaluation early; the
+    resumed run makes up for it.
+
+    Args:
+        interval: Optimizer steps between two evaluations.
+        data_loader: The data, as `BaseTrainer.build_eval_data_loader` returns it. None: what that returns.
+        ema: Evaluate with the averaged weights of this hook, which must be one of the run's.
+        prefix: Under which the numbers are logged; several hooks must differ in it.
+        reduce: How a record is reduced over batches and ranks, by its name ("a/b"): "mean" (the default of each),
+            "sum", "max" or "min".
+        at_start: Evaluate before the first step as well; it is logged as step 0.
+        at_end: Evaluate after the last step as well.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        interval: int,
+        *,
+        data_loader: Any = None,
+        ema: EmaHook | None = None,
+        prefix: str = "val",
+        reduce: Mapping[str, Reduce] | None = None,
+        at_start: bool = False,
+        at_end: bool = True,
+    ) -> None:
+        check_int("interval", interval, 1)
+        if ema is not None and not isinstance(ema, EmaHook):
+            raise TypeError(f"`ema` must be an EmaHook or None, but is {describe(ema)}.")
+        if not isinstance(prefix, str) or not prefix:
+            raise ValueError(f"`prefix` must be a name, but is {prefix!r}.")
+        self.interval = interval
+        self.data_loader = data_loader
+        self.ema = ema
+        self.prefix = prefix
+        self.reduce = dict(reduce or {})
+        self.at_start = at_start
+        self.at_end = at_end
+        self._is_pending = False
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        if self.data_loader is None and trainer.eval_data_loader is None:
+            raise ValueError(
+                f"EvaluationHook (prefix {self.prefix!r}) has no data: `build_eval_data_loader` returned None. Override"
+                " it, or pass `data_loader`."
+            )
+        if self.ema is not None and self.ema not in trainer.hooks:
+            raise ValueError(
+                f"`ema` of EvaluationHook (prefix {self.prefix!r}) must be one of the run's hooks, or it averages"
+                " nothing. Return it from `build_hooks` as well."
+            )
+        if sum(isinstance(hook, EvaluationHook) and hook.prefix == self.prefix for hook in trainer.hooks) > 1:
+            raise ValueError(f"The `prefix`es of several EvaluationHooks must differ, but two are {self.prefix!r}.")
+        self._is_pending = self.at_start and trainer.step == 0
+
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        if self._is_pending:
+            trainer.step -= 1  # what is evaluated, and logged, is what the step before has left
+            try:
+                self._evaluate(trainer)
+            finally:
+                trainer.step += 1
+
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        is_last = trainer.step >= trainer.max_steps or trainer.control.agreed["stop"]
+        if trainer.step % self.interval == 0 or (self.at_end and is_last):
+            self._evaluate(trainer)
+
+    def _evaluate(self, trainer: BaseTrainer) -> None:
+        self._is_pending = True
+        if trainer.control.agreed["exit_signal"]:
+            return
+        data = self.data_loader if self.data_loader is not None else trainer.eval_data_loader
+        with self.ema.swapped(trainer) if self.ema is not None else nullcontext():
+            result = evaluate(trainer, data, self.reduce, should_stop=trainer.control.agree_on_exit)
+        if result is None:
+            trainer.logger.warning(f"Step {trainer.step}: a signal ended the evaluation, the resumed run makes it.")
+            return
+        self._is_pending = False
+        shown = [f"{'/'.join(map(str, key))} {value:.4g}" for key, value in flatten_nested_dict(result).items()]
+        trainer.logger.info(f"step {trainer.step}/{trainer.max_steps} | {self.prefix}: {' | '.join(shown)}")
+        trainer.log({self.prefix: result})
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        state_dict[f"evaluation_{self.prefix}"] = {"is_pending": self._is_pending}
+
+    def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        self._is_pending = state_dict.get(f"evaluation_{self.prefix}", {}).get("is_pending", False)
