@@ -129,7 +129,8 @@ def _levels(key: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             f"`{key}` must be in [0, 1], because its values are floats, but is in [{low:g}, {high:g}]. Map it there,"
             " for example by `(x + 1) / 2` and `x.clip(0, 1)`; levels of 0 to 255 must be uint8."
         )
-    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    levels: np.ndarray[Any, Any] = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    return levels
 
 
 def _grid(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
