@@ -66,6 +66,9 @@ class KeepSteps:
             _check_number("steps", step, 0)
         object.__setattr__(self, "steps", frozenset(steps))
 
+    def __repr__(self) -> str:
+        return f"KeepSteps({sorted(self.steps)})"
+
     def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
         return {manifest.step for manifest in manifests if manifest.step in self.steps}
 
