@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +35,10 @@ from trainloop.checkpoint import (
     KeepSteps,
     ManifestInfo,
     RetentionPolicy,
+    layout,
     lock,
+    pick,
+    survey,
 )
 from trainloop.checkpoint.layout import manifest_text, parse_manifest
 from trainloop.checkpoint.lock import FolderLock
@@ -251,8 +254,8 @@ def test_a_manifest_without_policies_is_read(tmp_path: Path, capsys: pytest.Capt
     """The field is younger than the format: where it is missing, `ls` works and `prune` asks for policies."""
     root = saved(tmp_path / "checkpoints", 1)
     path = folder_of(root, 1) / "manifest.json"
-    text = manifest_text(replace(parse_manifest(path.read_text()), retention=None))
-    path.write_text(text)
+    body = re.sub(r'\n "retention": .*', "", path.read_text())
+    path.write_text(layout._sealed(body[: body.rfind('"crc32": ')]))
     assert run(capsys, "ls", root)[0] == 0
     code, _, error = run(capsys, "prune", root)
     assert (code, "does not say what its run keeps. Give policies" in error) == (1, True)
@@ -338,6 +341,8 @@ def test_a_folder_is_a_model_for_from_pretrained(
         assert len(files) == num_files or len(files) > 3
         assert (out / "model.safetensors.index.json").exists() is (num_files is None)
         assert (out / "config.json").read_text() == config
+        stored = load_file(folder_of(store.path, 1) / "model" / "model.safetensors")  # tied ones once
+        assert sorted(name for file in files for name in load_file(file)) == sorted(stored) != sorted(state)
         loaded, info = type(model).from_pretrained(out, output_loading_info=True)
         assert not any(info.values()), info
         assert {n: bits(t) for n, t in loaded.state_dict().items()} == {n: bits(t) for n, t in state.items()}
@@ -583,6 +588,49 @@ def test_a_run_that_saves_and_removes_is_never_taken_for_damage(
     assert "damaged" not in caplog.text.lower()
 
 
+def once(module: Any, name: str, action: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Have `action` happen right before the first call of a function."""
+    real, calls = getattr(module, name), iter([action])
+
+    def wrapped(*args: Any) -> Any:
+        next(calls, lambda: None)()
+        return real(*args)
+
+    patch.setattr(module, name, wrapped)
+
+
+def test_what_changes_between_manifest_and_files_is_looked_at_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is saved again after its manifest was read is no damage: the new one is verified."""
+    root = saved(tmp_path / "checkpoints", 7)
+    again = small(7)
+    again.weights["model"]["w0"] += 1  # type: ignore[index]
+    once(survey, "find_problems", lambda: saved(root, 7, content=again), monkeypatch)  # type: ignore[arg-type]
+    code, said, _ = run(capsys, "verify", root)
+    assert code == 0
+    assert re.fullmatch(r"step_0000007: ok, healthy \(.*\)\n", said)
+
+
+def test_one_that_goes_makes_room_for_the_newer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the run removes the newest before it was verified, the one that took its place is exported."""
+    root = saved(tmp_path / "checkpoints", 7)
+
+    def go_on() -> None:
+        store = CheckpointStore(root, fs=Quick())
+        store.save(8, small(8), **ABOUT)
+        store.close()
+
+    once(pick, "look_into", go_on, monkeypatch)
+    out = tmp_path / "out.safetensors"
+    code, said, _ = run(capsys, "export", root, "--output", out)
+    assert code == 0
+    assert steps_in(root) == [8]
+    assert f"step_0000008, model -> {out}" in said
+
+
 # ---------------------------------------------------------------------- prune
 
 
@@ -681,9 +729,6 @@ def test_a_run_that_holds_the_folder_is_not_disturbed(
     store.close()
     assert run(capsys, "prune", root, "--keep-previous", 0, "--yes")[0] == 0
     assert steps_in(root) == [20]
-
-
-POLICIES: dict[Callable[[Any], RetentionPolicy], tuple[Any, Callable[[Any], Iterable[Any]]]] = {}
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
