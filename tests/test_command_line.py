@@ -35,6 +35,7 @@ from trainloop.checkpoint import (
     KeepSteps,
     ManifestInfo,
     RetentionPolicy,
+    export,
     layout,
     lock,
     pick,
@@ -579,7 +580,7 @@ def test_a_run_that_saves_and_removes_is_never_taken_for_damage(
                 )
                 num_exported += 1
             else:
-                assert re.search("removed while it was read|faster than|has no checkpoint", error), error
+                assert re.search("while it was read|faster than|has no checkpoint", error), error
     finally:
         process.kill()
         process.join()
@@ -631,6 +632,30 @@ def test_one_that_goes_makes_room_for_the_newer(
     assert f"step_0000008, model -> {out}" in said
 
 
+@pytest.mark.parametrize("step", [7, 8])
+def test_no_export_is_of_two_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """What the run saves again (7) or removes (by saving 8) between verification and reading is an error that says so,
+    also where it was named by the link `latest`.
+    """
+    root = saved(tmp_path / "checkpoints", 7)
+
+    def go_on() -> None:
+        store = CheckpointStore(root, fs=Quick())
+        store.save(step, small(step), **ABOUT)
+        store.close()
+
+    once(export, "_look_for_space", go_on, monkeypatch)
+    out = tmp_path / "out.safetensors"
+    code, _, error = run(capsys, "export", root / "latest", "--output", out)
+    assert code == 1
+    assert error == (
+        f"{PREFIX}: error: {folder_of(root, 7)} was removed or saved again while it was read, by its run. Try again.\n"
+    )
+    assert not out.exists()
+
+
 # ---------------------------------------------------------------------- prune
 
 
@@ -666,10 +691,10 @@ def test_nothing_is_removed_unless_asked(tmp_path: Path, capsys: pytest.CaptureF
     policies = f"{best}, {most}, KeepPrevious(num=0)"
     assert said.splitlines()[-2:] == [
         f"By the policies given: {policies}; always the newest and the newest healthy stay.",
-        f"To be removed: 3, {freed / 1024:.1f} KiB. Nothing was: --yes does it.",
+        f"Would remove 3 ({freed / 1024:.1f} KiB). Nothing was removed: --yes does it.",
     ]
     code, said, _ = run(capsys, "prune", root, *arguments, "--yes")
-    assert (code, said.splitlines()[-1]) == (0, f"Removed: 3, {freed / 1024:.1f} KiB.")
+    assert (code, said.splitlines()[-1]) == (0, f"Removed 3 ({freed / 1024:.1f} KiB).")
     assert sorted(path.name for path in root.iterdir() if path.name != ".lock") == [
         "latest", "step_0000020", "step_0000030", "step_0000050",
     ]  # fmt: skip
@@ -687,6 +712,10 @@ def test_without_a_policy_the_runs_own_are_asked(tmp_path: Path, capsys: pytest.
     path.write_text(manifest_text(manifest))
     assert run(capsys, "prune", root, "--yes")[0] == 0
     assert steps_in(root) == [20, 40, 50]
+    said = run(capsys, "prune", root, "--keep-steps", "40,7", "--every-seconds", 1e6)[1]
+    assert [line.split(maxsplit=4)[4] for line in said.splitlines()[:3]] == [
+        "EverySeconds(seconds=1000000.0)", "KeepSteps([7, 40])", "newest, newest healthy",
+    ]  # fmt: skip
 
 
 def test_a_damaged_one_takes_no_sound_ones_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -846,6 +875,27 @@ def test_what_is_not_there_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFi
         assert (code, error.endswith(f"{message}\n"), error.count("\n")) == (1, True, 1), error
     for command in ("ls", "prune"):
         assert run(capsys, command, tmp_path / "empty") == (0, f"{tmp_path / 'empty'} has no checkpoints yet.\n", "")
+
+
+def test_a_newer_format_is_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a later trainloop wrote is told as such by each command, and nothing is removed beside it."""
+    root = saved(tmp_path / "checkpoints", 1, 2)
+    path = folder_of(root, 2) / "manifest.json"
+    body = path.read_text().replace(f'"version": {layout.VERSION}', f'"version": {layout.VERSION + 1}')
+    path.write_text(layout._sealed(body[: body.rfind('"crc32": ')]))
+    for command in (
+        ["ls", root],
+        ["verify", root],
+        ["verify", path.parent],
+        ["export", root],
+        ["export", path.parent],
+        ["prune", root, "--keep-previous", 0, "--yes"],
+    ):
+        code, said, error = run(capsys, *command)
+        assert (code, said) == (1, "")
+        assert error.startswith(f"{PREFIX}: error: {path.parent}: ")
+        assert "Update trainloop" in error
+    assert steps_in(root) == [1, 2]
 
 
 # ---------------------------------------------------------------------- the policies in a manifest

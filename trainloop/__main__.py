@@ -79,7 +79,7 @@ def _ls(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     if options.step is None and is_one_checkpoint(options.dir):
-        folders = [options.dir]
+        folders = [options.dir.resolve()]
     else:
         check_folder(options.dir)
         catalog = Catalog(options.dir)
@@ -93,8 +93,9 @@ def _verify(options: argparse.Namespace) -> int:
         if finding is None:
             print(f"{folder.name}: removed meanwhile, by its run")
             continue
-        told = f"{finding.state}: {'; '.join(finding.problems)}" if finding.problems else f"ok, {finding.state}"
-        print(f"{folder.name}: {told} ({size(finding.num_bytes)})", flush=True)
+        well = f"ok, {finding.state} ({size(finding.num_bytes)})"
+        told = f"{finding.state}: {'; '.join(finding.problems)}" if finding.problems else well
+        print(f"{folder.name}: {told}", flush=True)
         all_whole = all_whole and not finding.problems
     return 0 if all_whole else 1
 
@@ -134,8 +135,8 @@ def _prune(options: argparse.Namespace) -> int:
         f"By {whose}: {', '.join(map(repr, plan.policies)) or 'none'}; always the newest and the newest healthy stay."
     )
     num_bytes = sum(finding.num_bytes for finding in plan.go) + sum(item.num_bytes for item in plan.leftovers)
-    what = f"{len(plan.go) + len(plan.leftovers)}, {size(num_bytes)}"
-    print(f"Removed: {what}." if options.yes else f"To be removed: {what}. Nothing was: --yes does it.")
+    what = f"{len(plan.go) + len(plan.leftovers)} ({size(num_bytes)})"
+    print(f"Removed {what}." if options.yes else f"Would remove {what}. Nothing was removed: --yes does it.")
     return 0
 
 

@@ -12,13 +12,14 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
+from .catalog import read_manifest
 from .fs import FileSystem
 from .integrity import Buffer
 from .layout import MANIFEST, FileRecord, Manifest, TensorRecord, parse_step_name, weight_file, weight_index
@@ -137,8 +138,7 @@ def export(
     fs.make_dir(output.parent)
     _look_for_space(fs, output.parent, sum(sizes.values()))
     try:
-        with ExitStack() as stack:
-            sources = _open(checkpoint, records, stack)
+        with _opened(checkpoint, records) as (sources, config):
             if not is_file:
                 fs.make_dir(temporary)
             files: dict[str, str] = {}
@@ -151,8 +151,8 @@ def export(
         if not is_file:
             if len(parts) > 1:
                 fs.write(temporary / _INDEX, [weight_index(files, sizes).encode()])
-            if _SAVED_CONFIG in checkpoint.manifest.files:
-                fs.write(temporary / CONFIG, [_config((checkpoint.folder / _SAVED_CONFIG).read_bytes(), dtype)])
+            if config is not None:
+                fs.write(temporary / CONFIG, [_config(config, dtype)])
             fs.sync_dir(temporary)
         _put(fs, temporary, output)
     except BaseException:
@@ -183,13 +183,26 @@ def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return parts
 
 
-def _open(checkpoint: Checkpoint, records: Mapping[str, TensorRecord], stack: ExitStack) -> dict[str, TensorFile]:
-    """All files at once: what is open can be read to the end, also when the run lets go of the checkpoint."""
-    paths = {chunk.file for record in records.values() for chunk in record.chunks}
-    try:
-        return {path: TensorFile(stack.enter_context(open(checkpoint.folder / path, "rb"))) for path in sorted(paths)}
-    except FileNotFoundError as ex:
-        raise CheckpointError(f"{checkpoint.folder} was removed while it was read, by its run. Try again") from ex
+@contextmanager
+def _opened(
+    checkpoint: Checkpoint, records: Mapping[str, TensorRecord]
+) -> Iterator[tuple[dict[str, TensorFile], bytes | None]]:
+    """All files of tensors at once, and the text of the configuration if there is one. What is open can be read to the
+    end, also when the run lets go of the checkpoint.
+    """
+    folder, sources = checkpoint.folder, {}
+    with ExitStack() as stack:
+        try:
+            for path in sorted({chunk.file for record in records.values() for chunk in record.chunks}):
+                file = stack.enter_context(open(folder / path, "rb"))
+                sources[path] = TensorFile(file)
+            config = (folder / _SAVED_CONFIG).read_bytes() if _SAVED_CONFIG in checkpoint.manifest.files else None
+            is_same = read_manifest(folder) == checkpoint.manifest
+        except (FileNotFoundError, CheckpointError):
+            is_same = False
+        if not is_same:
+            raise CheckpointError(f"{folder} was removed or saved again while it was read, by its run. Try again")
+        yield sources, config
 
 
 def _buffers(

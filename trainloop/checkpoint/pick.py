@@ -28,7 +28,7 @@ def pick(path: Path, step: int | None, select: Select, logger: logging.Logger) -
     """
     catalog = Catalog(path)
     if step is not None or is_one_checkpoint(path):
-        folder = catalog.explicit(path if step is None else step)
+        folder = catalog.explicit(path.resolve() if step is None else step)  # the link `latest` may move meanwhile
         seen = look_into(folder, "full", select)
         if seen is None:
             raise CheckpointError(f"{folder} was removed while it was verified, by its run")
