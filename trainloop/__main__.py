@@ -164,7 +164,8 @@ def _make_parser() -> _Parser:
     commands = checkpoints.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: object, what: str, more: str) -> _Parser:
-        made: _Parser = commands.add_parser(name, help=what, description=more, epilog=_EXIT_CODES)
+        # No abbreviations: a `--y` must not remove anything, and a later option must not change what one means.
+        made: _Parser = commands.add_parser(name, help=what, description=more, epilog=_EXIT_CODES, allow_abbrev=False)
         made.set_defaults(run=run)
         return made
 
@@ -261,7 +262,7 @@ def _num_bytes(text: str) -> int:
     try:
         number = float(text[: len(text) - len(unit)]) if unit else float(text)
         num_bytes = int(number * (_UNITS[unit] if unit else 1))
-    except (KeyError, ValueError):
+    except (KeyError, OverflowError, ValueError):
         num_bytes = 0
     if num_bytes < 1:
         raise argparse.ArgumentTypeError(f"a size must be like 5GB, 500MB or 2GiB, but is {text!r}")

@@ -93,7 +93,7 @@ def prune(
         What was done.
 
     Raises:
-        CheckpointError: A run holds the folder; or as `plan_pruning`, and nothing was removed.
+        CheckpointError: A run holds the folder; or as `plan_pruning`, and no checkpoint was removed.
     """
     fs = fs if fs is not None else FileSystem()
     lock = FolderLock(root, remedy="It removes by its own policies; wait for its end to remove by others")

@@ -118,7 +118,6 @@ def _kept_by(findings: Sequence[Finding]) -> tuple[dict[str, list[str]], list[st
     policies, unknown = read_policies(run_retention(findings) or ())
     infos = [finding.info for finding in findings if finding.info is not None and not finding.problems]
     reasons = reasons_to_keep(infos, policies)
-    # A step may be in a damaged checkpoint as well, never in two folders.
     return {
         finding.folder.name: reasons.get(finding.info.step, []) if finding.info is not None else []
         for finding in findings
