@@ -23,6 +23,7 @@ LAYERS = [
     {"ready_made"},
     {"hooks"},
     {"__init__"},
+    {"__main__"},
 ]
 """A module or folder imports from its own line and those above it."""
 
