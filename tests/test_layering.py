@@ -21,7 +21,7 @@ LAYERS = [
     {"build"},
     {"trainer"},
     {"ready_made"},
-    {"hooks"},
+    {"hooks", "testing"},
     {"__init__"},
 ]
 """A module or folder imports from its own line and those above it."""
