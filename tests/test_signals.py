@@ -1,11 +1,9 @@
-"""A signal, whenever it comes and to whichever rank: a last commit, and the exit code that was asked for, on every rank."""
+"""A signal, whenever it comes and to whichever rank: a last commit and the right exit code, on every rank."""
 
 from __future__ import annotations
 
 import os
 import signal
-
-import pytest
 
 from trainloop.control import REQUESTS, Control
 
