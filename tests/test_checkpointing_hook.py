@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from trainloop import BaseHook, CheckpointError, CheckpointingHook
-from trainloop.checkpoint import FileSystem
+from trainloop.checkpoint import CheckpointStore, FileSystem
+from trainloop.hooks.checkpointing import content_of
+from trainloop.testing.comparison import differences
 
 from .small import SmallTrainer
 
@@ -62,7 +65,7 @@ def test_training_goes_on_until_too_many_saves_in_a_row_have_failed(
     """
     broken_at |= {2, 3, 5, 6, 7}
     trainer = trainer_of(tmp_path, 20, CheckpointingHook(1, max_failures=2, async_save=is_async))
-    with pytest.raises(CheckpointError, match="step 7 was not saved.*No space left on device"):
+    with pytest.raises(CheckpointError, match=r"step 7 was not saved.*No space left on device"):
         trainer.train()
     assert trainer.step in (7, 8)
     assert steps_on_disk(tmp_path) == [4]
@@ -122,7 +125,7 @@ def test_a_disk_without_room_is_told_with_both_numbers(
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_leaves_the_save_in_flight_finished(tmp_path: Path, error: type[BaseException]) -> None:
-    """Its own error comes out, the checkpoint is whole, the folder is free, and the signal handlers are those before."""
+    """Its own error comes out, the checkpoint is whole, the folder is free, and the signal handlers are as before."""
     before = signal.getsignal(signal.SIGUSR1)
 
     def fail(trainer: Any) -> None:
@@ -168,3 +171,129 @@ def test_a_failed_save_never_hides_why_the_run_ended(
     assert [str(exception) for exception in heard] == ["no more"]
     assert any("step 2 was not saved" in line for line in caplog.messages)
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+# ---------------------------------------------------------------------- state of every kind
+
+
+class Odd(nn.Module):
+    """Tied weights, a parameter without a gradient, a frozen one, 0-dim, bf16 and empty ones, buffers of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.unused = nn.Parameter(torch.ones(2))
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.low = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        self.none = nn.Parameter(torch.zeros(0, 3))
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("num_seen", torch.tensor(2**40))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("trace", torch.zeros(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.frozen(self.second(self.first(x)))) * self.scale + self.low.float() * self.trace.clone()
+        self.num_seen += len(x)
+        self.flags.logical_not_()
+        self.trace.lerp_(y.detach().mean(0), 0.1)
+        return y
+
+
+class Average(BaseHook):
+    """State of a hook in every form that there is."""
+
+    def __init__(self) -> None:
+        self.average = {"a.b": torch.zeros(3), "c": torch.zeros((), dtype=torch.float64)}
+        self.history: list[Any] = [float("nan"), {3: (1, "x")}]
+
+    def on_after_step(self, trainer: Any) -> None:
+        self.average["a.b"].lerp_(trainer.unwrapped_model.low.detach().float(), 0.3)
+        self.average["c"] += trainer.step_info.loss.double()
+        self.history = [*self.history[-3:], {trainer.step: self.average["c"].item()}]
+
+    def on_state_dict(self, trainer: Any, state_dict: dict[str, Any]) -> None:
+        state_dict |= {"average": self.average, "my hook's": dict(self.average), "optim": {"optim": torch.ones(1)}}
+        state_dict["history"] = self.history
+
+    def on_load_state_dict(self, trainer: Any, state_dict: dict[str, Any]) -> None:
+        for key, value in state_dict["average"].items():
+            self.average[key].copy_(value)
+        assert torch.equal(state_dict["my hook's"]["c"], self.average["c"])
+        assert torch.equal(state_dict["optim"]["optim"], torch.ones(1))
+        self.history = state_dict["history"]
+
+
+def groups(model: Any) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p.requires_grad]
+    others = [p for p in model.parameters() if p.dim() != 2 and p.requires_grad]
+    return [{"params": matrices, "name": "matrices"}, {"params": others, "weight_decay": 0.0, "lr": 3e-3}]
+
+
+def odd_trainer(path: Path, max_steps: int, *hooks: BaseHook) -> SmallTrainer:
+    return trainer_of(
+        path,
+        max_steps,
+        CheckpointingHook(100),
+        Average(),
+        *hooks,
+        model_=lambda self: Odd(),
+        optimizer_=lambda self: torch.optim.AdamW(groups(self.model), lr=1e-2, amsgrad=True),
+        lr_scheduler_=lambda self: torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4]),
+        forward_=lambda self, batch: (self.model(batch[0]).square().sum(), {}),
+    )
+
+
+def ended(trainer: SmallTrainer) -> dict[str, Any]:
+    trainer.train()
+    return {**trainer.live_state_dict(), "buffers": dict(trainer.unwrapped_model.named_buffers())}
+
+
+def test_parameters_buffers_and_state_of_every_kind_come_back(tmp_path: Path) -> None:
+    """Bit by bit, and so that the run goes on as if it had not been interrupted."""
+    whole = ended(odd_trainer(tmp_path / "whole", 6))
+    ended(odd_trainer(tmp_path / "cut", 3))
+    assert list(differences(whole, ended(odd_trainer(tmp_path / "cut", 6)))) == []
+    stored = (tmp_path / "cut" / "checkpoints" / "step_0000006" / "average").is_dir()
+    assert stored, "a flat dict of tensors is a folder of weights"
+
+
+class SaveFirst(BaseHook):
+    """Saves before the first step, and after each."""
+
+    def on_before_train(self, trainer: Any) -> None:
+        self.store = CheckpointStore(trainer.workspace / "other")
+        self.on_after_step(trainer)
+
+    def on_after_step(self, trainer: Any) -> None:
+        self.store.save(trainer.step, content_of(trainer, "run"), run_id="run", health=True)
+
+
+OPTIMIZERS = [
+    optimizer
+    for name, optimizer in sorted(vars(torch.optim).items())
+    if isinstance(optimizer, type) and name not in ("Optimizer", "SparseAdam", "LBFGS")  # other gradients, a closure
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.__name__)
+def test_saving_changes_nothing_and_a_resume_goes_on_with_any_optimizer(tmp_path: Path, optimizer: Any) -> None:
+    """Saved before the first step and after each, a run is bitwise the same as one that is never saved, and so is one
+    that was resumed.
+    """
+
+    def trainer(path: Path, max_steps: int, *hooks: BaseHook) -> SmallTrainer:
+        return trainer_of(
+            path,
+            max_steps,
+            *hooks,
+            model_=lambda self: nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 1, bias=False)),
+            optimizer_=lambda self: optimizer(self.model.parameters(), lr=0.01),
+        )
+
+    whole = ended(trainer(tmp_path, 5))
+    assert list(differences(whole, ended(trainer(tmp_path, 5, SaveFirst())))) == []
+    ended(trainer(tmp_path, 2, CheckpointingHook(1)))
+    assert list(differences(whole, ended(trainer(tmp_path, 5, CheckpointingHook(1))))) == []

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _OURS = {"model", "training_state", "rank"}
+_FOLDERS = {"optim", "state"}
+"""Names in a checkpoint that no hook's weights can have."""
 
 
 class CheckpointingHook(CheckpointerHook):
@@ -287,7 +289,7 @@ def content_of(trainer: BaseTrainer, run_id: str) -> Content:
     hooks: dict[str, Any] = {}
     for key, value in state_dict.items():
         if key not in _OURS:
-            (weights if _is_weights(value) else hooks)[key] = value
+            (weights if key.isidentifier() and key not in _FOLDERS and _is_weights(value) else hooks)[key] = value
     return Content(
         weights=weights,
         shards={"optim": shards},
@@ -338,17 +340,21 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
     state_dict = {"model": live, "training_state": training_state, **hooks}
     rank_state = checkpoint.rank_state(distributed.rank())
     if rank_state is not None:
+        own = _buffers(trainer)
         for name, buffer in rank_state.pop("buffers").items():
-            _buffers(trainer)[name].copy_(buffer)
+            if name in own and own[name].shape == buffer.shape:  # else a cache that has grown, or is gone
+                own[name].copy_(buffer)
         state_dict["rank"] = rank_state
     return state_dict
 
 
 def _buffers(trainer: BaseTrainer) -> dict[str, torch.Tensor]:
-    """Each rank's own: BatchNorm's statistics are of the rank's data, and under FSDP2 nobody makes them equal."""
-    if distributed.world_size() == 1:
-        return {}
-    return {name: buffer.detach() for name, buffer in trainer.unwrapped_model.named_buffers()}
+    """Each rank's own: BatchNorm's statistics are of the rank's data, and under FSDP2 nobody makes them equal. Of a
+    single process those that are not among the model's tensors, because they are not persistent.
+    """
+    model = trainer.unwrapped_model
+    kept = model.state_dict().keys() if distributed.world_size() == 1 else ()
+    return {name: buffer.detach() for name, buffer in model.named_buffers() if name not in kept}
 
 
 def _is_weights(value: Any) -> bool:
