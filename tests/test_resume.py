@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 from collections import Counter
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from trainloop import CheckpointError, CheckpointingHook
+from trainloop.checkpoint import Checkpoint
 from trainloop.testing import HOOK_EVENTS, KillAt, assert_resume_exact
 from trainloop.testing.lives import launch_environment, left_by, live, notes, start_of
+from trainloop.testing.resume import compare
 
 from .launching import FSDP2
 from .small import SmallTrainer
@@ -81,6 +84,54 @@ def test_a_run_may_be_killed_at_every_event_and_every_file_operation(tmp_path: P
     assert_resume_exact(make, kills, num_processes=2, record=sample_ids, workspace=tmp_path)
     with pytest.raises(ValueError, match=f"From step 4 on, rank {rank} has met disk {num_operations} times"):
         live(partial(make_trainer, max_steps=4), tmp_path / "other", KillAt(4, "disk", rank, 99), num_processes=2)
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """Flip a bit of a file, cut it off, or remove it."""
+    content = bytearray(path.read_bytes())
+    how = rng.choice(["flip", "cut", "remove"])
+    if how == "remove" or not content:
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("num_lives", [12, pytest.param(150, marks=pytest.mark.slow)])
+def test_a_run_survives_random_kills_and_random_damage(tmp_path: Path, num_lives: int) -> None:
+    """Killed at a random event or file operation, life after life, and after each a random file of a checkpoint is
+    damaged, as long as another checkpoint is whole: never does it start anew, and it ends as if nothing had been.
+    """
+    rng = random.Random(num_lives)
+    max_steps, checkpoints = 60 + 4 * num_lives, tmp_path / "killed" / "checkpoints"
+    make = partial(make_trainer, max_steps=max_steps, keep_previous=2, async_save=True)
+    live(make, tmp_path / "whole")
+    kills, num_damaged = [], 0
+    for _ in range(num_lives):
+        event = rng.choice(["disk", "disk", "disk", "forward", "on_after_step", "on_state_dict"])
+        kills.append(KillAt(0, event, number=rng.randint(1, {"disk": 90, "forward": 18}.get(event, 4))))
+        live(make, tmp_path / "killed", kills[-1])
+        saved = sorted(checkpoints.glob("step_*"))
+        whole = [path for path in saved if (path / "manifest.json").exists() and not _problems(path)]
+        victim = rng.choice(whole) if len(whole) > 1 else None
+        if victim is not None:
+            damage(rng.choice([path for path in sorted(victim.rglob("*")) if path.is_file()]), rng)
+            num_damaged += 1
+    live(make, tmp_path / "killed")
+    starts = [start_of(left_by(tmp_path / "killed", number, 0)) for number in range(1, num_lives + 2)]
+    first = next(i for i, step in enumerate(starts) if step)
+    assert all(starts[first:]), "a run that had a checkpoint has started anew"
+    assert num_damaged > num_lives // 2
+    compare(tmp_path / "whole", tmp_path / "killed", kills, 1, ())
+
+
+def _problems(path: Path) -> list[str]:
+    try:
+        return Checkpoint.open(path).find_problems()
+    except CheckpointError as ex:
+        return [str(ex)]
 
 
 # ---------------------------------------------------------------------- another number of processes

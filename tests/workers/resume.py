@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,30 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         self.position = state["position"]
 
 
+class Waited(Noisy):
+    """A worker that sends SIGTERM to the process that waits for it, with sample 20, and then takes its time."""
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        if index == 20:
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return super().__getitem__(index)
+
+
+class Again(BaseHook):
+    """A second signal, when the first one was agreed on, or, after the save, while the run waits to exit."""
+
+    def __init__(self, is_late: bool) -> None:
+        self.seconds = 0.4 if is_late else 0.0
+
+    def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
+        if trainer.control.agreed["exit_signal"]:
+            if self.seconds:
+                threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Trainer(BaseTrainer):
     """Dropout, BatchNorm, AdamW, OneCycle, an interval of the log that no checkpoint ends."""
 
@@ -52,6 +80,8 @@ class Trainer(BaseTrainer):
     checkpointing: dict[str, Any] = {}  # noqa: RUF012 - set on the instance
 
     def build_data_loader(self) -> Any:
+        if self.data == "waited":
+            return DataLoader(Waited(), batch_size=4, num_workers=1, prefetch_factor=1)
         if self.data == "stream":
             return DataLoader(Stream(), batch_size=4)
         return DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=self.num_workers)
@@ -63,10 +93,11 @@ class Trainer(BaseTrainer):
         return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
 
     def build_lr_scheduler(self) -> Any:
-        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-2, total_steps=self.max_steps + 7)
+        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-2, total_steps=200_000)
 
     def build_hooks(self) -> list[BaseHook]:
-        return [LoggingHook(interval=5), CheckpointingHook(**{"interval": 2, **self.checkpointing})]
+        more = [Again(self.data == "again late")] if self.data.startswith("again") else []
+        return [LoggingHook(interval=5), CheckpointingHook(**{"interval": 2, **self.checkpointing}), *more]
 
     def forward(self, batch: Any) -> Any:
         _, x = batch

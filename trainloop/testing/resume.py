@@ -102,11 +102,23 @@ def assert_resume_exact(
         for kill in kills:
             run(make_trainer, killed, kill)
         run(make_trainer, killed)
-        _check_worth(whole, killed, kills)
+        compare(whole, killed, kills, num_processes, ignore)
+
+
+def compare(whole: Path, killed: Path, kills: Sequence[KillAt], num_processes: int, ignore: Sequence[str]) -> None:
+    """Compare what `live` has left of a run in one life, and of the same run in several.
+
+    Args:
+        whole: Workspace of the first.
+        killed: Workspace of the second, which was killed at each of `kills` and then came to its end.
+        kills: Where.
+        num_processes: Of each life.
+        ignore: See `assert_resume_exact`, as for what is raised.
+    """
+    _check_worth(whole, killed, kills)
+    for check in (_compare_steps, _compare_ends):
         for rank in range(num_processes):
-            _compare_steps(whole, killed, kills, rank, (*_MEASURED, *ignore))
-        for rank in range(num_processes):
-            _compare_ends(whole, killed, kills, rank, (*_MEASURED, *ignore))
+            check(whole, killed, kills, rank, (*_MEASURED, *ignore))
 
 
 def _check_worth(whole: Path, killed: Path, kills: Sequence[KillAt]) -> None:
