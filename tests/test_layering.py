@@ -21,7 +21,7 @@ LAYERS = [
     {"build", "evaluation"},
     {"trainer"},
     {"ready_made"},
-    {"hooks"},
+    {"hooks", "testing"},
     {"__init__"},
     {"__main__"},
 ]
