@@ -83,6 +83,9 @@ class Witness(BaseHook):
     def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
         self._reach("on_before_optimizer_step")
 
+    def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
+        self._reach("on_after_optimizer_step")
+
     def on_log(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
         self._logged.append(records)
         self._reach("on_log")
