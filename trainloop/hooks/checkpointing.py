@@ -391,9 +391,16 @@ def _is_healthy(trainer: BaseTrainer) -> bool:
     """Whether all parameters are finite, on all ranks. One device-to-host sync."""
     params = [p.detach() for p in trainer.named_parameters().values()]
     shards = [p.to_local() if hasattr(p, "to_local") else p for p in params]
-    finite = [torch.isfinite(shard).all() for shard in shards]
-    own = bool(torch.stack(finite).all()) if finite else True
+    # A sum is finite only if all that it is made of is. It reads the memory once and copies nothing: an eighth of what
+    # `isfinite` takes. One that overflows is looked at again.
+    sums = [_sum(shard) for shard in shards if shard.numel()]
+    own = not sums or bool(torch.isfinite(torch.stack(sums)).all())
+    own = own or all(bool(torch.isfinite(shard).all()) for shard in shards)
     return all(distributed.gather_objects(own))
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor).sum().float() if tensor.is_complex() else tensor.sum(dtype=torch.float32)
 
 
 def _signals(given: Any) -> list[int]:
