@@ -71,7 +71,7 @@ def mlp(*widths: int, norm: bool = False) -> nn.Module:
 
 
 def deep(num_tensors: int) -> nn.Module:
-    """An MLP of `num_tensors` parameters, each small, in groups of ten that are called one after another."""
+    """An MLP of `num_tensors` parameters, each small."""
     return mlp(16, *[16] * (num_tensors // 2 - 1), 1)
 
 
