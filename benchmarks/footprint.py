@@ -33,11 +33,13 @@ def imports(num_rounds: int) -> dict[str, list[tuple[float, int]]]:
     """
     found = {name: module for name, module in IMPORTS.items() if importlib.util.find_spec(module.split(".")[0])}
     measured: dict[str, list[tuple[float, int]]] = {name: [] for name in found}
+    env = environment()
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # or a checkout would be compiled each time, which an installed one isn't
     for _ in range(num_rounds + 1):
         for name, module in found.items():
             command = [sys.executable, "-W", "ignore", "-c", _CODE.format(module=module)]
             result = subprocess.run(
-                command, check=True, capture_output=True, text=True, env=environment(), cwd=REPOSITORY
+                command, check=True, capture_output=True, text=True, env=env, cwd=REPOSITORY
             )
             cpu, modules = json.loads(result.stdout.splitlines()[-1])
             measured[name].append((cpu, modules))
