@@ -159,10 +159,12 @@ class CheckpointingHook(CheckpointerHook):
             previous = signal.signal(number, lambda received, frame: trainer.control.ask("exit_signal", received))
             self._previous_handlers.setdefault(number, previous)
 
+    def saves_to(self, trainer: BaseTrainer) -> Path:
+        return self.path if trainer.workspace is None else trainer.workspace / self.path
+
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
-            path = self.path if trainer.workspace is None else trainer.workspace / self.path
-            self._store = CheckpointStore(path, logger=trainer.logger)
+            self._store = CheckpointStore(self.saves_to(trainer), logger=trainer.logger, timeout=distributed.timeout())
             self._store.open()
 
     # ------------------------------------------------------------------ save
