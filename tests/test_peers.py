@@ -19,7 +19,7 @@ from trainloop.peers import is_lost_contact
 
 from .launching import REPOSITORY, environment, free_port
 from .small import SmallTrainer
-from .workers.peers import SCENARIOS, TIMEOUT
+from .workers.peers import SCENARIOS, SHORT_TIMEOUT, TIMEOUT
 
 WORKER = REPOSITORY / "tests" / "workers" / "peers.py"
 DEATHS = [name for name, (_, fate, *_) in SCENARIOS.items() if fate == "dies"]
@@ -72,7 +72,7 @@ def check_death(name: str, num_ranks: int, results: Any) -> None:
         assert re.match(expected, said["error"]), said["error"]
         assert ("goes on from its last checkpoint" in said["error"]) == (name != "build")
         assert said["cause"].startswith("RuntimeError(")
-        assert said["seconds"] < TIMEOUT + 3
+        assert said["seconds"] < TIMEOUT / 2  # at once, but for a busy machine
     phase = {"evaluation": "an evaluation", "vote": "saving a checkpoint", "build": "building the run"}.get(name)
     assert all(phase in said["error"] for said in result["said"].values() if phase is not None)
 
@@ -95,13 +95,12 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout(told: Any) -> None:
         result = results[name]
         assert len(result["ended"]) == num_ranks - 1
         for said in result["said"].values():
-            assert said["seconds"] > TIMEOUT - 1
-            assert said["seconds"] < TIMEOUT + 10
+            assert SHORT_TIMEOUT - 1 < said["seconds"] < SHORT_TIMEOUT + 10
             place = f"ank {result['victim']} (process {result['pid']} on "
             assert place in said["error"]
             if name == "hang":
                 assert "has been in step 2, forward and backward, for" in said["error"]
-                assert "A rank hangs, or needs more time than `timeout` (4 s) gives it." in said["error"]
+                assert "A rank hangs, or needs more time than `timeout` (8 s) gives it." in said["error"]
             else:
                 assert "does not answer." in said["error"]
 

@@ -61,7 +61,7 @@ def _strategy(trainer: BaseTrainer, params: list[nn.Parameter]) -> str:
     mesh: Any = next((p.device_mesh for p in params if hasattr(p, "device_mesh")), None)
     name = "DDP" if mesh is None else "FSDP2" if mesh.ndim == 1 else "HSDP (FSDP2)"
     if mesh is not None:
-        dims = mesh.mesh_dim_names or ("shard",)
+        dims = [dim.removesuffix("_cp") for dim in mesh.mesh_dim_names or ("shard",)]  # no context parallelism yet
         name += f", mesh {' x '.join(f'{dim} {size}' for dim, size in zip(dims, mesh.shape, strict=False))}"
     return f"{name}, {device} over {dist.get_backend()}, timeout {distributed.timeout()}"
 
