@@ -56,3 +56,4 @@ if __name__ == "__main__":
     trainer = Trainer(args.max_steps, grad_clip=1.0, workspace=args.workspace, seed=0, timeout=600)
     trainer.train()
     trainer.accelerator.print(f"finished at step {trainer.step}")
+    trainer.accelerator.end_training()  # lets go of the process group, which torch else complains of

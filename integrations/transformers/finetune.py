@@ -63,3 +63,4 @@ if __name__ == "__main__":
     trainer = Finetuner(args, seed=0)
     trainer.train()
     trainer.export(Path(args.workspace) / "export")
+    trainer.accelerator.end_training()  # lets go of the process group, which torch else complains of

@@ -28,3 +28,4 @@ def write_and_die(*args: Any) -> Any:
 saving.write_draft = write_and_die
 trainer.train()
 trainer.accelerator.print(f"finished at step {trainer.step}")
+trainer.accelerator.end_training()  # lets go of the process group, which torch else complains of
