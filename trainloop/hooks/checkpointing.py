@@ -166,10 +166,12 @@ class CheckpointingHook(CheckpointerHook):
         if self._store is not None and self._store.failed():
             trainer.control.ask("save_failed")  # heard by all ranks at the end of this step
 
+    def saves_to(self, trainer: BaseTrainer) -> Path:
+        return self.path if trainer.workspace is None else trainer.workspace / self.path
+
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
-            path = self.path if trainer.workspace is None else trainer.workspace / self.path
-            self._store = CheckpointStore(path, logger=trainer.logger)
+            self._store = CheckpointStore(self.saves_to(trainer), logger=trainer.logger, timeout=distributed.timeout())
             self._store.open()
 
     # ------------------------------------------------------------------ save
