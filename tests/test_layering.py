@@ -14,7 +14,7 @@ import trainloop
 PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
     {"errors"},
-    {"records", "rng", "distributed"},
+    {"records", "rng", "distributed", "images"},
     {"checkpoint"},
     {"weights", "sampling", "non_finite", "gradients", "control", "launch"},
     {"step", "sources", "data", "state", "hook"},
