@@ -13,6 +13,8 @@ from .hook import BaseHook
 from .hooks.checkpointing import CheckpointingHook
 from .hooks.cuda_memory import CudaMaxMemoryHook
 from .hooks.stats import LoggingHook, ProgressHook
+from .hooks.trackers import TrackerHook
+from .hooks.wandb import WandbHook
 from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
 from .step import StepInfo, TrainingStats
@@ -32,10 +34,12 @@ __all__ = [
     "RankDisagreementError",
     "Records",
     "StepInfo",
+    "TrackerHook",
     "Trainer",
     "TrainingError",
     "TrainingStats",
     "TrainloopWarning",
+    "WandbHook",
     "flatten_nested_dict",
     "key_average",
     "map_nested_tensor",

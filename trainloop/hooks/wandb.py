@@ -153,9 +153,10 @@ class WandbHook(BaseHook):
                 arguments["id"] = known_id
             if not any(self._is_told(name) for name in ("resume", "resume_from", "fork_from")):
                 arguments["resume"] = "allow"
-        if trainer.workspace is not None and not self._is_told("dir"):
+        if trainer.workspace is not None:
             trainer.workspace.mkdir(parents=True, exist_ok=True)
-            arguments["dir"] = str(trainer.workspace)
+            if not self._is_told("dir"):
+                arguments["dir"] = str(trainer.workspace)
         self.run = run = wandb.init(**arguments)
         if run.disabled:
             return -1
@@ -184,16 +185,18 @@ class WandbHook(BaseHook):
         if self.run is None:
             return
         self._flush(trainer, at_once=True)
+        unsent = [row.step for row in self._recent if not row.is_sent]
+        if unsent:
+            trainer.logger.error(f"W&B did not work again: what was logged since step {unsent[0]} is not there.")
         run, self.run = self.run, None
-
-        def work() -> None:
+        try:
             if is_preempted:
                 run.mark_preempting()
             run.finish(exit_code=exit_code)
             if not run.disabled:
                 self._note(trainer, None)
-
-        self._guard.attempt(trainer, work, at_once=True)
+        except Exception as ex:
+            trainer.logger.error(f"The W&B run could not be finished. {type(ex).__name__}: {ex}")
 
     # ------------------------------------------------------------------ what is logged
 

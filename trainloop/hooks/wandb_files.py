@@ -30,7 +30,8 @@ def files_of(folder: Path, run_id: str) -> list[Path]:
         run_id: The run's id.
     """
     name = glob.escape(run_id)
-    return sorted(folder.glob(f"*run-*-{name}/run-{name}.wandb"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = folder.glob(f"*run-*-{name}*/run-{name}.wandb")  # a folder of the same second gets a suffix
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
 def is_empty(file: Path) -> bool:
