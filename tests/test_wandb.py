@@ -175,6 +175,33 @@ def test_rank_zero_speaks_for_all(tmp_path: Path) -> None:
     assert seen[0]["refusal"].startswith("WandbHook could not start its run: UsageError: Invalid project name 'a/b'")
 
 
+def test_the_sweep_runs_under_wandbs_agent(tmp_path: Path) -> None:
+    """`wandb sweep` and `wandb agent` as in integrations/wandb/sweep.yaml: the agent's parameters reach the script, and
+    the sweep's metric, the config and the steps are in the run that the agent has named.
+    """
+    (tmp_path / "integrations").symlink_to(REPOSITORY / "integrations")
+    with WandbServer(sweep_runs={"run7": {"lr": 0.02, "width": 16, "max_steps": 20}}) as server:
+        env = environment(**server.environment, WANDB_AGENT_REPORT_INTERVAL="1")
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+        for arguments in (
+            ["sweep", "--entity", "e", "--project", "p", "integrations/wandb/sweep.yaml"],
+            ["agent", "--count", "1", "e/p/s"],
+        ):
+            command = [sys.executable, "-m", "wandb", *arguments]
+            done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert list(server.runs) == ["run7"], done.stdout + done.stderr
+    run = server.runs["run7"]
+    assert {key: run.config[key]["value"] for key in ("lr", "width", "max_steps")} == {
+        "lr": 0.02,
+        "width": 16,
+        "max_steps": 20,
+    }
+    assert [(row["trainer/step"], "val/loss" in row) for row in run.history] == [(10, False), (20, False), (20, True)]
+    assert run.ends[-1] == {"exitcode": 0}
+    assert (tmp_path / "runs" / "wandb-sweep" / "run7" / "checkpoints" / "step_0000020").is_dir()
+
+
 @pytest.mark.parametrize("spoil", ["cut", "flipped"])
 def test_a_torn_file_is_read_up_to_where_it_is_torn(tmp_path: Path, spoil: str) -> None:
     """Cut off anywhere, or with a byte of it wrong: the rows before are read, and nothing that was not written."""

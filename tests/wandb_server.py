@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
+import yaml
+
 HISTORY, SUMMARY, EVENTS, OUTPUT = "wandb-history.jsonl", "wandb-summary.json", "wandb-events.jsonl", "output.log"
 
 
@@ -48,10 +50,17 @@ class Run:
 
 
 class WandbServer:
-    """Listens on the loopback interface while it is entered; `runs` holds what came, by the run's id."""
+    """Listens on the loopback interface while it is entered; `runs` holds what came, by the run's id.
 
-    def __init__(self) -> None:
+    Args:
+        sweep_runs: What the agent of a sweep is told to run, one after the other: parameters, by the run's id.
+    """
+
+    def __init__(self, sweep_runs: dict[str, dict[str, Any]] | None = None) -> None:
         self.runs: dict[str, Run] = {}
+        self.sweep = ""
+        """The config that `wandb sweep` has sent."""
+        self._sweep_runs = dict(sweep_runs or {})
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -108,7 +117,7 @@ class WandbServer:
         self._server.server_close()
 
     def answer(self, question: dict[str, Any]) -> Any:
-        name, given = question["operationName"], question.get("variables", {})
+        name, given = question.get("operationName"), question.get("variables") or {}
         if name == "RunResumeStatus":
             run = self.runs.get(given["name"])
             status = run.resume_status() if run is not None else None
@@ -126,6 +135,29 @@ class WandbServer:
         if name == "CreateRunFiles":
             urls = [{"name": file, "uploadUrl": f"{self.url}/put/{given['run']}/{file}"} for file in given["files"]]
             return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": urls}}
+        return self.answer_to_agent(question["query"], given)
+
+    def answer_to_agent(self, query: str, given: dict[str, Any]) -> Any:
+        if "viewer {" in query:
+            return {"viewer": {"id": "u", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+        if "UpsertSweep(" in query:
+            self.sweep = given["config"]
+            project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+            return {"upsertSweep": {"sweep": {"name": "s", "project": project}, "configValidationWarnings": []}}
+        if "SweepWithRuns(" in query:
+            times = dict.fromkeys(("createdAt", "heartbeatAt", "updatedAt"), "2026-01-01T00:00:00")
+            sweep = {"id": "s", "name": "s", "method": "bayes", "state": "RUNNING", "config": self.sweep, **times}
+            return {"project": {"sweep": sweep | {"controller": None, "scheduler": None, "runs": {"edges": []}}}}
+        if "CreateAgent(" in query:
+            return {"createAgent": {"agent": {"id": "a"}}}
+        if "Heartbeat(" in query:
+            commands = []
+            if self._sweep_runs:
+                run_id, parameters = self._sweep_runs.popitem()
+                values = {name: {"value": value} for name, value in parameters.items()}
+                program = yaml.safe_load(self.sweep)["program"]
+                commands = [{"type": "run", "run_id": run_id, "program": program, "args": values}]
+            return {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}
         return None
 
     def stream(self, run_id: str, sent: dict[str, Any]) -> None:
