@@ -24,6 +24,7 @@ from ..checkpoint import (
 )
 from ..errors import CheckpointError, describe
 from ..hook import CheckpointerHook
+from ..non_finite import clean_name
 from ..pretrained import config_text
 from ..records import Records, flatten_nested_dict, is_number
 
@@ -318,6 +319,7 @@ def content_of(trainer: BaseTrainer, run_id: str) -> Content:
             "optimizer": {"state": other, "param_groups": optimizer["param_groups"]},
             "hooks": hooks,
         },
+        of_rank_zero={clean_name(name) for name, _ in trainer.unwrapped_model.named_buffers()},
         rank_state={**state_dict["rank"], "buffers": _buffers(trainer)},
     )
 
