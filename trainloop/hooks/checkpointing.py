@@ -24,6 +24,7 @@ from ..checkpoint import (
 )
 from ..errors import CheckpointError, describe
 from ..hook import CheckpointerHook
+from ..non_finite import clean_name
 from ..pretrained import config_text
 from ..records import Records, flatten_nested_dict, is_number
 
@@ -166,10 +167,12 @@ class CheckpointingHook(CheckpointerHook):
         if self._store is not None and self._store.failed():
             trainer.control.ask("save_failed")  # heard by all ranks at the end of this step
 
+    def saves_to(self, trainer: BaseTrainer) -> Path:
+        return self.path if trainer.workspace is None else trainer.workspace / self.path
+
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
-            path = self.path if trainer.workspace is None else trainer.workspace / self.path
-            self._store = CheckpointStore(path, logger=trainer.logger)
+            self._store = CheckpointStore(self.saves_to(trainer), logger=trainer.logger, timeout=distributed.timeout())
             self._store.open()
 
     # ------------------------------------------------------------------ save
@@ -316,6 +319,7 @@ def content_of(trainer: BaseTrainer, run_id: str) -> Content:
             "optimizer": {"state": other, "param_groups": optimizer["param_groups"]},
             "hooks": hooks,
         },
+        of_rank_zero={clean_name(name) for name, _ in trainer.unwrapped_model.named_buffers()},
         rank_state={**state_dict["rank"], "buffers": _buffers(trainer)},
     )
 
