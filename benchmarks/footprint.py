@@ -38,9 +38,7 @@ def imports(num_rounds: int) -> dict[str, list[tuple[float, int]]]:
     for _ in range(num_rounds + 1):
         for name, module in found.items():
             command = [sys.executable, "-W", "ignore", "-c", _CODE.format(module=module)]
-            result = subprocess.run(
-                command, check=True, capture_output=True, text=True, env=env, cwd=REPOSITORY
-            )
+            result = subprocess.run(command, check=True, capture_output=True, text=True, env=env, cwd=REPOSITORY)
             cpu, modules = json.loads(result.stdout.splitlines()[-1])
             measured[name].append((cpu, modules))
     return {name: values[1:] for name, values in measured.items()}

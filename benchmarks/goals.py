@@ -76,10 +76,12 @@ def _updates(results: Results) -> list[Row]:
     for model, seconds in results.averages.items():
         bare = seconds["_foreach_lerp_ on cached lists"]
         for name, goal in (("EmaHook", 1.10), ("AveragedModel, foreach", None)):
-            found.append(_ratio(f"average of the weights, {model}: {name} to `_foreach_lerp_`", seconds[name], bare, goal))
+            what = f"average of the weights, {model}: {name} to `_foreach_lerp_`"
+            found.append(_ratio(what, seconds[name], bare, goal))
     for name, values in list(results.finite_checks.items())[1:]:
         reference = results.finite_checks["torch's clip alone"]
-        found.append(_ratio(f"finite check and clip, 400 tensors: {name} to torch's clip alone", values, reference, None))
+        what = f"finite check and clip, 400 tensors: {name} to torch's clip alone"
+        found.append(_ratio(what, values, reference, None))
     return found
 
 
@@ -109,7 +111,8 @@ def _footprint(results: Results) -> list[Row]:
             if name != "torch":
                 goal = 1.15 if name == "trainloop" else None
                 note = f"{values[0][1]} modules, torch {results.imports['torch'][0][1]}"
-                found.append(_ratio(f"import, CPU: {name} to torch", [cpu for cpu, _ in values], torch_seconds, goal, note))
+                seconds = [cpu for cpu, _ in values]
+                found.append(_ratio(f"import, CPU: {name} to torch", seconds, torch_seconds, goal, note))
     measured = results.step("tiny MLP")
     if measured:
         bare = measured["bare torch"]

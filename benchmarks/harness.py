@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
@@ -133,9 +133,7 @@ def run(task: Task, systems: Sequence[System], *, timeout: float = 120) -> dict[
 class _Contender:
     """One system's processes, as the harness sees them."""
 
-    def __init__(
-        self, system: System, number: int, task: Task, folder: Path, result: Measured, timeout: float
-    ) -> None:
+    def __init__(self, system: System, number: int, task: Task, folder: Path, result: Measured, timeout: float) -> None:
         self.system, self._number, self._task, self._folder, self._result = system, number, task, folder, result
         self._timeout = timeout
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -240,10 +238,8 @@ class _Contender:
     def end(self) -> None:
         for process in self._processes:
             if process.poll() is None and self._result.error == "" and self.state is not None:
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    pass
             if process.poll() is None:
                 process.kill()
             process.wait()

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .goals import Row, is_comparable, rows
+from .growth import Growth
 from .harness import BARE_TORCH, Measured, quartiles, ratios
 from .suite import Results
 from .tasks import Task
 
+PEERS = ("lightning", "transformers", "pytorch-accelerated", "pytorch-ignite")
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -27,13 +29,7 @@ def markdown(results: Results) -> str:
     if results.checkpoint:
         parts += ["### Checkpoints", checkpoint_table(results.checkpoint)]
     if results.growth:
-        growth = [
-            [f"{g.of} more", f"{g.slope:.2f} us", ", ".join(f"{c}: {m:.0f}" for c, m in zip(g.counts, g.microseconds, strict=True)),
-             g.compared_with]
-            for g in results.growth
-        ]  # fmt: skip
-        parts += ["### Growth", "CPU time of a step beyond what it is compared with.",
-                  _table(["one", "costs", "microseconds at each count", "beyond"], growth)]  # fmt: skip
+        parts += ["### Growth", "CPU time of a step beyond what it is compared with.", growth_table(results.growth)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -48,25 +44,24 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    packages = ("torch", "accelerate", "safetensors", "lightning", "transformers", "pytorch-accelerated", "pytorch-ignite")
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
     versions = []
-    for package in packages:
+    for package in ("torch", "accelerate", "safetensors", *PEERS):
         try:
             versions.append(f"{package} {importlib.metadata.version(package).split('+')[0]}")
         except importlib.metadata.PackageNotFoundError:
             continue
     return (
-        f"Measured on {os.cpu_count()} cores of a virtual machine ({model}), Linux, no GPU; one thread a process; Python"
-        f" {platform.python_version()}, {', '.join(versions)}."
+        f"Measured on {os.cpu_count()} cores of a virtual machine ({model}), Linux, no GPU; one thread a process;"
+        f" Python {platform.python_version()}, {', '.join(versions)}."
     )
 
 
 def goals_table(found: Iterable[Row]) -> str:
     lines = []
     for row in found:
-        spread = f" ({row.spread[0]:.2f}–{row.spread[1]:.2f})" if row.spread else ""
+        spread = f" ({row.spread[0]:.2f}-{row.spread[1]:.2f})" if row.spread else ""
         goal = "" if row.goal is None else f"≤ {row.goal:.2f}"
         lines.append([row.what, goal, f"{row.value:.2f}{spread}", row.verdict, row.note])
     return _table(["what", "goal", "value (quartiles)", "", "note"], lines)
@@ -94,13 +89,13 @@ def _cell(own: Measured | None, bare: Measured) -> str:
         return f"other parameters (by {own.difference:.1g})"
     low, middle, high = quartiles(ratios(own.cpu, bare.cpu))
     wall = quartiles(ratios(own.wall, bare.wall))[1]
-    return f"{'=' if own.difference == 0 else '~'} {middle:.2f} ({low:.2f}–{high:.2f}) [{wall:.2f}]"
+    return f"{'=' if own.difference == 0 else '~'} {middle:.2f} ({low:.2f}-{high:.2f}) [{wall:.2f}]"
 
 
 def reads_table(host_reads: dict[str, dict[int, Measured]]) -> str:
     counts = sorted({count for by_count in host_reads.values() for count in by_count})
     lines = [
-        [name, *(f"{by_count[c].host_reads:.3g}" if not by_count[c].error else "–" for c in counts)]
+        [name, *(f"{by_count[c].host_reads:.3g}" if not by_count[c].error else "-" for c in counts)]
         for name, by_count in host_reads.items()
     ]
     return _table(["system", *(f"accumulation {count}" for count in counts)], lines)
@@ -111,8 +106,19 @@ def checkpoint_table(checkpoint: dict[str, Any]) -> str:
     for kind, timings in (("save", checkpoint["saves"]), ("load", checkpoint["loads"])):
         for name, rounds in timings.items():
             blocked, whole = (quartiles(column)[1] for column in zip(*rounds[1:], strict=True))
-            lines.append([f"{kind}: {name}", *(f"{seconds * 1e3:.0f} ms" for seconds in (rounds[0][0], blocked, whole))])
+            lines.append(
+                [f"{kind}: {name}", *(f"{seconds * 1e3:.0f} ms" for seconds in (rounds[0][0], blocked, whole))]
+            )
     return _table([f"{checkpoint['bytes'] / 1e6:.0f} MB, wall", "first, blocked", "blocked", "whole"], lines)
+
+
+def growth_table(found: Iterable[Growth]) -> str:
+    lines = []
+    for growth in found:
+        pairs = zip(growth.counts, growth.microseconds, strict=True)
+        values = ", ".join(f"{count}: {microseconds:.0f}" for count, microseconds in pairs)
+        lines.append([f"{growth.of} more", f"{growth.slope:.2f} us", values, growth.compared_with])
+    return _table(["one", "costs", "microseconds at each number", "beyond"], lines)
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

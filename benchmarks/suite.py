@@ -154,5 +154,3 @@ def _describe(task: Task) -> str:
 
 def _say(what: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {what}", flush=True)
-
-

@@ -1,4 +1,4 @@
-"""What is done with all parameters once a step: the average of the weights, and the check that the gradient is finite."""
+"""What is done with all parameters once a step: the average of the weights, and the check of the gradient."""
 
 from __future__ import annotations
 

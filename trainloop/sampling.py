@@ -122,8 +122,8 @@ class EndlessSampler:
             if self._drop_last:
                 if position < self._global_batch:
                     raise ValueError(
-                        f"The data set gives {position} samples an epoch, but `drop_last=True` drops what doesn't fill a"
-                        f" global batch of {self._global_batch}. Make the batch smaller or keep the rest."
+                        f"The data set gives {position} samples an epoch, but `drop_last=True` drops what doesn't fill"
+                        f" a global batch of {self._global_batch}. Make the batch smaller or keep the rest."
                     )
                 batch = []
             epoch, position = epoch + 1, 0

@@ -371,6 +371,7 @@ class BaseTrainer:
         """N micro-batches forward and backward, all of them on every rank; the gradient is reduced with the last."""
         self.peers.enter("forward and backward")
         info, num_micro_steps = self.step_info, self.gradient_accumulation_steps
+        start = time.perf_counter()
         info.losses, info.records, info.loss_factors = [], [], None
         self._skipped = []
         self._buffers.remember()
@@ -389,6 +390,8 @@ class BaseTrainer:
                 else:
                     info.losses.append(loss.detach())
                     info.records.append(map_nested_tensor(torch.Tensor.detach, records) if records else records)
+                    if is_last:
+                        info.own_time = time.perf_counter() - start
                     self._backward(loss if factor is None else weighted_loss(loss, factor))
                     micro_step += 1
             num_drawn += 1
@@ -414,9 +417,9 @@ class BaseTrainer:
         return batch
 
     def _around(self, is_last: bool, factor: Any) -> AbstractContextManager[Any]:
-        """Around a micro-batch: but for the last one nothing is reduced, and of one of weight 0 neither its gradient nor
-        what it does to buffers may stay. A weight on the device isn't read by the host: there `weighted_loss` masks the
-        loss, and that is all.
+        """Around a micro-batch: before the last one nothing is reduced, and of one of weight 0 neither its gradient
+        nor what it does to buffers may stay. A weight on the device isn't read by the host: there `weighted_loss` masks
+        the loss, and that is all.
         """
         is_deferred = self._defers_reduction and not is_last
         is_dropped = isinstance(factor, float) and factor == 0.0
@@ -475,9 +478,9 @@ class BaseTrainer:
         """Draw the window before its first backward, because each micro-batch's factor depends on all the weights."""
         while True:
             window = [self._next_batch() for _ in range(self.gradient_accumulation_steps)]
-            factors = loss_factors([self.batch_weight(batch) for batch in window], self.device)
+            factors, total = loss_factors([self.batch_weight(batch) for batch in window], self.device)
             if factors != []:
-                self.step_info.loss_factors = factors
+                self.step_info.loss_factors, self.step_info.total_weight = factors, total
                 return window
             self.step_info.skipped_micro_batch_count += len(window)  # nothing in it, on any rank: draw another
             self._guard_against_no_loss()

@@ -10,9 +10,7 @@ from ..turns import TurnTakingData
 
 
 def train(task: Task, data: TurnTakingData) -> nn.Module:
-    accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=task.num_micro, mixed_precision=task.precision
-    )
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=task.num_micro, mixed_precision=task.precision)
     model = make_model(task.model)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(task, model.parameters()), data.loader())
     for x, y in loader:

@@ -21,9 +21,7 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
         model = nn.parallel.DistributedDataParallel(model)
         sampling["sampler"] = DistributedSampler(data, shuffle=False)
     optimizer = make_optimizer(task, model.parameters())
-    num_drawn = 0
-    for x, y in data.loader(**sampling):
-        num_drawn += 1
+    for num_drawn, (x, y) in enumerate(data.loader(**sampling), start=1):
         is_last = num_drawn % task.num_micro == 0
         with nullcontext() if is_last or task.world_size == 1 else model.no_sync():
             with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
