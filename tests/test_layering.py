@@ -20,7 +20,7 @@ LAYERS = [
     {"step", "sources", "data", "state", "hook", "pretrained"},
     {"build", "evaluation"},
     {"trainer"},
-    {"ready_made"},
+    {"adoption", "ready_made"},
     {"hooks"},
     {"__init__"},
 ]

@@ -20,7 +20,7 @@ import torch
 from ..errors import CheckpointError
 from .integrity import Buffer
 
-_CODES = {
+CODES = {
     "bool": "BOOL",
     "uint8": "U8",
     "uint16": "U16",
@@ -103,7 +103,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 def _code(tensor: torch.Tensor) -> str | None:
     dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
-    return _CODES.get(dtype_name(dtype))
+    return CODES.get(dtype_name(dtype))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
