@@ -49,6 +49,11 @@ def on_every_rank(results: Results) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{name}, rank {rank}", own) for name, ranks in results.items() for rank, own in enumerate(ranks)]
 
 
+def test_the_process_groups_end_before_the_interpreter(results: Results, folder: Path) -> None:
+    """A thread of gloo's that outlives the interpreter's end aborts a process whose run has succeeded, now and then."""
+    assert {name: (folder / f"{name}.exit").read_text() for name in results} == dict.fromkeys(results, "False")
+
+
 def test_every_sample_counts_once_at_any_number_of_processes(results: Results) -> None:
     """27 samples in batches of 4, on 1, 2 and 3 processes, under DDP and FSDP2: from map-style data (with and without
     workers and random transforms), iterable data sets, lists, mappings, prepared loaders, a single batch for all ranks;

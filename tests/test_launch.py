@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from .launching import REPOSITORY, launch
 
@@ -98,3 +101,23 @@ def test_the_example_reaches_what_it_promises() -> None:
         accuracy = re.search(r"accuracy on 360 held-out digits: (.*)%", output)
         assert accuracy is not None
         assert float(accuracy[1]) >= 97
+
+
+def test_the_diffusion_example_draws_and_resumes(tmp_path: Path) -> None:
+    """Started again, as FSDP2 after DDP, it goes on; at the end of each life there are evaluations of both weights, a
+    picture of ten times ten samples that are not all alike, and a checkpoint that knows both losses.
+    """
+    for form, step, begin in (("ddp2", 3, "the run starts at step 0."), ("fsdp2", 5, "the run goes on after step 3.")):
+        arguments = ["--max-steps", str(step), "--workspace", str(tmp_path)]
+        output = launch(REPOSITORY / "examples" / "diffusion.py", form, *arguments).stdout
+        assert begin in output
+        logged = re.findall(rf"step {step}/{step} \| (val\S*): loss (.*)", output)
+        manifest = json.loads((tmp_path / "checkpoints" / f"step_{step:07d}" / "manifest.json").read_text())
+        assert {name: f"{value:.4g}" for name, value in manifest["metrics"].items()} == {
+            f"{prefix}/loss": loss for prefix, loss in logged
+        }
+        assert len(logged) == 2
+        picture = np.asarray(Image.open(tmp_path / "images" / f"step_{step:07d}" / "samples.png"))
+        assert picture.shape == (10 * 48 + 9 * 2,) * 2
+        samples = {picture[i : i + 48, j : j + 48].tobytes() for i in range(0, 498, 50) for j in range(0, 498, 50)}
+        assert len(samples) == 100

@@ -14,15 +14,16 @@ import trainloop
 PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
     {"errors"},
-    {"records", "rng", "distributed"},
+    {"records", "rng", "distributed", "images"},
     {"checkpoint"},
     {"weights", "sampling", "non_finite", "gradients", "control", "launch"},
     {"step", "sources", "data", "state", "hook", "pretrained"},
     {"build", "evaluation"},
     {"trainer"},
     {"adoption", "ready_made"},
-    {"hooks"},
+    {"hooks", "testing"},
     {"__init__"},
+    {"__main__"},
 ]
 """A module or folder imports from its own line and those above it."""
 

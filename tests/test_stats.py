@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from trainloop import BaseHook, BaseTrainer, LoggingHook, ProgressHook, flatten_nested_dict, key_average
@@ -87,11 +89,25 @@ def test_a_resume_within_an_interval_logs_the_whole_interval() -> None:
     assert without_times(log.logged) == without_times(whole_log.logged[1:])
 
 
-def test_records_of_some_ranks_only_are_averaged_over_those(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    launch(REPOSITORY / "tests" / "workers" / "stats.py", "ddp2", str(folder))
+    return folder
+
+
+def test_records_of_some_ranks_only_are_averaged_over_those(two_ranks: Path) -> None:
     """With `sync=True`, at 2 processes; every rank gets the same means."""
-    launch(REPOSITORY / "tests" / "workers" / "stats.py", "ddp2", str(tmp_path))
-    by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    by_rank = [json.loads((two_ranks / f"{rank}.json").read_text()) for rank in range(2)]
     assert by_rank[0] == by_rank[1] == [{"rank": 0.5, "only_1": 7.0, "loss": 2.5}]
+
+
+def test_images_are_written_by_rank_0(two_ranks: Path) -> None:
+    """Its own, and of a DTensor the whole."""
+    step = two_ranks / "images" / "step_0000003"
+    assert sorted(path.name for path in step.parent.rglob("*")) == ["rank.png", "sharded.png", "step_0000003"]
+    assert not np.asarray(Image.open(step / "rank.png")).any()
+    assert (np.asarray(Image.open(step / "sharded.png")) == [0, 0, 1]).all()
 
 
 def test_the_line_says_what_one_wants_to_know(caplog: pytest.LogCaptureFixture) -> None:

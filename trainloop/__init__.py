@@ -15,6 +15,7 @@ from .hooks.cuda_memory import CudaMaxMemoryHook
 from .hooks.early_stopping import EarlyStoppingHook
 from .hooks.ema import EmaHook
 from .hooks.evaluation import EvaluationHook
+from .hooks.images import ImageFileLoggerHook
 from .hooks.stats import LoggingHook, ProgressHook
 from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
@@ -31,6 +32,7 @@ __all__ = [
     "EarlyStoppingHook",
     "EmaHook",
     "EvaluationHook",
+    "ImageFileLoggerHook",
     "LoggingHook",
     "LossNoneWarning",
     "NonFiniteGradientError",

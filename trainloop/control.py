@@ -25,8 +25,10 @@ class Control:
         self.agreed = dict.fromkeys(REQUESTS, 0)
 
     def ask(self, request: str, value: int = 1) -> None:
-        """Make a request on this rank; it is agreed on with the next exchange."""
-        self._asked[request] = max(self._asked[request], value)
+        """Make a request on this rank; it is agreed on with the next exchange. The first value that is asked for
+        stays: of several signals the first decides.
+        """
+        self._asked[request] = self._asked[request] or value
 
     def take(self, request: str) -> int:
         """What was agreed on, which is thereby done with; 0: nothing."""
@@ -37,7 +39,7 @@ class Control:
         """Whether any rank was sent an exit signal, told at once. Call on every rank; for long work between two
         windows, which must not keep the run from ending in time.
         """
-        own = max(self._asked["exit_signal"], self.agreed["exit_signal"])
+        own = self.agreed["exit_signal"] or self._asked["exit_signal"]
         (self.agreed["exit_signal"],) = distributed.start_max([own])()
         return bool(self.agreed["exit_signal"])
 
@@ -48,9 +50,9 @@ class Control:
         Args:
             skipped: Which draws of the window gave no loss on this rank; must be the same on all.
         """
-        values = [self._asked[request] for request in REQUESTS]
-        for request in REQUESTS:
-            self._asked[request] = 0
+        # Exchanged for new ones before they are read: a signal may come between any two lines, and must not be lost.
+        asked, self._asked = self._asked, dict.fromkeys(REQUESTS, 0)
+        values = [asked[request] for request in REQUESTS]
         self._skipped = list(skipped)
         pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
         self._finish = distributed.start_max([*values, pattern, -pattern])
@@ -71,4 +73,4 @@ class Control:
                 " `batch_weight` and return 0 for a micro-batch that one rank alone wants to drop."
             )
         for request, value in zip(REQUESTS, values, strict=True):
-            self.agreed[request] = max(self.agreed[request], value)
+            self.agreed[request] = self.agreed[request] or value

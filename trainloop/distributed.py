@@ -6,6 +6,7 @@ In a single process every function answers at once from its own argument.
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -40,7 +41,26 @@ def host_group() -> Any:
     if world not in _host_groups:
         _host_groups.clear()  # a process group that was destroyed takes ours with it
         _host_groups[world] = dist.new_group(backend="gloo")
+        atexit.unregister(_end_groups)
+        atexit.register(_end_groups)
     return _host_groups[world]
+
+
+def _end_groups() -> None:
+    """End gloo's threads before the interpreter ends: one that then lets go of a tensor aborts the process, and with it
+    a launch that had succeeded ("terminate called without an active exception"). No communication.
+
+    Not after an uncaught exception: a thread may still wait for a rank that waits for this one, and is best ended by
+    the end of the process.
+    """
+    if not dist.is_initialized() or hasattr(sys, "last_value"):
+        return
+    if dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+    else:
+        for group in _host_groups.values():
+            dist.destroy_process_group(group)
+    _host_groups.clear()
 
 
 def gather_objects(value: T) -> list[T]:

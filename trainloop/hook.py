@@ -71,7 +71,7 @@ class BaseHook:
 
         Args:
             trainer: The trainer.
-            records: Nested mapping of images.
+            records: Nested mapping of images: Pillow's, tensors or numpy arrays.
             dry_run: Say what would be written, and write nothing.
         """
 

@@ -675,7 +675,9 @@ class BaseTrainer:
             hook.on_log(self, records, dry_run)
 
     def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
-        """Hand nested images to every hook's `on_log_images`. `dry_run`: they say what they would write."""
+        """Hand nested images (Pillow's, tensors, numpy arrays) to every hook's `on_log_images`. `dry_run`: they say
+        what they would write. Call on every rank if there are DTensors among them.
+        """
         for hook in self.hooks:
             hook.on_log_images(self, records, dry_run)
 

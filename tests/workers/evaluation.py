@@ -7,6 +7,7 @@ SIGTERM in the middle of an evaluation, if it has not gone on from a checkpoint.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -292,6 +293,8 @@ if __name__ == "__main__":
     if mode:
         interrupted(Path(folder, name), is_sending=True)
     else:
+        # Registered first, so called last.
+        atexit.register(lambda: Path(folder, f"{name}.exit").write_text(str(torch.distributed.is_initialized())))
         found = loaded(Path(folder))
         found.pop(name, None)
         result = {

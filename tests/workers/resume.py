@@ -1,60 +1,90 @@
-"""Trains with everything that a resume must bring back, and dies where it is told to.
-
-Usage: accelerate launch resume.py WORKSPACE LAST_STEP NUM_WORKERS IS_ASYNC HOW DEATH_STEP RANK
-HOW: "never", "kill" (SIGKILL), "term" (SIGTERM)
-"""
+"""Trainers with everything that a resume must bring back, made where a life of a run begins."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
-import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook, LoggingHook
 
-workspace, last_step, num_workers, is_async, how, death_step, death_rank = sys.argv[1:]
-
 
 class Noisy(Dataset):  # type: ignore[type-arg]
-    """Augmented by the process's generator."""
+    """Sample i: its number, and values that are augmented by the process's generator."""
 
     def __len__(self) -> int:
         return 37
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
-        return torch.randn(6, generator=generator) + 0.1 * torch.randn(6)
+        return index, torch.randn(6, generator=generator) + 0.1 * torch.randn(6)
 
 
-class Die(BaseHook):
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """The same samples from a stream that knows its position."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        samples = Noisy()
+        while self.position < len(samples):
+            self.position += 1
+            yield samples[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Waited(Noisy):
+    """A worker that sends SIGTERM to the process that waits for it, with sample 20, and then takes its time."""
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        if index == 20:
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return super().__getitem__(index)
+
+
+class Again(BaseHook):
+    """A second signal, when the first one was agreed on, or, after the save, while the run waits to exit."""
+
+    def __init__(self, is_late: bool) -> None:
+        self.seconds = 0.4 if is_late else 0.0
+
     def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
-        if trainer.step == int(death_step) and trainer.accelerator.process_index == int(death_rank):
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif how == "term":
+        if trainer.control.agreed["exit_signal"]:
+            if self.seconds:
+                threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            else:
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Log(BaseHook):
-    """Appends what is logged, so that all lives of the run are in one file."""
-
-    def on_log(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
-        kept = {k: v for k, v in records["train"].items() if not k.endswith("_time")}
-        with Path(workspace, f"log.{trainer.accelerator.process_index}.jsonl").open("a") as file:
-            file.write(json.dumps({"step": trainer.step, **kept}) + "\n")
-
-
 class Trainer(BaseTrainer):
+    """Dropout, BatchNorm, AdamW, OneCycle, an interval of the log that no checkpoint ends."""
+
+    data = "map"
+    num_workers = 0
+    checkpointing: dict[str, Any] = {}  # noqa: RUF012 - set on the instance
+
     def build_data_loader(self) -> Any:
-        return DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=int(num_workers))
+        if self.data == "waited":
+            return DataLoader(Waited(), batch_size=4, num_workers=1, prefetch_factor=1)
+        if self.data == "stream":
+            return DataLoader(Stream(), batch_size=4)
+        return DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=self.num_workers)
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 16), nn.Linear(16, 1))
@@ -63,44 +93,25 @@ class Trainer(BaseTrainer):
         return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
 
     def build_lr_scheduler(self) -> Any:
-        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-2, total_steps=20)
+        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-2, total_steps=200_000)
 
     def build_hooks(self) -> list[BaseHook]:
-        save = CheckpointingHook(2, keep_previous=1, async_save=is_async == "1", exit_signals="SIGTERM")
-        hooks: list[BaseHook] = [LoggingHook(interval=5), save, Log(), Die()]
-        return hooks[::-1] if how == "kill" else hooks  # the order never matters
+        more = [Again(self.data == "again late")] if self.data.startswith("again") else []
+        return [LoggingHook(interval=5), CheckpointingHook(**{"interval": 2, **self.checkpointing}), *more]
 
     def forward(self, batch: Any) -> Any:
-        loss = (self.model(batch) - batch.sum(1, keepdim=True)).pow(2).mean()
+        _, x = batch
+        loss = (self.model(x) - x.sum(1, keepdim=True)).pow(2).mean()
         return loss, {"mse": loss.detach()}
 
 
-def digest(trainer: BaseTrainer) -> str:
-    """Every bit of this rank's state."""
-    total = hashlib.sha256()
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                total.update(str(key).encode())
-                walk(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                walk(item)
-        elif isinstance(value, torch.Tensor):
-            local = value.to_local() if hasattr(value, "to_local") else value
-            total.update(local.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:
-            total.update(repr(value).encode())
-
-    state_dict = trainer.state_dict()
-    interval = state_dict["rank"]["LoggingHook_5"]
-    interval["sums"] = [row for row in interval["sums"] if not row[0][0].endswith("_time")]  # the clock goes on
-    walk(state_dict)
-    return total.hexdigest()
+def make_trainer(
+    workspace: Path, *, data: str = "map", num_workers: int = 0, max_steps: int = 13, **checkpointing: Any
+) -> Trainer:
+    trainer = Trainer(max_steps, grad_clip=1.0, gradient_accumulation_steps=3, workspace=workspace, seed=9)
+    trainer.data, trainer.num_workers, trainer.checkpointing = data, num_workers, checkpointing
+    return trainer
 
 
-trainer = Trainer(int(last_step), grad_clip=1.0, gradient_accumulation_steps=3, workspace=workspace, seed=9)
-trainer.train()
-result = {"step": trainer.step, "digest": digest(trainer), "processes": trainer.accelerator.num_processes}
-Path(workspace, f"{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+def sample_ids(batch: Any, index: int = 0) -> Any:
+    return batch[index]

@@ -1,4 +1,4 @@
-"""Logs records that only some ranks have, and writes what each rank was told.
+"""Logs records and images that only some ranks have, and writes what each rank was told.
 
 Usage: accelerate launch stats.py OUT
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainloop import BaseHook, BaseTrainer, LoggingHook
+from trainloop import BaseHook, BaseTrainer, ImageFileLoggerHook, LoggingHook
 
 
 class Log(BaseHook):
@@ -36,7 +36,7 @@ class Trainer(BaseTrainer):
 
     def build_hooks(self) -> list[BaseHook]:
         self.log_hook = Log()
-        return [LoggingHook(interval=2), self.log_hook]
+        return [LoggingHook(interval=2), ImageFileLoggerHook(), self.log_hook]
 
     def forward(self, batch: Any) -> Any:
         rank = self.accelerator.process_index
@@ -44,7 +44,19 @@ class Trainer(BaseTrainer):
         return self.model(batch).sum() * 0 + rank * 5.0, records
 
 
+def sharded(rank: int) -> torch.Tensor:
+    """A 3 x 5 x 4 image of which rank 0 has the channels of level 0, rank 1 that of level 1."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    local = torch.full((2 - rank, 5, 4), rank, dtype=torch.uint8)
+    mesh = init_device_mesh("cpu", (2,))
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size([3, 5, 4]), stride=(20, 4, 1))
+
+
 if __name__ == "__main__":
-    trainer = Trainer(3, seed=0)
+    trainer = Trainer(3, workspace=sys.argv[1], seed=0)
     trainer.train()
-    Path(sys.argv[1], f"{trainer.accelerator.process_index}.json").write_text(json.dumps(trainer.log_hook.logged))
+    rank = trainer.accelerator.process_index
+    trainer.log_images({"rank": torch.full((2, 2), rank, dtype=torch.uint8), "sharded": sharded(rank)})
+    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(trainer.log_hook.logged))

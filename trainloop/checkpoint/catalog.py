@@ -36,6 +36,22 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(read_manifest_text(folder))
 
 
+def read_own_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, whose step must be that of the folder if this has a step's name.
+
+    Raises:
+        NewerFormatError: Only a newer trainloop can read it.
+        CheckpointError: It is missing, damaged, not trainloop's, or that of another step.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except NewerFormatError as ex:
+        raise NewerFormatError(f"{folder}: {ex}") from ex
+    if parse_step_name(folder.name) not in (manifest.step, None):
+        raise CheckpointError(f"{MANIFEST} is that of step {manifest.step}")
+    return manifest
+
+
 @dataclass(frozen=True)
 class Entry:
     """A folder with a step's name: its manifest, or what is wrong with it."""
@@ -122,11 +138,9 @@ class Catalog:
         if cached is not None and cached[0] == key:
             return Entry(folder, cached[1])
         try:
-            info = read_manifest(folder).info()
-            if info.step != parse_step_name(name):
-                raise CheckpointError(f"{MANIFEST} is that of step {info.step}")
-        except NewerFormatError as ex:
-            raise NewerFormatError(f"{folder}: {ex}") from ex
+            info = read_own_manifest(folder).info()
+        except NewerFormatError:
+            raise
         except CheckpointError as ex:
             return Entry(folder, None, str(ex))
         self._cache[name] = (key, info)

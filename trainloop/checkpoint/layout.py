@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import CheckpointError
@@ -65,6 +65,18 @@ def weight_file(group: str, part: int, num_parts: int) -> str:
 def weight_index_file(group: str) -> str:
     """Path of the table that says which part holds which tensor."""
     return f"{group}/model.safetensors.index.json"
+
+
+def weight_index(files: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    """The table that says which part holds which tensor, in the form that Hugging Face's libraries read.
+
+    Args:
+        files: Path of the part, by the tensor's name.
+        sizes: Bytes, by the tensor's name.
+    """
+    weight_map = {name: path.rpartition("/")[2] for name, path in files.items()}
+    metadata = {"total_size": sum(sizes[name] for name in files)}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1)
 
 
 def state_file(rank: int | None) -> str:
@@ -125,6 +137,8 @@ class ManifestInfo:
     """By flat name, "val/loss"."""
     num_bytes: int
     """Of all files but the manifest."""
+    retention: Sequence[Mapping[str, Any]] | None = field(default=None, kw_only=True)
+    """The policies of the run, as `retention.describe_policies` has them. None: it was not written down."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,7 @@ def manifest_text(manifest: Manifest) -> str:
     """The manifest as JSON. Its last entry is the CRC-32 of all text before that entry."""
     content = {"format": FORMAT, "version": VERSION, **vars(manifest)}
     content["metrics"], _ = encode(dict(manifest.metrics))
+    content["retention"], _ = encode(manifest.retention)
     return _sealed(_lines(content, 3).removesuffix("\n}") + ",\n ")
 
 
@@ -172,8 +187,9 @@ def parse_manifest(text: str) -> Manifest:
             f"{MANIFEST} has version {content['version']} of the format, but this trainloop reads versions up to"
             f" {VERSION}; it was written with {content.get('versions')}. Update trainloop to read it"
         )
-    own = {field.name: content[field.name] for field in fields(Manifest)}
+    own: dict[str, Any] = {field.name: content[field.name] for field in fields(Manifest) if field.name in content}
     own["metrics"] = decode(own["metrics"], {})
+    own["retention"] = decode(own.get("retention"), {})
     own["files"] = {path: FileRecord(**record) for path, record in own["files"].items()}
     own["tensors"] = {
         group: {name: _tensor_record(record) for name, record in tensors.items()}

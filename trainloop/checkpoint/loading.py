@@ -57,9 +57,9 @@ def find_latest(catalog: Catalog, verify: Verify, logger: logging.Logger) -> Fou
                 break
             found.damaged[entry.folder] = problem
     if entries and found.checkpoint is None:
-        raise CheckpointError(f"All checkpoints in {catalog.root} are damaged: {_list(found.damaged)}.")
+        raise CheckpointError(f"All checkpoints in {catalog.root} are damaged: {list_damaged(found.damaged)}.")
     if ranks.rank == 0 and found.checkpoint is not None:
-        _tell(found.checkpoint, found.damaged, entries, logger)
+        tell_choice(found.checkpoint, found.damaged, entries, logger)
     return found
 
 
@@ -87,13 +87,20 @@ def _try(folder: Path, verify: Verify, ranks: Ranks) -> tuple[Manifest | None, s
     return (None, "; ".join(problems[:3])) if problems else (manifest, "")
 
 
-def _tell(
+def tell_choice(
     checkpoint: Checkpoint, damaged: Mapping[Path, str], entries: Sequence[Entry], logger: logging.Logger
 ) -> None:
-    """Say what the user may not expect of the choice."""
+    """Say what the user may not expect of the choice.
+
+    Args:
+        checkpoint: The one that was chosen.
+        damaged: What is wrong with those that were passed over.
+        entries: All of the folder.
+        logger: Hears it.
+    """
     root, name, manifest = checkpoint.folder.parent, checkpoint.folder.name, checkpoint.manifest
     if damaged:
-        logger.warning(f"Damaged checkpoints in {root}: {_list(damaged)}. Loading {name}.")
+        logger.warning(f"Damaged checkpoints in {root}: {list_damaged(damaged)}. Loading {name}.")
     newer = [e.folder.name for e in entries if e.info and e.info.seq > manifest.seq and e.folder not in damaged]
     if not manifest.health:
         logger.warning(f"{root} has no healthy checkpoint: loading {name}, whose parameters are not all finite.")
@@ -103,7 +110,8 @@ def _tell(
         )
 
 
-def _list(damaged: Mapping[Path, str]) -> str:
+def list_damaged(damaged: Mapping[Path, str]) -> str:
+    """Damaged checkpoints, each with what is wrong with it, as a part of a sentence."""
     return "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
 
 

@@ -30,8 +30,12 @@ class FolderLock:
         token: What was written into the lock file, a text that no other run writes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remedy: str = "Wait for its end, or give this run another folder") -> None:
         """
+        Args:
+            folder: The folder.
+            remedy: What whoever wants the folder is to do while another run holds it.
+
         Raises:
             CheckpointError: Another run holds it.
         """
@@ -39,7 +43,7 @@ class FolderLock:
         self.token = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
         self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._lock(folder)
+            self._lock(folder, remedy)
             os.ftruncate(self._descriptor, 0)
             holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime(), "token": self.token}
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
@@ -58,7 +62,7 @@ class FolderLock:
     def __del__(self) -> None:
         self.release()  # a store that nobody closed must not lock out the next one of this process
 
-    def _lock(self, folder: Path) -> None:
+    def _lock(self, folder: Path, remedy: str) -> None:
         try:
             import fcntl
         except ImportError:  # Windows
@@ -74,10 +78,7 @@ class FolderLock:
                 if ex.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
             if time.monotonic() > end:
-                raise CheckpointError(
-                    f"{folder} is in use by another run ({_holder(folder)}). Wait for its end, or give this run another"
-                    " folder"
-                )
+                raise CheckpointError(f"{folder} is in use by another run ({_holder(folder)}). {remedy}")
             time.sleep(0.05)
 
 

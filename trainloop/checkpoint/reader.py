@@ -61,7 +61,19 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no such group.
         """
-        return {name: (record.shape, getattr(torch, record.dtype)) for name, record in self._records(group).items()}
+        return {name: (record.shape, getattr(torch, record.dtype)) for name, record in self.records(group).items()}
+
+    def records(self, group: str) -> Mapping[str, TensorRecord]:
+        """Where the tensors of a group lie, by name.
+
+        Raises:
+            CheckpointError: There is no such group.
+        """
+        try:
+            return self.manifest.tensors[group]
+        except KeyError:
+            groups = ", ".join(self.manifest.tensors) or "none"
+            raise CheckpointError(f'{self.folder} has no tensors in a group "{group}"; its groups: {groups}.') from None
 
     @torch.no_grad()
     def read_into(self, group: str, targets: Mapping[str, torch.Tensor]) -> None:
@@ -76,7 +88,7 @@ class Checkpoint:
             CheckpointError: Names, shapes or dtypes are not those that were saved, and nothing was changed; or a file
                 cannot be read.
         """
-        records = self._records(group)
+        records = self.records(group)
         self._check(group, records, targets)
         reads: dict[str, list[_Read]] = defaultdict(list)
         for name, target in targets.items():
@@ -95,13 +107,6 @@ class Checkpoint:
     def rank_state(self, rank: int) -> Any:
         """The nested state of a rank; None if it was saved by another number of ranks than there are now."""
         return self._state(state_file(rank)) if self.manifest.world_size == distributed.world_size() else None
-
-    def _records(self, group: str) -> Mapping[str, TensorRecord]:
-        try:
-            return self.manifest.tensors[group]
-        except KeyError:
-            groups = ", ".join(self.manifest.tensors) or "none"
-            raise CheckpointError(f'{self.folder} has no tensors in a group "{group}"; its groups: {groups}.') from None
 
     def _check(self, group: str, records: Mapping[str, TensorRecord], targets: Mapping[str, torch.Tensor]) -> None:
         differing = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import describe
 from .layout import ManifestInfo
@@ -66,6 +66,9 @@ class KeepSteps:
             _check_number("steps", step, 0)
         object.__setattr__(self, "steps", frozenset(steps))
 
+    def __repr__(self) -> str:
+        return f"KeepSteps({sorted(self.steps)})"
+
     def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
         return {manifest.step for manifest in manifests if manifest.step in self.steps}
 
@@ -111,6 +114,45 @@ class EverySeconds:
                 kept.add(manifest.step)
                 last = manifest.time
         return kept
+
+
+OwnPolicy: TypeAlias = "KeepPrevious | KeepInterval | KeepSteps | BestK | EverySeconds"
+
+_OWN: tuple[type[OwnPolicy], ...] = (KeepPrevious, KeepInterval, KeepSteps, BestK, EverySeconds)
+
+
+def describe_policies(policies: Iterable[RetentionPolicy]) -> list[dict[str, Any]]:
+    """Policies as a manifest holds them: ours by name and fields, `{"policy": "KeepPrevious", "num": 2}`; of one that
+    the user wrote just the name, `{"custom": "KeepMondays"}`.
+    """
+    described = []
+    for policy in policies:
+        if isinstance(policy, _OWN) and type(policy) in _OWN:
+            values = {item.name: getattr(policy, item.name) for item in fields(policy)}
+            values = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in values.items()}
+            described.append({"policy": type(policy).__name__, **values})
+        else:
+            described.append({"custom": type(policy).__qualname__})
+    return described
+
+
+def read_policies(described: Iterable[Mapping[str, Any]]) -> tuple[list[RetentionPolicy], list[str]]:
+    """The inverse of `describe_policies`, as far as there is one.
+
+    Returns:
+        The policies, and the names of those that cannot be asked here: the user's, or a later trainloop's.
+    """
+    own = {kind.__name__: kind for kind in _OWN}
+    policies: list[RetentionPolicy] = []
+    unknown = []
+    for entry in described:
+        values = dict(entry)
+        name = values.pop("policy", None)
+        try:
+            policies.append(own[name](**values))
+        except (KeyError, TypeError, ValueError):
+            unknown.append(str(name or values.get("custom")))
+    return policies, unknown
 
 
 def reasons_to_keep(

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .content import Content, is_dtensor
-from .layout import Chunk, shard_file, state_file, tensors_beside, weight_file, weight_index_file
+from .layout import Chunk, shard_file, state_file, tensors_beside, weight_file, weight_index, weight_index_file
 from .nested import Json, encode
 from .sharding import is_first_replica, local_box, local_tensor, split_by_bytes
 from .tensorfile import check_storable
@@ -141,7 +141,8 @@ def take_snapshot(
                 hold(path, name, whole)
                 chunks[name] = Chunk(path, name, (0,) * whole.dim(), tuple(whole.shape))
         if rank == 0 and len(set(files.values())) > 1:
-            draft.outputs[weight_index_file(group)] = Output(text=_weight_index(tensors, files))
+            sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in files}
+            draft.outputs[weight_index_file(group)] = Output(text=weight_index(files, sizes).encode())
 
     for group, tensors in content.shards.items():
         path = shard_file(group, rank)
@@ -171,10 +172,3 @@ def _parts(tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], num_
     names = [name for name in tensors if name not in aliases]
     sizes = [tensors[name].numel() * tensors[name].element_size() for name in names]
     return dict(zip(names, split_by_bytes(sizes, num_parts), strict=True))
-
-
-def _weight_index(tensors: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> bytes:
-    """The table of parts in the form that Hugging Face's libraries read."""
-    total = sum(tensors[name].numel() * tensors[name].element_size() for name in files)
-    weight_map = {name: path.rpartition("/")[2] for name, path in files.items()}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode()

@@ -21,7 +21,7 @@ from .layout import ManifestInfo, step_name
 from .loading import find_explicit, find_latest
 from .lock import FolderLock, is_visible
 from .reader import Checkpoint
-from .retention import RetentionPolicy, to_delete
+from .retention import RetentionPolicy, describe_policies, to_delete
 from .saving import Saving
 from .snapshot import Buffers
 
@@ -148,9 +148,10 @@ class CheckpointStore:
             CheckpointError: On every rank, naming those that failed and why. The earlier checkpoints are untouched.
         """
         self._join()
-        saving, ranks = self._saving(step, run_id, health, metrics), Ranks()
+        policies = tuple(retention)
+        saving, ranks = self._saving(step, run_id, health, metrics, policies), Ranks()
         saving.start(content, extra or {}, self._buffers, ranks, copy=False)
-        self._finish(saving, ranks, tuple(retention))
+        self._finish(saving, ranks, policies)
 
     def save_async(
         self,
@@ -170,10 +171,11 @@ class CheckpointStore:
         self._join()
         if self._async_ranks is None:
             self._async_ranks = Ranks(self._timeout)
-        saving, ranks = self._saving(step, run_id, health, metrics), self._async_ranks
+        policies = tuple(retention)
+        saving, ranks = self._saving(step, run_id, health, metrics, policies), self._async_ranks
         saving.start(content, extra or {}, self._buffers, Ranks(), copy=True)
         self._thread = threading.Thread(
-            target=self._finish_in_thread, args=(saving, ranks, tuple(retention)), name="checkpoint"
+            target=self._finish_in_thread, args=(saving, ranks, policies), name="checkpoint"
         )
         self._thread.start()
 
@@ -201,9 +203,21 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
 
-    def _saving(self, step: int, run_id: str, health: bool, metrics: Mapping[str, Any] | None) -> Saving:
+    def _saving(
+        self,
+        step: int,
+        run_id: str,
+        health: bool,
+        metrics: Mapping[str, Any] | None,
+        retention: tuple[RetentionPolicy, ...],
+    ) -> Saving:
         self.open()
-        about = {"run_id": run_id, "health": health, "metrics": _flat(metrics or {})}
+        about = {
+            "run_id": run_id,
+            "health": health,
+            "metrics": _flat(metrics or {}),
+            "retention": describe_policies(retention),
+        }
         return Saving(self._fs, self._catalog, step, about)
 
     def _finish(self, saving: Saving, ranks: Ranks, retention: tuple[RetentionPolicy, ...]) -> None:

@@ -1,7 +1,7 @@
 """Tensors in the safetensors format.
 
-Files are read by safetensors itself. They are written here, because its `save_file` goes through a temporary file of
-mode 0600, turns a full disk into an error without its number, and leaves the checksum to a second reading.
+Whole files are read by safetensors itself. They are written here, because its `save_file` goes through a temporary file
+of mode 0600, turns a full disk into an error without its number, and leaves the checksum to a second reading.
 
 A complex tensor is stored as a real one with a last dimension of 2: most versions of safetensors know no complex dtype.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     Raises:
         TypeError: Its dtype or layout is not one that safetensors knows, or it holds no data.
     """
-    if _code(tensor) is None:
+    if _code(tensor.dtype) is None:
         raise TypeError(
             f"Tensor {name} has dtype {dtype_name(tensor.dtype)}, which the safetensors format does not have."
         )
@@ -66,6 +68,32 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"Tensor {name} is on the meta device: it has no values to save.")
 
 
+def header(
+    described: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """The beginning of a safetensors file.
+
+    Args:
+        described: Dtype and shape of each tensor.
+        metadata: Text for the file's header.
+
+    Returns:
+        The bytes, and the names in the order in which the bytes of the tensors are to follow.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    # Wide elements first, so that each tensor is aligned to its own.
+    order = sorted(described, key=lambda name: -described[name][0].itemsize)
+    end = 0
+    for name in order:
+        dtype, shape = described[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        stored_shape = [*shape, 2] if dtype.is_complex else list(shape)
+        entries[name] = {"dtype": _code(dtype), "shape": stored_shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order
+
+
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[Buffer]:
     """The bytes of a safetensors file, without a copy of the tensors.
 
@@ -73,18 +101,8 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
         tensors: Contiguous tensors on the CPU. They have to live as long as the buffers.
         metadata: Text for the file's header.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    buffers: list[Buffer] = []
-    end = 0
-    # Wide elements first, so that each tensor is aligned to its own.
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _code(tensor), "shape": list(as_real(tensor).shape), "data_offsets": [begin, end]}
-        if tensor.nbytes:
-            buffers.append(_bytes_of(tensor))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)) + text, *buffers]
+    begin, order = header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata)
+    return [begin, *(bytes_of(tensors[name]) for name in order if tensors[name].nbytes)]
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
@@ -101,11 +119,37 @@ def load(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} cannot be read: {ex}") from ex
 
 
-def _code(tensor: torch.Tensor) -> str | None:
-    dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
-    return CODES.get(dtype_name(dtype))
+class TensorFile:
+    """A safetensors file to be read in parts. safetensors itself maps the file, and what was looked at once counts as
+    memory of the process as long as it is open.
+    """
+
+    def __init__(self, file: BufferedReader) -> None:
+        """
+        Args:
+            file: The file, open for reading.
+        """
+        self._file = file
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        self._begins = {key: 8 + length + entry["data_offsets"][0] for key, entry in entries.items()}
+
+    def read_into(self, key: str, offset: int, memory: memoryview) -> None:
+        """Fill memory with the bytes of a tensor from `offset` on.
+
+        Raises:
+            CheckpointError: The file ends before.
+        """
+        self._file.seek(self._begins[key] + offset)
+        if self._file.readinto(memory) != len(memory):
+            raise CheckpointError(f"{self._file.name} ends in the middle of {key}")
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's memory. Not by way of numpy, which knows no bfloat16."""
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory. Not by way of numpy, which knows no bfloat16."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _code(dtype: torch.dtype) -> str | None:
+    return CODES.get(dtype_name(dtype.to_real() if dtype.is_complex else dtype))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _OURS = {"model", "training_state", "rank"}
+_FOLDERS = {"optim", "state"}
+"""Names in a checkpoint that no hook's weights can have."""
 
 
 class CheckpointingHook(CheckpointerHook):
@@ -128,6 +130,7 @@ class CheckpointingHook(CheckpointerHook):
         self._run_id = ""
         self._saved_step = -1
         self._num_failures = 0
+        self._is_settled = True
         self._metrics: dict[str, Any] = {}
         self._previous_handlers: dict[int, Any] = {}
 
@@ -178,6 +181,10 @@ class CheckpointingHook(CheckpointerHook):
             previous = signal.signal(number, lambda received, frame: trainer.control.ask("exit_signal", received))
             self._previous_handlers.setdefault(number, previous)
 
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        if self._store is not None and self._store.failed():
+            trainer.control.ask("save_failed")  # heard by all ranks at the end of this step
+
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
             path = self.path if trainer.workspace is None else trainer.workspace / self.path
@@ -188,6 +195,8 @@ class CheckpointingHook(CheckpointerHook):
 
     def save_if_due(self, trainer: BaseTrainer) -> None:
         agreed = trainer.control.agreed
+        if trainer.control.take("save_failed"):
+            self._settle(trainer)
         exit_signal = agreed["exit_signal"]
         is_final = bool(exit_signal or agreed["stop"] or trainer.step >= trainer.max_steps)
         is_asked = bool(trainer.control.take("checkpoint"))
@@ -211,9 +220,9 @@ class CheckpointingHook(CheckpointerHook):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
         self._last_save = time.monotonic()
+        self._settle(trainer, is_final)
+        save = self._store.save_async if runs_in_thread else self._store.save
         try:
-            self._store.wait()  # what the last async save has to say
-            save = self._store.save_async if runs_in_thread else self._store.save
             content = content_of(trainer, self._run_id)
             config = config_text(trainer.unwrapped_model)
             save(
@@ -226,17 +235,37 @@ class CheckpointingHook(CheckpointerHook):
                 extra={f"{group}/config.json": config for group in content.weights} if config is not None else None,
             )
         except CheckpointError as ex:
-            self._num_failures += 1
-            if is_final or self._num_failures > self.max_failures:
+            if is_final:
                 raise
-            trainer.logger.error(
-                f"Step {trainer.step}: the checkpoint was not saved, training goes on (failure {self._num_failures} of"
-                f" {self.max_failures} in a row). {ex}"
-            )
+            self._count_failure(trainer, ex)
         else:
-            self._num_failures = 0
             self._saved_step = trainer.step
             self._metrics = {}
+            self._is_settled = not runs_in_thread
+            if self._is_settled:
+                self._num_failures = 0
+
+    def _settle(self, trainer: BaseTrainer, is_final: bool = False) -> None:
+        """Hear what has become of the last async save. Its failure is not a reason to leave out a final one."""
+        assert self._store is not None
+        try:
+            self._store.wait()
+        except CheckpointError as ex:
+            self._saved_step = -1
+            self._count_failure(trainer, ex, is_final)
+        else:
+            if not self._is_settled:
+                self._num_failures = 0
+        self._is_settled = True
+
+    def _count_failure(self, trainer: BaseTrainer, error: CheckpointError, is_final: bool = False) -> None:
+        self._num_failures += 1
+        if self._num_failures > self.max_failures and not is_final:
+            raise error
+        trainer.logger.error(
+            f"Step {trainer.step}: a save has failed, training goes on (failure {self._num_failures} of"
+            f" {self.max_failures} in a row). {error}"
+        )
 
     def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
         """What was logged since the last commit is what the next one is judged by."""
@@ -249,23 +278,27 @@ class CheckpointingHook(CheckpointerHook):
         code = 128 + exit_signal if isinstance(self.exit_code, str) else self.exit_code
         name = signal.Signals(exit_signal).name
         trainer.logger.warning(f"{name} was received: saved after step {trainer.step}, exiting with code {code}.")
-        self._close()
         time.sleep(self.exit_wait)
-        raise SystemExit(code)
+        raise SystemExit(code)  # `on_exception` closes; until then another signal is only noted
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
         self._close()
 
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
-        self._close()
+        try:
+            self._close()  # waits for the save in flight, which the threads of all ranks finish without this one
+        except CheckpointError as ex:  # told, and not raised in place of what ended the run
+            trainer.logger.error(f"Step {trainer.step}: {ex}")
 
     def _close(self) -> None:
         store, self._store = self._store, None
-        if store is not None:
-            store.close()
-        for number, previous in self._previous_handlers.items():
-            signal.signal(number, previous)
-        self._previous_handlers.clear()
+        try:
+            if store is not None:
+                store.close()
+        finally:
+            for number, previous in self._previous_handlers.items():
+                signal.signal(number, previous)
+            self._previous_handlers.clear()
 
 
 _ON_BUSY = ("wait", "skip")
@@ -292,7 +325,7 @@ def content_of(trainer: BaseTrainer, run_id: str) -> Content:
     hooks: dict[str, Any] = {}
     for key, value in state_dict.items():
         if key not in _OURS:
-            (weights if _is_weights(value) else hooks)[key] = value
+            (weights if key.isidentifier() and key not in _FOLDERS and _is_weights(value) else hooks)[key] = value
     return Content(
         weights=weights,
         shards={"optim": shards},
@@ -343,17 +376,21 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
     state_dict = {"model": live, "training_state": training_state, **hooks}
     rank_state = checkpoint.rank_state(distributed.rank())
     if rank_state is not None:
+        own = _buffers(trainer)
         for name, buffer in rank_state.pop("buffers").items():
-            _buffers(trainer)[name].copy_(buffer)
+            if name in own and own[name].shape == buffer.shape:  # else a cache that has grown, or is gone
+                own[name].copy_(buffer)
         state_dict["rank"] = rank_state
     return state_dict
 
 
 def _buffers(trainer: BaseTrainer) -> dict[str, torch.Tensor]:
-    """Each rank's own: BatchNorm's statistics are of the rank's data, and under FSDP2 nobody makes them equal."""
-    if distributed.world_size() == 1:
-        return {}
-    return {name: buffer.detach() for name, buffer in trainer.unwrapped_model.named_buffers()}
+    """Each rank's own: BatchNorm's statistics are of the rank's data, and under FSDP2 nobody makes them equal. Of a
+    single process those that are not among the model's tensors, because they are not persistent.
+    """
+    model = trainer.unwrapped_model
+    kept = model.state_dict().keys() if distributed.world_size() == 1 else ()
+    return {name: buffer.detach() for name, buffer in model.named_buffers() if name not in kept}
 
 
 def _is_foreign(load: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -64,7 +65,7 @@ class _StatsHook(BaseHook):
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         self._read_steps()
         state_dict["rank"][self._state_key] = {
-            "sums": [[list(key), *values] for key, values in self._sums.items()],
+            "sums": {json.dumps(key): values for key, values in self._sums.items()},
             "retries": self._retries,
             "max_memory": self._max_memory,
         }
@@ -73,7 +74,7 @@ class _StatsHook(BaseHook):
         self._start_interval()
         state = (state_dict.get("rank") or {}).get(self._state_key)
         if state is not None:
-            self._sums = {tuple(key): [total, count] for key, total, count in state["sums"]}
+            self._sums = {tuple(json.loads(key)): [total, count] for key, (total, count) in state["sums"].items()}
             self._retries, self._max_memory = state["retries"], state["max_memory"]
 
     @property

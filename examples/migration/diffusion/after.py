@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader
 
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, LoggingHook
+from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, ImageFileLoggerHook, LoggingHook
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=Path, default=Path("runs/diffusion"))
@@ -44,12 +43,6 @@ def sample(model, device, count=16, steps=10):
     return (x.clamp(-1, 1) + 1) / 2
 
 
-def save_grid(samples, path, columns=4):
-    rows = samples.cpu().view(-1, columns, 8, 8).permute(0, 2, 1, 3).reshape(-1, columns * 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((rows * 255).round().to(torch.uint8).numpy()).save(path)
-
-
 class SampleHook(BaseHook):
     def __init__(self, ema):
         self.ema = ema
@@ -58,8 +51,7 @@ class SampleHook(BaseHook):
         if trainer.step % args.sample_every == 0:
             with self.ema.swapped(trainer):
                 samples = sample(trainer.model, trainer.device)
-            if trainer.accelerator.is_main_process:
-                save_grid(samples, args.out / f"samples/{trainer.step}.png")
+            trainer.log_images({"samples": samples.view(-1, 1, 8, 8)})
 
 
 class JsonLog(BaseHook):
@@ -81,7 +73,8 @@ class DiffusionTrainer(BaseTrainer):
 
     def build_hooks(self):
         ema = EmaHook(args.ema_decay)
-        return [ema, SampleHook(ema), CheckpointingHook(args.sample_every), LoggingHook(interval=1), JsonLog()]
+        save = CheckpointingHook(args.sample_every)
+        return [ema, SampleHook(ema), ImageFileLoggerHook(), save, LoggingHook(interval=1), JsonLog()]
 
     def forward(self, x):
         noise = torch.randn_like(x)

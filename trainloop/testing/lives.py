@@ -1,0 +1,222 @@
+"""One life of a run: real processes, one a rank, that end by themselves or by a real signal.
+
+They are forked from a server that has imported torch and trainloop already, and nothing else has happened in it: a life
+costs tenths of a second, and is a new process all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .comparison import flat
+from .kills import KillAt
+from .witness import UnfitError, Witness
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+_PRELOADED = [
+    __name__,
+    "torch._dynamo",  # the first optimizer imports it
+    "torch.distributed.checkpoint.state_dict",  # what a run imports when it needs it
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+]
+_LAUNCH_VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "OMP_")
+_FAILED = 1
+"""Exit code of a process that an exception has ended."""
+
+
+def live(
+    make_trainer: Callable[[Path], BaseTrainer],
+    workspace: Path,
+    kill: KillAt | None = None,
+    *,
+    num_processes: int = 1,
+    env: Mapping[str, str] | None = None,
+    record: Callable[[Any], Any] | None = None,
+    timeout: float = 300.0,
+) -> list[int | None]:
+    """Run one life, to its end or to `kill`. What it leaves besides its workspace lies beside, see `left_by`.
+
+    Args:
+        make_trainer: Makes the trainer for `workspace`; it is sent to the processes.
+        workspace: Of the run.
+        kill: Where this life ends.
+        num_processes: Of this life.
+        env: From `launch_environment`; None: what it gives without arguments.
+        record: Gives what is noted of a micro-batch.
+        timeout: In seconds.
+
+    Returns:
+        How each rank ended, as `multiprocessing` tells it: -signal or the exit code; None: it was ended from outside,
+        because the one that was killed has gone.
+
+    Raises:
+        ValueError: The trainer is unfit, or the kill never happened.
+        RuntimeError: The life ended in another way than it should, or did not end.
+    """
+    if not hasattr(signal, "SIGKILL"):
+        raise RuntimeError("To kill a run, a POSIX system is needed: this one has no SIGKILL.")
+    number = 1 + sum(1 for _ in workspace.parent.glob(f"{workspace.name}.life*.rank0.log"))
+    own = [left_by(workspace, number, rank) for rank in range(num_processes)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    environment, port = dict(launch_environment(num_processes) if env is None else env), str(_free_port())
+    processes = []
+    for rank in range(num_processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+        if num_processes > 1:
+            environment |= {**{k: str(v) for k, v in place.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        mine = kill if kill is not None and kill.rank == rank else None
+        start_method = multiprocessing.get_start_method()
+        args = (make_trainer, workspace, mine, record, dict(environment), start_method, own[rank])
+        processes.append(context.Process(target=_live, args=args, name=own[rank]))
+    try:
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        while any(process.exitcode is None for process in processes) and time.monotonic() < end:
+            if any(process.exitcode in (_FAILED, -signal.SIGKILL) for process in processes):
+                break  # the others may wait for it without end
+            time.sleep(0.005)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    is_killed = kill is not None and any("killed" in row for row in notes(own[kill.rank]))
+    if kill is not None and is_killed and codes[kill.rank] not in (None, _FAILED):
+        return codes
+    if codes != [0] * num_processes:
+        raise _unexpected(codes, own, number)
+    if kill is not None:
+        count = Path(f"{own[kill.rank]}.count").read_text()
+        raise ValueError(
+            f"{kill} never happened: life {number} of the run began after step {start_of(own[kill.rank])} and came to"
+            f" its end. From step {kill.step} on, rank {kill.rank} has met {kill.event} {count} times."
+        )
+    return codes
+
+
+def left_by(workspace: Path, number: int, rank: int) -> str:
+    """How the paths begin of what a process has left: `.jsonl` with its notes, `.log` with what it printed, and `.pt`
+    with its state, if it came to its end.
+    """
+    return f"{workspace}.life{number:03d}.rank{rank}"
+
+
+def notes(own: str) -> list[dict[str, Any]]:
+    """What a process has noted."""
+    try:
+        lines = Path(f"{own}.jsonl").read_text().split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines[:-1]]  # the last one may be cut off
+
+
+def start_of(own: str) -> int:
+    """The step after which a process has begun."""
+    return max((int(row["start"]) for row in notes(own) if "start" in row), default=0)
+
+
+def launch_environment(num_processes: int, launch_args: Sequence[str] = ()) -> dict[str, str]:
+    """This process's environment, and what `accelerate launch` would add to it, which is asked.
+
+    Raises:
+        ValueError: `accelerate launch` does not take `launch_args`.
+    """
+    env = dict(os.environ)
+    if not torch.cuda.is_available():
+        env.setdefault("ACCELERATE_USE_CPU", "true")
+    env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    if not launch_args:
+        return env
+    with tempfile.TemporaryDirectory() as folder:
+        script, told = Path(folder, "tell.py"), Path(folder, "told.json")
+        script.write_text(
+            "import json, os, sys\n"
+            "if os.environ.get('RANK', '0') == '0': json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
+        )
+        options = ["--num_processes", str(num_processes)]
+        if num_processes > 1:
+            options += ["--main_process_port", str(_free_port())]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch_args, *options, str(script), str(told)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(
+                f"`launch_args` must be options of `accelerate launch`, which says:\n{done.stderr[-2000:]}"
+            )
+        launched = json.loads(told.read_text())
+    return env | {name: value for name, value in launched.items() if name.startswith(_LAUNCH_VARIABLES)}
+
+
+def _live(
+    make_trainer: Callable[[Path], BaseTrainer],
+    workspace: Path,
+    kill: KillAt | None,
+    record: Callable[[Any], Any] | None,
+    env: dict[str, str],
+    start_method: str,
+    own: str,
+) -> None:
+    """What each process runs."""
+    multiprocessing.set_start_method(start_method, force=True)  # of a loader's workers: as in a script
+    os.environ.clear()
+    os.environ.update(env)
+    log = os.open(f"{own}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    if "OMP_NUM_THREADS" in env:
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # torch was imported before it was set
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+        trainer = make_trainer(workspace)
+        if trainer.seed is None:
+            raise UnfitError("`make_trainer` must give the trainer a `seed`, or no two runs are the same.")
+        witness = Witness(trainer, Path(f"{own}.jsonl"), kill, record)
+        trainer.train()
+    except UnfitError as ex:
+        Path(f"{own}.unfit").write_text(str(ex))
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(_FAILED)  # not by way of what waits for other ranks
+    state = {**trainer.live_state_dict(), "buffers": dict(trainer.unwrapped_model.named_buffers())}
+    torch.save(flat({**state, "logged": witness.after_train}), f"{own}.pt")
+    Path(f"{own}.count").write_text(str(witness.count))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _unexpected(codes: Sequence[int | None], own: Sequence[str], number: int) -> Exception:
+    for prefix in own:
+        if Path(f"{prefix}.unfit").exists():
+            return ValueError(Path(f"{prefix}.unfit").read_text())
+    guilty = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
+    how = "did not end in time" if codes[guilty] is None else f"ended with exit code {codes[guilty]}"
+    output = Path(f"{own[guilty]}.log").read_text()[-4000:]
+    return RuntimeError(f"Rank {guilty} in life {number} of the run {how}. It printed:\n{output}")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port

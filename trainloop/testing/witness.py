@@ -1,0 +1,145 @@
+"""Inside a process of the run: notes what every step did, and sends the signal that ends the life."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint import FileSystem
+from ..hook import BaseHook, CheckpointerHook
+from ..records import map_nested_tensor
+from .kills import FILE_OPERATIONS, KillAt
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+
+class UnfitError(ValueError):
+    """The trainer is none with which anything can be shown."""
+
+
+class Witness(BaseHook):
+    """The last hook of a run that is to be compared.
+
+    Args:
+        trainer: The trainer, which is not built yet.
+        notes: The file that gets a line a step.
+        kill: Where to send the signal on this rank, if at all.
+        record: Gives what is noted of a micro-batch.
+
+    Attributes:
+        count: How often the event of `kill` has come.
+        after_train: What was logged when the last step was over.
+    """
+
+    def __init__(
+        self, trainer: BaseTrainer, notes: Path, kill: KillAt | None, record: Callable[[Any], Any] | None
+    ) -> None:
+        self.count = 0
+        self.after_train: list[Any] = []
+        self._trainer, self._notes, self._kill = trainer, notes, kill
+        self._logged: list[Any] = []
+        self._recorded: list[Any] = []
+        build_hooks, forward = trainer.build_hooks, trainer.forward
+
+        def build_watched_hooks() -> list[BaseHook]:
+            hooks = list(build_hooks())
+            if not any(isinstance(hook, CheckpointerHook) for hook in hooks):
+                raise UnfitError(
+                    f"`make_trainer` must give a trainer with a CheckpointingHook, but the hooks are {hooks}."
+                )
+            return [*hooks, self]
+
+        def watched_forward(batch: Any) -> Any:
+            self._reach("forward")
+            if record is not None:
+                self._recorded.append(record(batch))
+            return forward(batch)
+
+        trainer.build_hooks = build_watched_hooks  # type: ignore[method-assign]
+        trainer.forward = watched_forward  # type: ignore[method-assign]
+        for operation in FILE_OPERATIONS:  # for good: this process runs nothing else
+            setattr(FileSystem, operation, self._watched(getattr(FileSystem, operation), operation))
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        self._note({"start": trainer.step})
+        self._reach("on_before_train")
+
+    def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        self._reach("on_load_state_dict")
+
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        self._logged, self._recorded = [], []
+        self._reach("on_before_step")
+
+    def on_non_finite_grad(self, trainer: BaseTrainer, retry: int) -> None:
+        self._reach("on_non_finite_grad")
+
+    def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
+        self._reach("on_before_optimizer_step")
+
+    def on_log(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
+        self._logged.append(records)
+        self._reach("on_log")
+
+    def on_log_images(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
+        self._reach("on_log_images")
+
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        info = trainer.step_info
+        row = {
+            "step": trainer.step,
+            "losses": info.losses,
+            "grad_norm": info.grad_norm,
+            "retries": info.non_finite_grad_retry_count,
+            "lr": [group["lr"] for group in trainer.optimizer.param_groups],
+            "logged": self._logged,
+            "recorded": self._recorded,
+        }
+        self._note(row)
+        self._logged = []
+        self._reach("on_after_step")
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        self._reach("on_state_dict")
+
+    def on_after_train(self, trainer: BaseTrainer) -> None:
+        self.after_train = self._logged
+        self._reach("on_after_train")
+
+    def _watched(self, operate: Callable[..., Any], operation: str) -> Callable[..., Any]:
+        def watched(fs: FileSystem, *args: Any) -> Any:
+            self._reach(operation)
+            return operate(fs, *args)
+
+        return watched
+
+    def _reach(self, event: str) -> None:
+        kill = self._kill
+        if kill is None or self._trainer.step < kill.step:
+            return
+        if event == kill.event or (kill.event == "disk" and event in FILE_OPERATIONS):
+            self.count += 1
+            if self.count == kill.number:
+                self._note({"killed": self._trainer.step})
+                os.kill(os.getpid(), kill.signal)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """Written before the next line of code can be the last."""
+        plain = map_nested_tensor(lambda tensor: [str(tensor.dtype), *_values(tensor)], row)
+        with self._notes.open("a") as file:
+            file.write(json.dumps(plain, default=_values) + "\n")
+
+
+def _values(value: Any) -> Any:
+    """A tensor (a sharded one: this rank's part) or array as lists of numbers; anything else as text."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        local = value.to_local() if hasattr(value, "to_local") else value
+        return [list(local.shape), local.reshape(-1).tolist()]
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
