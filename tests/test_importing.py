@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -136,6 +137,28 @@ def test_latest_never_loads_what_another_tool_has_written(tmp_path: Path) -> Non
         start(tmp_path, "latest")
     trainer = start(tmp_path, folder)
     assert trainer.optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_where_nothing_else_counts_steps_the_schedule_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SGD keeps no counters: the position of a prepared schedule, over the number of processes that saved it."""
+    caplog.set_level(logging.INFO, "trainloop")
+    folder = tmp_path / "state"
+    folder.mkdir()
+    torch.save(nn.Linear(3, 1).state_dict(), folder / "pytorch_model.bin")
+    momentum = {i: {"momentum_buffer": torch.ones(shape)} for i, shape in enumerate([(1, 3), (1,)])}
+    torch.save({"state": momentum, "param_groups": [{"lr": 1.0, "params": [0, 1]}]}, folder / "optimizer.bin")
+    torch.save({"last_epoch": 12}, folder / "scheduler.bin")
+    for num_processes, step in [(1, 12), (2, 6)]:
+        (folder / f"random_states_{num_processes - 1}.pkl").touch()
+        trainer = start(
+            tmp_path / str(num_processes),
+            folder,
+            lr_scheduler_=lambda self: torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5),
+        )
+        assert trainer.step == step
+        assert f"after step {step} (by its schedule alone, which stood at 12" in caplog.text
+        assert trainer.lr_scheduler.last_epoch == step
+        assert all(torch.equal(s["momentum_buffer"], torch.ones_like(p)) for p, s in trainer.optimizer.state.items())
 
 
 def test_own_checkpoints_are_not_forgotten_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

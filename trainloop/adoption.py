@@ -236,6 +236,12 @@ def _step(foreign: Foreign, optimizer: dict[str, Any] | None) -> tuple[int, str]
     counters = [int(state["step"]) for state in states if "step" in state]
     if counters:
         return max(counters), "by the optimizer's step counters"
+    position = (foreign.lr_scheduler or {}).get("last_epoch")
+    if isinstance(position, int) and position > 0 and position % foreign.num_processes == 0:
+        # SGD counts nothing. A prepared schedule moves once a step for each process.
+        step, each = position // foreign.num_processes, foreign.num_processes
+        how = f"by its schedule alone, which stood at {position}: {each} a step"
+        return step, f"{how}; if it moved otherwise, set `trainer.step` in a hook's `on_before_train`"
     return 0, "nothing in it counts steps"
 
 

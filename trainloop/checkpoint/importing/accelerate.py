@@ -1,7 +1,7 @@
 """Folders that `accelerator.save_state` writes.
 
 ```
-model.safetensors | pytorch_model.bin            one process, DDP (there each name begins with "module.")
+model.safetensors | pytorch_model.bin            one process, DDP
 pytorch_model_fsdp.bin                           FSDP2, full state dict
 pytorch_model_fsdp_0/                            FSDP2, sharded state dict: a folder of DCP
 optimizer.bin | optimizer_0/                     by the parameters' places in the groups; under FSDP2 by their names
@@ -51,6 +51,7 @@ def open_accelerate(folder: Path) -> Foreign:
         optimizer,
         load_pickle(scheduler) if scheduler.is_file() else None,
         load_pickle(scaler) if scaler.is_file() else None,
+        num_processes=max(1, len(list(folder.glob("random_states_*.pkl")))),
         left=(*left, *([] if any("data" in told for told in left) else ["the position in the data, which it has not"])),
     )
 

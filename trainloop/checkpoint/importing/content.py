@@ -88,6 +88,8 @@ class Foreign:
     grad_scaler: dict[str, Any] | None = None
     step: int | None = None
     """Optimizer steps, if the checkpoint says it."""
+    num_processes: int = 1
+    """Of those that saved it, where it can be told."""
     hooks: Mapping[str, Any] = field(default_factory=dict)
     """What hooks are given beside `weights`, by the key that they look for."""
     left: tuple[str, ...] = ()

@@ -52,8 +52,8 @@ def open_origin(folder: Path) -> Foreign:
         state.get("lr_scheduler"),
         state.get("grad_scaler") or None,
         state["step"],
-        hooks,
-        tuple(left),
+        hooks=hooks,
+        left=tuple(left),
     )
 
 
