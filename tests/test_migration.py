@@ -46,8 +46,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     single.append(run("checkpointing", "after", folder / "imported", "--resume", saved))
     ddp2.append(run("checkpointing", "before", folder / "before2_at_8", "--stop_at", "8"))
     ddp2.append(run("checkpointing", "after", folder / "imported2", "--resume", saved2))
-    launch(WORKER, "single", json.dumps(single))
-    launch(WORKER, "ddp2", json.dumps(ddp2))
+    single += [[str(path)] for path in sorted(EXAMPLES.glob("from_*/after.py"))]
+    launch(WORKER, "single", str(root), json.dumps(single))
+    launch(WORKER, "ddp2", str(root), json.dumps(ddp2))
     return root
 
 
@@ -144,3 +145,13 @@ def test_the_checkpoints_that_one_has_are_gone_on_from(runs: Path, imported: str
     if imported == "imported":
         assert trace(folder / imported) == pytest.approx(losses, rel=1e-6)
     assert sorted(trace(folder / imported)) == sorted(losses)
+
+
+@pytest.mark.parametrize("tool", ["lightning", "transformers", "pytorch_accelerated", "origin"])
+def test_what_came_from_another_trainer_learns(runs: Path, tool: str) -> None:
+    """The scripts that show the way from elsewhere run to their end, and get better."""
+    checkpoints = sorted((runs / "runs" / tool / "checkpoints").glob("step_*"))
+    infos = [Checkpoint.open(path).manifest for path in checkpoints]
+    assert infos[-1].step == 220
+    accuracy = [info.metrics["val/accuracy"] for info in infos if "val/accuracy" in info.metrics]
+    assert tool == "origin" or accuracy[-1] > 0.85

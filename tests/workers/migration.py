@@ -1,11 +1,12 @@
 """Runs scripts one after another in one launch, each as if it were alone.
 
-Usage: accelerate launch migration.py JSON, a list of [script, argument...]
+Usage: accelerate launch migration.py FOLDER JSON, a list of [script, argument...]; FOLDER is where they run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 
@@ -14,7 +15,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 
 def main() -> None:
-    for script, *arguments in json.loads(sys.argv.pop()):
+    _, folder, scripts = sys.argv
+    os.chdir(folder)
+    for script, *arguments in json.loads(scripts):
         sys.argv[:] = [script, *arguments]
         torch.manual_seed(123)  # what a script before has left behind
         try:
