@@ -121,6 +121,10 @@ def test_only_a_failed_collective_is_taken_for_lost_contact(exception: Exception
     assert is_lost_contact(exception) == is_lost
 
 
+def limits(*groups: Any) -> list[timedelta]:
+    return [group._get_backend(group._device_types[0]).options._timeout for group in groups]
+
+
 def test_the_timeout_reaches_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given in seconds or as a timedelta; also with an `Accelerator` of the script; without it Accelerate's."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -133,10 +137,9 @@ def test_the_timeout_reaches_every_group(monkeypatch: pytest.MonkeyPatch) -> Non
         assert distributed.timeout() == timedelta(minutes=30)
         SmallTrainer(accelerator=accelerator, timeout=600)
         assert distributed.timeout() == timedelta(minutes=10)
-        distributed.host_group()
+        assert limits(distributed.host_group()) == [timedelta(minutes=10)]
         SmallTrainer(accelerator=accelerator, timeout=timedelta(minutes=3))
-        groups = [dist.group.WORLD, distributed.host_group()]
-        assert [g._get_backend(g._device_types[0]).options._timeout for g in groups] == [timedelta(minutes=3)] * 2
+        assert limits(dist.group.WORLD, distributed.host_group()) == [timedelta(minutes=3)] * 2
     finally:
         dist.destroy_process_group()
 
