@@ -12,7 +12,7 @@ install: .venv/.installed  ## Create .venv and install the package with everythi
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,trackers,wandb]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,trackers,transformers,wandb]'
 	@touch $@
 
 demo: install  ## Train on handwritten digits under `accelerate launch`: one process, then two
@@ -33,8 +33,9 @@ check: install  ## Lint, format, types, the order of imports, and the wheel from
 	$(BIN)/pytest -q tests/test_layering.py tests/test_import.py
 	PYTHON=$(BIN)/python sh tests/check_wheel.sh
 
-bench: install  ## Measure the cost of a step beside plain loops
+bench: install  ## Measure the cost of a step and of a checkpoint beside others
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 docs: install  ## Write the API's documentation to site/
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import nn
 
 from trainloop import BaseHook, CheckpointError, CheckpointingHook
 from trainloop.checkpoint import CheckpointStore, FileSystem
-from trainloop.hooks.checkpointing import content_of
+from trainloop.saved import content_of
 from trainloop.testing.comparison import differences
+from trainloop.testing.lives import left_by, live
 
 from .small import SmallTrainer
+from .workers.resume import make_trainer
 
 
 class Do(BaseHook):
@@ -47,10 +50,10 @@ def broken_at(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     steps: set[int] = set()
     write = FileSystem.write
 
-    def fail(self: FileSystem, path: Path, buffers: Any) -> None:
+    def fail(self: FileSystem, path: Path, buffers: Any, sync: bool = True) -> None:
         if any(f"step_{step:07d}" in str(path) for step in steps):
             raise OSError(28, "No space left on device")
-        write(self, path, buffers)
+        write(self, path, buffers, sync)
 
     monkeypatch.setattr(FileSystem, "write", fail)
     return steps
@@ -120,7 +123,28 @@ def test_a_disk_without_room_is_told_with_both_numbers(
     assert len(told) == 2
 
 
+def test_a_disk_that_is_full_for_one_rank_costs_one_save(tmp_path: Path) -> None:
+    """Both ranks go on together, the checkpoint before stays, and the message names the rank and the file; with
+    `max_failures=0` both end with it.
+    """
+    live(partial(make_trainer, data="full", keep_previous=9), tmp_path / "run", num_processes=2)
+    assert steps_on_disk(tmp_path / "run") == [2, 6, 8, 10, 12, 13]
+    output = Path(f"{left_by(tmp_path / 'run', 1, 0)}.log").read_text()
+    assert "Step 4: a save has failed, training goes on (failure 1 of 3 in a row)" in output
+    assert "rank 1: OSError: [Errno 27] File too large: '" in output
+    with pytest.raises(RuntimeError, match=r"ended with exit code 1(?s:.*)File too large"):
+        live(partial(make_trainer, data="full", max_failures=0), tmp_path / "strict", num_processes=2)
+    assert steps_on_disk(tmp_path / "strict") == [2]
+
+
 # ---------------------------------------------------------------------- runs that end by an exception
+
+
+def test_an_exception_on_one_rank_does_not_hang_on_a_save_in_flight(tmp_path: Path) -> None:
+    """The rank that fails finishes the async save with the others' threads, and goes: nobody waits for a timeout."""
+    with pytest.raises(RuntimeError, match=r"Rank 1 in life 1 .* exit code 1(?s:.*)MemoryError: on this rank only"):
+        live(partial(make_trainer, data="raising", async_save=True), tmp_path / "run", num_processes=2, timeout=40)
+    assert steps_on_disk(tmp_path / "run") == [4]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -159,9 +183,9 @@ def test_a_failed_save_never_hides_why_the_run_ended(
 
     write = FileSystem.write
 
-    def slow(self: FileSystem, path: Path, buffers: Any) -> None:
+    def slow(self: FileSystem, path: Path, buffers: Any, sync: bool = True) -> None:
         time.sleep(0.5)
-        write(self, path, buffers)
+        write(self, path, buffers, sync)
 
     hook = CheckpointingHook(2, async_save=True, exit_signals="SIGUSR1")
     with pytest.MonkeyPatch.context() as patch:
@@ -297,3 +321,34 @@ def test_saving_changes_nothing_and_a_resume_goes_on_with_any_optimizer(tmp_path
     assert list(differences(whole, ended(trainer(tmp_path, 5, SaveFirst())))) == []
     ended(trainer(tmp_path, 2, CheckpointingHook(1)))
     assert list(differences(whole, ended(trainer(tmp_path, 5, CheckpointingHook(1))))) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "is_healthy"),
+    [
+        ([1.0, -2.0, 0.0], torch.float32, True),
+        ([3e38, 3e38, 3e38], torch.float32, True),  # whose sum overflows
+        ([1e300, 1e300, 1e300], torch.float64, True),
+        ([6e4, 6e4, 6e4], torch.float16, True),
+        ([1.0, float("nan"), 0.0], torch.float32, False),
+        ([float("inf"), -float("inf"), 0.0], torch.float32, False),
+        ([1.0, 1.0, -float("inf")], torch.bfloat16, False),
+        ([1.0, 1.0, complex(0.0, float("nan"))], torch.complex64, False),
+        ([1.0, 1.0, 1j], torch.complex64, True),
+    ],
+)
+def test_health_is_told_exactly(tmp_path: Path, values: list[Any], dtype: torch.dtype, is_healthy: bool) -> None:
+    """Whether every parameter is finite, of any size and dtype; nothing else decides it."""
+
+    def spoil(trainer: Any) -> None:
+        with torch.no_grad():
+            trainer.model.extra.copy_(torch.tensor(values, dtype=dtype))
+
+    def model(trainer: Any) -> nn.Module:
+        made = nn.Linear(3, 1)
+        made.extra = nn.Parameter(torch.zeros(3, dtype=dtype))
+        return made
+
+    trainer_of(tmp_path, 1, CheckpointingHook(1), Do(spoil), model_=model).train()
+    (info,) = CheckpointStore(tmp_path / "checkpoints").checkpoints()
+    assert info.health is is_healthy

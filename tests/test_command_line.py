@@ -274,9 +274,10 @@ def test_a_run_that_saves_and_removes_is_never_taken_for_damage(
     root = saved(tmp_path / "checkpoints", 0)
     process = multiprocessing.get_context("fork").Process(target=save_on_and_on, args=(root,))
     process.start()
-    num_exported, num_read, end = 0, 0, time.monotonic() + 6
+    num_exported, num_read, end = 0, 0, time.monotonic() + 100
     try:
-        while time.monotonic() < end:
+        while num_read < 60 or num_exported < 5:
+            assert time.monotonic() < end, (num_read, num_exported)
             code, said, _ = run(capsys, "ls", root)
             assert (code, "damaged" in said, "unreadable" in said) == (0, False, False), said
             num_read += 1
@@ -293,8 +294,6 @@ def test_a_run_that_saves_and_removes_is_never_taken_for_damage(
     finally:
         process.kill()
         process.join()
-    assert num_read > 20
-    assert num_exported > 5
     assert "damaged" not in caplog.text.lower()
 
 

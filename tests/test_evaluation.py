@@ -150,6 +150,23 @@ def test_an_average_is_loaded_into_every_other_form(results: Results) -> None:
     assert num_loaded == 0 + 2 * 1 + 2 * 2 + 3 * 3 + 4
 
 
+def test_a_checkpoint_has_the_buffers_of_rank_zero(results: Results, folder: Path) -> None:
+    """BatchNorm's statistics differ between the ranks; `model/` and `ema/` have those that evaluation computes with,
+    and not some of one rank and some of another.
+    """
+    for form in FORMS:
+        buffers = [own["averages"]["buffers"] for own in results[form]]
+        if len(buffers) > 1:
+            assert buffers[0]["1.running_mean"] != buffers[1]["1.running_mean"]
+        checkpoint = Checkpoint.open(folder / f"checkpoints_{form}" / f"step_{worker.STEPS:07d}")
+        for group in ("model", "ema", "slow"):
+            found = {
+                name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors(group).items()
+            }
+            checkpoint.read_into(group, found)
+            assert {name: found[name].tolist() for name in buffers[0]} == buffers[0], f"{group} of {form}"
+
+
 # ---------------------------------------------------------------------- signals
 
 
@@ -157,8 +174,8 @@ def test_an_average_is_loaded_into_every_other_form(results: Results) -> None:
 def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
     results: Results, folder: Path, form: str
 ) -> None:
-    """SIGTERM to one rank in mid-evaluation: every rank saves and exits with 143 at once; the next life evaluates the
-    step that was left out, with the result of a run that got no signal.
+    """SIGTERM to one rank in mid-evaluation: every rank saves and exits with 143 at once; the next life evaluates what
+    was left out at its first step, with the result of a run that got no signal.
     """
     cut = f"cut_{form}"
     first = launch(WORKER, form, str(folder), cut, "signal", check=False)
@@ -169,7 +186,7 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
         logs = [folder / name / f"{rank}.jsonl" for name in (f"uninterrupted_{form}", cut)]
         (at_2, at_4, end), resumed = ([json.loads(row) for row in log.read_text().splitlines()] for log in logs)
         assert [at_2[0], at_4[0], end] == [2, 4, ["end", 5]]
-        assert resumed == [at_2, ["exit", 4, 143], at_4, end]
+        assert resumed == [at_2, ["exit", 4, 143], [5, at_4[1]], end]
 
 
 # ---------------------------------------------------------------------- one process

@@ -271,7 +271,7 @@ def test_the_seed_gives_the_model_and_is_told(caplog: pytest.LogCaptureFixture) 
             trainer.train()
     assert weights(trainers[0]) == weights(trainers[1]) != weights(trainers[2])
     drawn = trainers[3].state_dict()["training_state"]["seed"]
-    assert [line for line in caplog.messages if "seed" in line] == [f"[RANK 0] seed: {drawn}"]
+    assert f"seed {drawn}," in [line for line in caplog.messages if "seed" in line][-1]
 
 
 @pytest.mark.gpu

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook, LoggingHook
+from trainloop.checkpoint import FileSystem
 
 
 class Noisy(Dataset):  # type: ignore[type-arg]
@@ -72,6 +74,47 @@ class Again(BaseHook):
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Full(BaseHook):
+    """On rank 1 files cannot grow while the save of step 4 is on its way."""
+
+    def __init__(self) -> None:
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        if trainer.step == 4 and trainer.accelerator.process_index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, self.limits[1]))
+
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+    def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)  # or what it prints would not fit either
+
+
+class Raising(BaseHook):
+    """Rank 1 alone fails in step 5, while the save of step 4, which takes its time, is on its way."""
+
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        if trainer.step == 4:
+            write = FileSystem.write
+
+            def slow(self: FileSystem, *args: Any) -> None:
+                time.sleep(0.2)
+                write(self, *args)
+
+            FileSystem.write = slow  # type: ignore[method-assign]
+        if trainer.step == 5 and trainer.accelerator.process_index == 1:
+            raise MemoryError("on this rank only")
+
+
+HOOKS: dict[str, Callable[[], BaseHook]] = {
+    "again": lambda: Again(is_late=False),
+    "again late": lambda: Again(is_late=True),
+    "full": Full,
+    "raising": Raising,
+}
+
+
 class Trainer(BaseTrainer):
     """Dropout, BatchNorm, AdamW, OneCycle, an interval of the log that no checkpoint ends."""
 
@@ -96,7 +139,9 @@ class Trainer(BaseTrainer):
         return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-2, total_steps=200_000)
 
     def build_hooks(self) -> list[BaseHook]:
-        more = [Again(self.data == "again late")] if self.data.startswith("again") else []
+        more: list[BaseHook] = []
+        if self.data in HOOKS:
+            more = [HOOKS[self.data]()]
         return [LoggingHook(interval=5), CheckpointingHook(**{"interval": 2, **self.checkpointing}), *more]
 
     def forward(self, batch: Any) -> Any:

@@ -23,7 +23,8 @@ class EvaluationHook(BaseHook):
     See `BaseTrainer.evaluate` for what is computed. The numbers go to every hook's `on_log` and into the next
     checkpoint's metrics, by which `BestK` judges it: those of a step into the checkpoint of that step, if one is due.
     The training run goes on as if it had not been evaluated, bit for bit. An exit signal ends an evaluation early; the
-    resumed run makes up for it.
+    resumed run makes up for it at its first step, under whose number it is logged: trackers that have the step before
+    already would take it for a repetition.
 
     Args:
         interval: Optimizer steps between two evaluations.
@@ -82,11 +83,13 @@ class EvaluationHook(BaseHook):
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
         if self._is_pending:
-            trainer.step -= 1  # what is evaluated, and logged, is what the step before has left
+            step = trainer.step
+            if step == 1:
+                trainer.step = 0  # so that it is not taken for what the first step has made of the weights
             try:
                 self._evaluate(trainer)
             finally:
-                trainer.step += 1
+                trainer.step = step
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
         is_last = trainer.step >= trainer.max_steps or trainer.control.agreed["stop"]

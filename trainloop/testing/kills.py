@@ -11,6 +11,7 @@ HOOK_EVENTS = (
     "on_before_step",
     "on_non_finite_grad",
     "on_before_optimizer_step",
+    "on_after_optimizer_step",
     "on_log",
     "on_log_images",
     "on_after_step",

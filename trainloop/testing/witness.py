@@ -83,6 +83,9 @@ class Witness(BaseHook):
     def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
         self._reach("on_before_optimizer_step")
 
+    def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
+        self._reach("on_after_optimizer_step")
+
     def on_log(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
         self._logged.append(records)
         self._reach("on_log")
@@ -131,15 +134,18 @@ class Witness(BaseHook):
 
     def _note(self, row: dict[str, Any]) -> None:
         """Written before the next line of code can be the last."""
-        plain = map_nested_tensor(lambda tensor: [str(tensor.dtype), *_values(tensor)], row)
+        plain = map_nested_tensor(_plain, row)
         with self._notes.open("a") as file:
             file.write(json.dumps(plain, default=_values) + "\n")
 
 
+def _plain(tensor: torch.Tensor) -> Any:
+    """A number, or dtype, shape and numbers; of a sharded tensor this rank's part."""
+    tensor = tensor.detach()
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.item() if local.dim() == 0 else [str(local.dtype), list(local.shape), local.reshape(-1).tolist()]
+
+
 def _values(value: Any) -> Any:
-    """A tensor (a sharded one: this rank's part) or array as lists of numbers; anything else as text."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        local = value.to_local() if hasattr(value, "to_local") else value
-        return [list(local.shape), local.reshape(-1).tolist()]
+    """An array as lists of numbers; anything else that JSON does not have, as text."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
