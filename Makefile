@@ -37,9 +37,9 @@ bench: install  ## Measure the cost of a step and of a checkpoint beside others
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/checkpoint.py
 
-docs: install  ## Write the API's documentation to site/
+docs: install  ## Build the documentation into site/; a warning is an error
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/pdoc trainloop -o site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:  ## Remove what the other targets made
 	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
