@@ -15,23 +15,23 @@ class FileSystem:
     """The real disk. Nothing is durable before it is synced: a file's bytes by `sync_file`, its name by `sync_dir`."""
 
     def make_dir(self, path: Path) -> None:
-        """Make a folder and those above it, where they do not exist."""
+        """Make the folder `path` and those above it, where they do not exist."""
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, buffers: Iterable[Buffer]) -> None:
-        """Write a new file and make its bytes durable."""
+        """Write `buffers` to a new file, `path`, and make its bytes durable."""
         with open(path, "xb") as file:
             for buffer in buffers:
                 file.write(buffer)
             self.sync_file(file)
 
     def sync_file(self, file: IO[bytes]) -> None:
-        """Make the bytes of an open file durable."""
+        """Make the bytes of `file`, which is open, durable."""
         file.flush()
         os.fsync(file.fileno())
 
     def sync_dir(self, path: Path) -> None:
-        """Make the names in a folder durable."""
+        """Make the names in the folder `path` durable."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -39,7 +39,7 @@ class FileSystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or folder another name, at once or not at all."""
+        """Give a file or folder, `source`, the name `target`, at once or not at all."""
         os.rename(source, target)
 
     def replace_symlink(self, link: Path, target: str, beside: Path) -> None:
@@ -54,7 +54,7 @@ class FileSystem:
         os.replace(beside, link)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a file, a link, or a folder with all that it holds."""
+        """Remove what `path` is: a file, a link, or a folder with all that it holds."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

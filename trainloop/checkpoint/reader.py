@@ -52,7 +52,9 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: {ex}.") from ex
 
     def find_problems(self, verify: Verify = "full") -> list[str]:
-        """What is wrong with its files, a sentence each; this process looks at all of them."""
+        """What is wrong with its files, a sentence each; this process looks at all of them, as far as `verify` says ("full",
+        "size" or "off").
+        """
         return find_problems(self.folder, self.manifest.files, verify)
 
     def tensors(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
