@@ -34,10 +34,10 @@ class Tampered(FileSystem):
         self.before("make_dir", (path,))
         super().make_dir(path)
 
-    def write(self, path: Path, buffers: Iterable[Any]) -> None:
+    def write(self, path: Path, buffers: Iterable[Any], sync: bool = True) -> None:
         buffers = list(buffers)
         self.before("write", (path, b"".join(map(bytes, buffers))))
-        super().write(path, buffers)
+        super().write(path, buffers, sync)
 
     def sync_file(self, file: Any) -> None:
         self.before("sync_file", (Path(file.name),))

@@ -518,9 +518,9 @@ class Held(FileSystem):
     def __init__(self) -> None:
         self.go = threading.Event()
 
-    def write(self, path: Path, buffers: Iterable[Any]) -> None:
+    def write(self, path: Path, buffers: Iterable[Any], sync: bool = True) -> None:
         assert self.go.wait(60)
-        super().write(path, buffers)
+        super().write(path, buffers, sync)
 
 
 def test_an_async_save_holds_what_was_there_at_the_call(root: Path) -> None:

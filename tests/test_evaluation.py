@@ -150,6 +150,23 @@ def test_an_average_is_loaded_into_every_other_form(results: Results) -> None:
     assert num_loaded == 0 + 2 * 1 + 2 * 2 + 3 * 3 + 4
 
 
+def test_a_checkpoint_has_the_buffers_of_rank_zero(results: Results, folder: Path) -> None:
+    """BatchNorm's statistics differ between the ranks; `model/` and `ema/` have those that evaluation computes with,
+    and not some of one rank and some of another.
+    """
+    for form in FORMS:
+        buffers = [own["averages"]["buffers"] for own in results[form]]
+        if len(buffers) > 1:
+            assert buffers[0]["1.running_mean"] != buffers[1]["1.running_mean"]
+        checkpoint = Checkpoint.open(folder / f"checkpoints_{form}" / f"step_{worker.STEPS:07d}")
+        for group in ("model", "ema", "slow"):
+            found = {
+                name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors(group).items()
+            }
+            checkpoint.read_into(group, found)
+            assert {name: found[name].tolist() for name in buffers[0]} == buffers[0], f"{group} of {form}"
+
+
 # ---------------------------------------------------------------------- signals
 
 

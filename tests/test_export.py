@@ -279,7 +279,7 @@ def test_no_export_is_of_two_checkpoints(
         store.save(step, small(step), **ABOUT)
         store.close()
 
-    once(export, "_look_for_space", go_on, monkeypatch)
+    once(export, "look_for_space", go_on, monkeypatch)
     out = tmp_path / "out.safetensors"
     code, _, error = run(capsys, "export", root / "latest", "--output", out)
     assert code == 1

@@ -173,23 +173,34 @@ def test_a_stop_ends_the_run_after_the_step_that_agreed_on_it() -> None:
 
 
 def test_ready_made_objects_train_as_a_subclass_does() -> None:
-    """`Trainer` with what a script has, prepared by Accelerate or not, gives the subclass's weights."""
+    """`Trainer` with what a script has, prepared by Accelerate, in part or not at all, gives the subclass's weights,
+    and trains the very objects that it was given.
+    """
     reference = SmallTrainer(5, lr_scheduler_=lambda self: torch.optim.lr_scheduler.StepLR(self.optimizer, 2))
     reference.train()
-    for is_prepared in (False, True):
+    for prepared in [
+        "",
+        "model optimizer loader scheduler",
+        "model optimizer",
+        "loader",
+        "scheduler",
+        "model",
+        "optimizer",
+    ]:
         accelerator = accelerate.Accelerator(cpu=True)
         accelerate.utils.set_seed(0)
         loader: Any = DataLoader(TensorDataset(torch.arange(24.0).reshape(8, 3) / 24), batch_size=2)
         model: Any = nn.Linear(3, 1)
         optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
         scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-        if is_prepared:
-            model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+        given = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}
+        for name in prepared.split():
+            given[name] = accelerator.prepare(given[name])
         trainer = Trainer(
-            model=model,
-            optimizer=optimizer,
-            data_loader=loader,
-            lr_scheduler=scheduler,
+            model=given["model"],
+            optimizer=given["optimizer"],
+            data_loader=given["loader"],
+            lr_scheduler=given["scheduler"],
             forward=lambda model, batch: (model(batch[0]).pow(2).mean(), {}),
             accelerator=accelerator,
             max_steps=5,
@@ -197,6 +208,8 @@ def test_ready_made_objects_train_as_a_subclass_does() -> None:
         )
         trainer.train()
         assert weights(trainer) == weights(reference)
+        assert trainer.unwrapped_model is model
+        assert trainer.lr_scheduler is scheduler
         assert trainer.optimizer.param_groups[0]["lr"] == reference.optimizer.param_groups[0]["lr"]
 
 
@@ -258,7 +271,7 @@ def test_the_seed_gives_the_model_and_is_told(caplog: pytest.LogCaptureFixture) 
             trainer.train()
     assert weights(trainers[0]) == weights(trainers[1]) != weights(trainers[2])
     drawn = trainers[3].state_dict()["training_state"]["seed"]
-    assert [line for line in caplog.messages if "seed" in line] == [f"[RANK 0] seed: {drawn}"]
+    assert f"seed {drawn}," in [line for line in caplog.messages if "seed" in line][-1]
 
 
 @pytest.mark.gpu

@@ -17,6 +17,8 @@ from .hooks.ema import EmaHook
 from .hooks.evaluation import EvaluationHook
 from .hooks.images import ImageFileLoggerHook
 from .hooks.stats import LoggingHook, ProgressHook
+from .hooks.trackers import TrackerHook
+from .hooks.wandb import WandbHook
 from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
 from .step import StepInfo, TrainingStats
@@ -40,10 +42,12 @@ __all__ = [
     "RankDisagreementError",
     "Records",
     "StepInfo",
+    "TrackerHook",
     "Trainer",
     "TrainingError",
     "TrainingStats",
     "TrainloopWarning",
+    "WandbHook",
     "flatten_nested_dict",
     "key_average",
     "map_nested_tensor",

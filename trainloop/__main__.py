@@ -18,6 +18,8 @@ import torch
 from .checkpoint import BestK, EverySeconds, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
 from .checkpoint.catalog import Catalog
 from .checkpoint.export import CONFIG, FILE_SUFFIX, check_output, export, needed_files
+from .checkpoint.export_accelerate import export_accelerate
+from .checkpoint.export_accelerate import needed_files as accelerate_files
 from .checkpoint.pick import pick
 from .checkpoint.prune import plan_pruning, prune
 from .checkpoint.report import listing, listing_json, pruning, size
@@ -103,6 +105,10 @@ def _verify(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     if not is_one_checkpoint(options.dir):
         check_folder(options.dir)
+    if options.format == "accelerate":
+        return _export_accelerate(options)
+    if options.fsdp2:
+        raise ValueError("--fsdp2 is for --format accelerate")
     group = options.group
     if options.output is not None:
         check_output(options.output, options.force)  # before anything takes time
@@ -117,6 +123,21 @@ def _export(options: argparse.Namespace) -> int:
     print(f"{checkpoint.folder}, {group} -> {output}: {done.num_tensors} tensors, {size(done.num_bytes)}, {files}")
     if output.is_dir() and not (output / CONFIG).exists():
         print(f"{checkpoint.folder} has no model/{CONFIG}: put the model's into {output}.", file=sys.stderr)
+    return 0
+
+
+def _export_accelerate(options: argparse.Namespace) -> int:
+    if options.group != "model" or options.dtype is not None:
+        raise ValueError("--format accelerate takes the whole run as it was saved: without --group and --dtype")
+    if options.output is not None:
+        check_output(options.output, options.force)
+    checkpoint = pick(options.dir, options.step, accelerate_files, logging.getLogger("trainloop"))
+    output = options.output or Path(f"accelerate_step_{checkpoint.manifest.step:07d}")
+    done = export_accelerate(checkpoint, output, fsdp2=options.fsdp2, force=options.force)
+    print(
+        f"{checkpoint.folder} -> {output}: model and optimizer, {size(done.num_bytes)}, for `accelerator.load_state`"
+        f" {'under FSDP2 (FULL_STATE_DICT)' if options.fsdp2 else 'in one process or under DDP'}"
+    )
     return 0
 
 
@@ -199,12 +220,19 @@ def _make_parser() -> _Parser:
     out = command(
         "export",
         _export,
-        "write the weights, or their average, as safetensors or for `from_pretrained`",
+        "write the weights, or their average, as safetensors or for `from_pretrained`; or all for Accelerate",
         "Write one group of tensors so that other software reads it; needs no GPU, and memory for a few MiB only. The"
         " files that it reads are verified first. A PATH that ends in .safetensors becomes one file, for `load_file`"
         " and `load_state_dict`: tied tensors stand in it under each of their names. Any other PATH becomes a folder"
         " for `from_pretrained`, with model/config.json of the checkpoint if the run put one there; of tied tensors it"
-        " has the first.",
+        " has the first. --format accelerate writes a folder that `accelerator.load_state` reads, with the optimizer,"
+        " the schedule and the random generators of the CPU; these are pickles.",
+    )
+    out.add_argument("--format", choices=("weights", "accelerate"), default="weights", help="(default: weights)")
+    out.add_argument(
+        "--fsdp2",
+        action="store_true",
+        help="--format accelerate for a script under FSDP2, with FULL_STATE_DICT (default: one process or DDP)",
     )
     out.add_argument("dir", metavar="DIR", type=Path, help="the folder of checkpoints, or one checkpoint")
     out.add_argument("--step", metavar="N", type=int, help="(default: the newest healthy one that is whole)")

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +77,20 @@ def parse_device(device: torch.device | str | int | None) -> torch.device | None
         return torch.device(device)
     except (RuntimeError, TypeError) as ex:
         raise ValueError(f"`device` must name a torch device, for example 'cpu' or 'cuda', but is {device!r}.") from ex
+
+
+def parse_timeout(timeout: timedelta | float | None) -> timedelta | None:
+    """The `timeout` argument as a `timedelta`."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, timedelta | int | float):
+        raise TypeError(f"`timeout` must be a timedelta, seconds or None, but is {describe(timeout)}.")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(
+            f"`timeout` must be positive and finite, but is {timeout}: a run that waits for ever never ends."
+        )
+    return timedelta(seconds=seconds)
 
 
 def default_logger() -> logging.Logger:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ def host_group() -> Any:
     world = dist.group.WORLD
     if world not in _host_groups:
         _host_groups.clear()  # a process group that was destroyed takes ours with it
-        _host_groups[world] = dist.new_group(backend="gloo")
+        _host_groups[world] = dist.new_group(backend="gloo", timeout=timeout())  # torch's default is not the run's
         atexit.unregister(_end_groups)
         atexit.register(_end_groups)
     return _host_groups[world]
@@ -61,6 +62,28 @@ def _end_groups() -> None:
         for group in _host_groups.values():
             dist.destroy_process_group(group)
     _host_groups.clear()
+
+
+def timeout() -> timedelta | None:
+    """How long a collective of the run waits for a rank; `None` where there is no process group."""
+    if world_size() == 1:
+        return None
+    world: Any = dist.group.WORLD
+    limit: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    return limit
+
+
+def set_timeout(limit: timedelta, model: torch.nn.Module | None = None) -> None:
+    """Have the collectives of the run wait no longer than `limit`: those of all ranks, of host values, and of the
+    meshes that `model` is sharded over, whose groups torch gives a default of their own. Each rank for itself.
+    """
+    if world_size() == 1:
+        return
+    params = model.parameters() if model is not None else ()
+    meshes: set[Any] = {p.device_mesh for p in params if hasattr(p, "device_mesh")}
+    groups = {dist.group.WORLD, *_host_groups.values(), *(group for mesh in meshes for group in mesh.get_all_groups())}
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def gather_objects(value: T) -> list[T]:

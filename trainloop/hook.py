@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .records import Records
     from .trainer import BaseTrainer
 
@@ -115,6 +117,10 @@ class CheckpointerHook(BaseHook):
     """A hook that saves the run and brings it back. The trainer asks for both in places of their own, so that no other
     hook's position in the list matters.
     """
+
+    def saves_to(self, trainer: BaseTrainer) -> Path | None:
+        """The folder that it saves into, for the report at the start."""
+        return None
 
     def restore(self, trainer: BaseTrainer) -> dict[str, Any] | None:
         """Load the training state into `trainer`, if there is one, before any hook's `on_before_train`. Every rank.

@@ -102,7 +102,7 @@ def key_average(records: Iterable[Records]) -> dict[str, Any]:
     sums: dict[tuple[Any, ...], Any] = {}
     counts: dict[tuple[Any, ...], int] = {}
     for record in records:
-        for key, value in flatten_nested_dict(_without_sequences(record)).items():
+        for key, value in flatten_nested_dict(without_sequences(record)).items():
             number = value.detach() if isinstance(value, torch.Tensor) else value
             sums[key] = sums[key] + number if key in sums else number
             counts[key] = counts.get(key, 0) + 1
@@ -187,10 +187,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) or (getattr(value, "shape", None) == () and hasattr(value, "item"))
 
 
-def _without_sequences(nested: Any) -> Any:
+def without_sequences(nested: Any) -> Any:
     """Sequences as mappings from "0", "1", …, so that every leaf has a key."""
     if isinstance(nested, Mapping):
-        return {key: _without_sequences(value) for key, value in nested.items()}
+        return {key: without_sequences(value) for key, value in nested.items()}
     if isinstance(nested, list | tuple):
-        return {str(i): _without_sequences(value) for i, value in enumerate(nested)}
+        return {str(i): without_sequences(value) for i, value in enumerate(nested)}
     return nested

@@ -83,3 +83,12 @@ def like_param(value: Any, param: torch.Tensor) -> Any:
         like: Any = param
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value
+
+
+def empty_like_param(param: Any, shape: tuple[int, ...], dtype: torch.dtype, *, on_host: bool) -> torch.Tensor:
+    """Memory for what belongs to a parameter (None: to none): sharded like it if it has its shape."""
+    if param is None or on_host:
+        return torch.empty(shape, dtype=dtype)
+    if shape == tuple(param.shape):
+        return torch.empty_like(param.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=param.device)

@@ -18,12 +18,13 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from . import build, distributed
@@ -42,7 +43,9 @@ from .launch import (
     without_parallelism_on_cpu,
 )
 from .non_finite import BufferKeeper, NonFiniteReport, clean_name, diagnose
+from .peers import ENDED, Peers, is_lost_contact
 from .records import Records, check_output, check_records, map_nested_tensor
+from .report import announce
 from .rng import derived_seed, load_rng_state, rng_state
 from .state import load_optimizer_state, optimizer_state
 from .step import StepInfo
@@ -79,6 +82,10 @@ class BaseTrainer:
         accelerator: One that the script already has. None: `build_accelerator` makes it.
         seed: In [0, 2^31): the initial model (same on all ranks), the order of the data, and each rank's random
             generators. None: drawn from torch's global generator on rank 0.
+        timeout: How long a collective waits for another rank before the run ends with an error, as a timedelta or in
+            seconds; for all process groups of the process, those of a given `accelerator` too. A rank that dies is
+            noticed at once, so it only limits ranks that hang or are slow. None: as Accelerate has it, 10 minutes with
+            NCCL and 30 with gloo.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -129,6 +136,7 @@ class BaseTrainer:
         *,
         accelerator: Accelerator | None = None,
         seed: int | None = None,
+        timeout: timedelta | float | None = None,
     ) -> None:
         build.check_arguments(
             max_steps=max_steps,
@@ -152,6 +160,7 @@ class BaseTrainer:
         self.no_sync_accumulate = no_sync_accumulate
         self.state_dict_options = state_dict_options
         self.seed = seed
+        self.timeout = build.parse_timeout(timeout)
         self.hooks: list[BaseHook] = []
         wanted_device = build.parse_device(device)
 
@@ -172,20 +181,27 @@ class BaseTrainer:
             device=wanted_device,
             is_ours=is_ours,
         )
+        if self.timeout is not None:
+            distributed.set_timeout(self.timeout)
         self.mixed_precision = self.accelerator.mixed_precision
         self.logger = logger if logger is not None else build.default_logger()
 
         self._is_built = False
+        self.checkpointers: list[CheckpointerHook] = []
+        """Those of the hooks that save the run."""
         self._restored_rng: dict[str, Any] | None = None
         self._skipped: list[int] = []
         self._checked_step = -1
         self.control = Control()
         """What hooks ask of all ranks, and what was agreed."""
+        self.peers = Peers()
+        """What the other ranks are doing, for the error if one is gone."""
 
     # ------------------------------------------------------------------ what a subclass writes
 
     def build_accelerator(self) -> Accelerator:
         """Make the `Accelerator`. The constructor calls it: set what an override needs before `super().__init__`."""
+        timeout = [InitProcessGroupKwargs(timeout=self.timeout)] if self.timeout is not None else []
         with without_parallelism_on_cpu():
             return Accelerator(
                 cpu=self._forces_cpu,
@@ -193,6 +209,7 @@ class BaseTrainer:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
                     num_steps=self.gradient_accumulation_steps, sync_with_dataloader=False
                 ),
+                kwargs_handlers=timeout,
             )
 
     def build_data_loader(self) -> Iterable[Any]:
@@ -279,9 +296,11 @@ class BaseTrainer:
         Raises:
             NonFiniteGradientError: See `max_non_finite_grad_retries`.
             RankDisagreementError: `forward` skipped micro-batches on some ranks only.
-            TrainingError: `forward` has returned no loss for a whole epoch.
+            TrainingError: `forward` has returned no loss for a whole epoch; or another rank is gone or hangs, which the
+                message names.
         """
         try:
+            self.peers.open()
             self._build()
             self._restore_and_announce()
             with self._feed, self._accumulation():
@@ -297,13 +316,36 @@ class BaseTrainer:
             self.control.take("stop")
             for hook in self.hooks:
                 hook.on_after_train(self)
+            self.peers.close()
         except BaseException as ex:
+            told = self._explained(ex)
             for hook in self.hooks:
-                hook.on_exception(self, ex)
-            raise
+                try:
+                    hook.on_exception(self, told)
+                except Exception as another:  # must not hide the first, nor keep the other hooks from hearing of it
+                    self.logger.error(f"{type(hook).__name__}.on_exception failed: {another}")
+            if told is ex:
+                raise
+            raise told from ex
+
+    def _explained(self, exception: BaseException) -> BaseException:
+        """The exception that leaves `train`: where a rank waited in vain, one that says for whom. What ends this rank
+        alone is told to the others, which would see no more than that it is gone.
+        """
+        if distributed.world_size() == 1:
+            return exception
+        if is_lost_contact(exception):
+            resumes = " Started again, the run goes on from its last checkpoint." if self.checkpointers else ""
+            return TrainingError(self.peers.explain(distributed.timeout()) + resumes)
+        if not isinstance(exception, TrainingError | SystemExit):  # those leave every rank alike
+            fate = f"{ENDED} {type(exception).__name__}: {exception}"
+            self.peers.tell({distributed.rank(): fate})
+        return exception
 
     def _run_step(self) -> None:
         self.step += 1
+        self.peers.step = self.step
+        self.peers.enter("hooks")
         info = self.step_info = StepInfo()
         for hook in self.hooks:
             hook.on_before_step(self)
@@ -312,8 +354,9 @@ class BaseTrainer:
             self._run_window()
             self.control.start(self._skipped)
             norm = self._gradients.norm()
+            self.peers.enter("waiting for the other ranks' messages")
+            self.control.finish(self.step)  # before the device is waited for, which may never hear of a rank that died
             info.grad_norm = norm.item()  # the step's one device-to-host sync
-            self.control.finish(self.step)
             if math.isfinite(info.grad_norm):
                 self._gradients.clip(norm, info.grad_norm)
                 break
@@ -322,13 +365,16 @@ class BaseTrainer:
             self._discard_window()
         self._optimizer_step()
         info.step_time = time.perf_counter() - start
+        self.peers.enter("hooks")
         for hook in self.hooks:
             hook.on_after_step(self)
-        for checkpointer in self._checkpointers:  # after every hook, so that their order doesn't matter
+        self.peers.enter("saving a checkpoint")
+        for checkpointer in self.checkpointers:  # after every hook, so that their order doesn't matter
             checkpointer.save_if_due(self)
 
     def _run_window(self) -> None:
         """N micro-batches forward and backward, all of them on every rank; the gradient is reduced with the last."""
+        self.peers.enter("forward and backward")
         info, num_micro_steps = self.step_info, self.gradient_accumulation_steps
         info.losses, info.records, info.loss_factors = [], [], None
         self._skipped = []
@@ -539,10 +585,10 @@ class BaseTrainer:
         """Make everything, once; a later `train` goes on with it."""
         if self._is_built:
             return
+        self.peers.enter("building the run")
         accelerator = self.accelerator
         if self.seed is None:
             self.seed = distributed.broadcast_object(int(torch.randint(2**31, ())))
-            self.logger.info(f"seed: {self.seed}")
         set_seed(self.seed)
         self.data_loader = self.build_data_loader()
         self._feed = build.data_feed(self.data_loader, self.seed, accelerator)
@@ -568,20 +614,24 @@ class BaseTrainer:
         self._defers_reduction = self.no_sync_accumulate and accelerator.num_processes > 1
         self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
         self._buffers = BufferKeeper(self.unwrapped_model)
-        self._checkpointers = [hook for hook in self.hooks if isinstance(hook, CheckpointerHook)]
+        self.checkpointers = [hook for hook in self.hooks if isinstance(hook, CheckpointerHook)]
         self._fruitless_since = 0
         self._is_restored = False
         self._is_built = True
+        if self.timeout is not None:
+            distributed.set_timeout(self.timeout, self.model)
+        announce(self)
 
     def _has_batch_weight(self) -> bool:
         return type(self).batch_weight is not BaseTrainer.batch_weight
 
     def _restore_and_announce(self) -> None:
         """The trainer's state comes back before any hook hears of the run, a hook's own right after it has."""
+        self.peers.enter("restoring the run")
         state_dict = None
         if not self._is_restored:
             self._is_restored = True
-            state_dict = next(filter(None, (hook.restore(self) for hook in self._checkpointers)), None)
+            state_dict = next(filter(None, (hook.restore(self) for hook in self.checkpointers)), None)
         for hook in self.hooks:
             hook.on_before_train(self)
             if state_dict is not None:

@@ -264,9 +264,9 @@ class Failing(FileSystem):
         self._step()
         super().make_dir(path)
 
-    def write(self, path: Path, buffers: Iterable[Any]) -> None:
+    def write(self, path: Path, buffers: Iterable[Any], sync: bool = True) -> None:
         self._step()
-        super().write(path, buffers)
+        super().write(path, buffers, sync)
 
     def sync_dir(self, path: Path) -> None:
         self._step()

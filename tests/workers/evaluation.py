@@ -202,6 +202,7 @@ def averages(folder: Path, name: str) -> dict[str, Any]:
         "frozen": list(differences(whole(saved["model"])["3.bias"], average["3.bias"])),
         "average": {n: t.tolist() for n, t in average.items()},
         "slow": {n: t.tolist() for n, t in whole(saved["slow"]).items()},
+        "buffers": {n: b.tolist() for n, b in trainer.unwrapped_model.named_buffers()},
     }
     before = flat(trainer.state_dict())
     x = torch.ones(2, 1)

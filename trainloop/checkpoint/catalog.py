@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .foreign import DISTINCT_KINDS, describe_folder, foreign_kind
+from .foreign import DISTINCT_KINDS, describe_folder, foreign_kind, is_importable
 from .layout import MANIFEST, Manifest, ManifestInfo, NewerFormatError, parse_manifest, parse_step_name, step_name
 
 
@@ -121,6 +121,7 @@ class Catalog:
                     raise CheckpointError(
                         f"{path} {describe_folder(path)}, and {self.root} has no checkpoint of trainloop. To start"
                         " anew, give this run another folder"
+                        + (f"; to begin with it, name it: `load={str(path)!r}`" if is_importable(path) else "")
                     )
         return sorted(
             entries, key=lambda entry: (entry.info.health, entry.info.seq) if entry.info else (False, -1), reverse=True

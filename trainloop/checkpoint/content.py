@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -30,6 +30,9 @@ class Content:
     must be the same on each rank and is written by one of them."""
     global_state: Any = None
     """Nested state that is the same on each rank (see `nested.encode`); rank 0's is written."""
+    of_rank_zero: Collection[str] = ()
+    """Names of plain tensors among the weights that may differ between the ranks, as BatchNorm's statistics do: rank
+    0's are written."""
     rank_state: Any = None
     """Nested state of this rank, for example its random generators."""
 

@@ -33,7 +33,10 @@ CONFIG = "config.json"
 
 _SAVED_CONFIG = f"model/{CONFIG}"
 _INDEX = f"model{FILE_SUFFIX}.index.json"
-_EXPORT_FILE = re.compile(rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(_INDEX)}|{re.escape(CONFIG)}")
+_EXPORT_FILE = re.compile(
+    rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(_INDEX)}|{re.escape(CONFIG)}"
+    r"|(pytorch_model_fsdp|optimizer|scheduler)\.bin|scaler\.pt|random_states_\d+\.pkl"  # of `export_accelerate`
+)
 _PIECE_BYTES = 2**20  # larger ones are slower: they leave the processor's cache
 _SPARE_BYTES = 2**20
 """What headers and index take, about."""
@@ -136,7 +139,7 @@ def export(
 
     temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
     fs.make_dir(output.parent)
-    _look_for_space(fs, output.parent, sum(sizes.values()))
+    look_for_space(fs, output.parent, sum(sizes.values()))
     try:
         with _opened(checkpoint, records) as (sources, config):
             if not is_file:
@@ -154,7 +157,7 @@ def export(
             if config is not None:
                 fs.write(temporary / CONFIG, [_config(config, dtype)])
             fs.sync_dir(temporary)
-        _put(fs, temporary, output)
+        put_in_place(fs, temporary, output)
     except BaseException:
         if os.path.lexists(temporary):
             fs.remove_tree(temporary)
@@ -257,7 +260,8 @@ def _config(text: bytes, dtype: torch.dtype | None) -> bytes:
 # ---------------------------------------------------------------------- the target
 
 
-def _look_for_space(fs: FileSystem, folder: Path, num_bytes: int) -> None:
+def look_for_space(fs: FileSystem, folder: Path, num_bytes: int) -> None:
+    """Raise if the disk cannot hold so many bytes of tensors."""
     needed, free = num_bytes + _SPARE_BYTES, fs.free_bytes(folder)
     if needed > free:
         raise CheckpointError(
@@ -265,7 +269,7 @@ def _look_for_space(fs: FileSystem, folder: Path, num_bytes: int) -> None:
         )
 
 
-def _put(fs: FileSystem, temporary: Path, output: Path) -> None:
+def put_in_place(fs: FileSystem, temporary: Path, output: Path) -> None:
     """Give what was written its name, durably."""
     replaced = None
     if output.is_dir():  # a file is replaced by the rename itself

@@ -1,4 +1,4 @@
-"""What a folder looks like that is not a checkpoint of ours, so that an error can say it."""
+"""What a file or folder looks like that is not a checkpoint of ours: to be told, or to be imported."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ _MODEL_FILES = {
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 }
+_ACCELERATE_FILES = {
+    "random_states_0.pkl",
+    "optimizer.bin",
+    "scheduler.bin",
+    "pytorch_model_fsdp.bin",
+    "pytorch_model_fsdp_0",
+    "optimizer_0",
+}
 _LOADERS = {
     "accelerate": "an `accelerator.save_state` folder, which `accelerator.load_state` reads",
     "dcp": "a torch.distributed.checkpoint (DCP) folder, which `torch.distributed.checkpoint.load` reads",
+    "origin": "a checkpoint of trainloop before 1.0, or of the trainer that it descends from",
     "deepspeed": "a DeepSpeed checkpoint, which its engine's `load_checkpoint` reads",
     "trainer": "a checkpoint of transformers' Trainer, whose weights `from_pretrained` reads",
     "transformers": "a transformers model folder, which `from_pretrained` reads",
@@ -23,8 +32,17 @@ _LOADERS = {
     "safetensors": "a safetensors file, which `safetensors.torch.load_file` reads",
 }
 _FILES = {"torch", "safetensors"}
-DISTINCT_KINDS = frozenset({"accelerate", "dcp", "deepspeed", "trainer"})
+DISTINCT_KINDS = frozenset({"accelerate", "dcp", "deepspeed", "origin", "trainer"})
 """The kinds that cannot be mistaken; a loose .pt file may be anything."""
+
+
+IMPORTABLE = frozenset({"accelerate", "origin", "safetensors", "torch", "trainer", "transformers"})
+"""The kinds that `importing` opens."""
+
+
+def is_importable(path: Path) -> bool:
+    """Whether a file or folder looks like something that `importing.open_foreign` takes."""
+    return path.exists() and foreign_kind(path) in IMPORTABLE
 
 
 def describe_folder(path: Path) -> str:
@@ -52,8 +70,10 @@ def foreign_kind(path: Path) -> str | None:
             return "safetensors"
         return "torch" if _is_torch_file(path) else None
     names = {child.name for child in path.iterdir()} if path.is_dir() else set()
-    if "random_states_0.pkl" in names or {"optimizer.bin", "scheduler.bin"} & names:
+    if _ACCELERATE_FILES & names:
         return "accelerate"
+    if {"model.pt", "training_state.pt"} <= names:
+        return "origin"
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return "dcp"
     if "zero_to_fp32.py" in names or any(name.endswith("_optim_states.pt") for name in names):

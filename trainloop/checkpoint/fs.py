@@ -18,11 +18,17 @@ class FileSystem:
         """Make the folder `path` and those above it, where they do not exist."""
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, buffers: Iterable[Buffer]) -> None:
-        """Write `buffers` to a new file, `path`, and make its bytes durable."""
+    def write(self, path: Path, buffers: Iterable[Buffer], sync: bool = True) -> None:
+        """Write `buffers` to a new file, `path`, and make its bytes durable; without `sync` that is left to `sync_path`."""
         with open(path, "xb") as file:
             for buffer in buffers:
                 file.write(buffer)
+            if sync:
+                self.sync_file(file)
+
+    def sync_path(self, path: Path) -> None:
+        """Make the bytes of a file that was written before durable."""
+        with open(path, "rb+") as file:
             self.sync_file(file)
 
     def sync_file(self, file: IO[bytes]) -> None:

@@ -108,7 +108,11 @@ class Checkpoint:
 
     def rank_state(self, rank: int) -> Any:
         """The nested state of a rank; None if it was saved by another number of ranks than there are now."""
-        return self._state(state_file(rank)) if self.manifest.world_size == distributed.world_size() else None
+        return self.saved_rank_state(rank) if self.manifest.world_size == distributed.world_size() else None
+
+    def saved_rank_state(self, rank: int) -> Any:
+        """The nested state of one of the ranks that there were."""
+        return self._state(state_file(rank))
 
     def _check(self, group: str, records: Mapping[str, TensorRecord], targets: Mapping[str, torch.Tensor]) -> None:
         differing = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -130,7 +130,7 @@ def take_snapshot(
                 draft.error = ex
 
     for group, tensors in content.weights.items():
-        parts = _parts(tensors, aliases[group], world_size)
+        parts = _parts(tensors, aliases[group], world_size, content.of_rank_zero)
         files = {name: weight_file(group, part, max(parts.values()) + 1) for name, part in parts.items()}
         chunks = draft.chunks.setdefault(group, {})
         for name, path in files.items():
@@ -167,8 +167,12 @@ def take_snapshot(
     return draft
 
 
-def _parts(tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], num_parts: int) -> dict[str, int]:
-    """Which part each stored tensor goes to."""
+def _parts(
+    tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], num_parts: int, of_rank_zero: Collection[str] = ()
+) -> dict[str, int]:
+    """Which part each stored tensor goes to; part r is written by rank r."""
     names = [name for name in tensors if name not in aliases]
-    sizes = [tensors[name].numel() * tensors[name].element_size() for name in names]
-    return dict(zip(names, split_by_bytes(sizes, num_parts), strict=True))
+    shared = [name for name in names if name not in of_rank_zero]
+    sizes = [tensors[name].numel() * tensors[name].element_size() for name in shared]
+    parts = dict(zip(shared, split_by_bytes(sizes, num_parts), strict=True))
+    return {name: parts.get(name, 0) for name in names}

@@ -44,19 +44,19 @@ class CheckpointStore:
         *,
         fs: FileSystem | None = None,
         logger: logging.Logger | None = None,
-        timeout: timedelta = timedelta(minutes=30),
+        timeout: timedelta | None = None,
     ) -> None:
         """
         Args:
             path: The folder; it need not exist.
             fs: The disk.
             logger: Hears on rank 0 what the user should know. None: the logger "trainloop".
-            timeout: How long an async save waits for a rank that is slower in writing.
+            timeout: How long an async save waits for a rank that is slower in writing. None: 30 minutes.
         """
         self.path = Path(path)
         self._fs = fs if fs is not None else FileSystem()
         self._logger = logger if logger is not None else logging.getLogger("trainloop")
-        self._timeout = timeout
+        self._timeout = timeout if timeout is not None else timedelta(minutes=30)
         self._catalog = Catalog(self.path)
         self._buffers = Buffers()
         self._lock: FolderLock | None = None

@@ -22,7 +22,7 @@ import torch
 from ..errors import CheckpointError
 from .integrity import Buffer
 
-_CODES = {
+CODES = {
     "bool": "BOOL",
     "uint8": "U8",
     "uint16": "U16",
@@ -152,4 +152,4 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _code(dtype: torch.dtype) -> str | None:
-    return _CODES.get(dtype_name(dtype.to_real() if dtype.is_complex else dtype))
+    return CODES.get(dtype_name(dtype.to_real() if dtype.is_complex else dtype))

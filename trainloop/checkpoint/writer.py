@@ -46,17 +46,19 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
     files = {}
     for path, output in draft.outputs.items():
         buffers = [output.text] if output.text is not None else serialize(output.tensors, _METADATA)
-        files[path] = write_file(fs, folder / path, buffers)
+        files[path] = write_file(fs, folder / path, buffers, sync=False)
+    for path in draft.outputs:  # when all are written: the disk then commits them together
+        fs.sync_path(folder / path)
     for parent in parents:
         fs.sync_dir(parent)
     return Written(files, draft.chunks)
 
 
-def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer]) -> FileRecord:
+def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool = True) -> FileRecord:
     """Write a file, and take the checksum of what was meant to be written while the disk is busy."""
     checksum = BackgroundCrc32(buffers)
     try:
-        fs.write(path, buffers)
+        fs.write(path, buffers, sync)
     except OSError as ex:
         ex.filename = ex.filename or str(path)  # a full disk is not told with the name of the file
         raise

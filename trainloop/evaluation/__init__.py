@@ -49,7 +49,7 @@ def evaluate(
     for name, how in reduce.items():
         if how not in REDUCTIONS:
             raise ValueError(f"`reduce` must name one of {REDUCTIONS} for each record, but has {how!r} for {name!r}.")
-    with _untouched(trainer), torch.no_grad():
+    with trainer.peers.doing("an evaluation"), _untouched(trainer), torch.no_grad():
         if not isinstance(data, Mapping):
             return _evaluate_one(trainer, data, reduce, should_stop)
         results: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
+from ..adoption import adopt
 from ..checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -22,10 +23,13 @@ from ..checkpoint import (
     KeepSteps,
     RetentionPolicy,
 )
+from ..checkpoint.foreign import is_importable
 from ..errors import CheckpointError, describe
 from ..hook import CheckpointerHook
+from ..non_finite import clean_name
 from ..pretrained import config_text
 from ..records import Records, flatten_nested_dict, is_number
+from ..state import empty_like_param
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -49,7 +53,9 @@ class CheckpointingHook(CheckpointerHook):
         keep_interval: Steps that are multiples of it stay. 0: none.
         path: Folder, relative to the trainer's `workspace`.
         load: "latest": resume from the newest healthy one, start fresh only if there is none at all; a step; a path;
-            None: start fresh.
+            None: start fresh. A path may also be of what another tool has saved (`accelerator.save_state` or
+            `save_model`, the trainer's origin, a file of weights): what can be taken from it is, and the log says what
+            cannot. These are mostly pickles; they are read with `weights_only=True`, and only if named here.
         exit_signals: Signals, by number or name, at which all ranks save after the same step and exit.
         exit_code: Of that exit; "128+signal" follows the shell.
         exit_wait: Seconds to wait before that exit.
@@ -135,6 +141,8 @@ class CheckpointingHook(CheckpointerHook):
         self._open(trainer)
         assert self._store is not None
         checkpoint = None
+        if _is_foreign(self.load):
+            return self._import(trainer, Path(str(self.load)))
         if self.load is not None:
             checkpoint = self._store.resolve(self.load, self.verify)
         if checkpoint is None:
@@ -154,6 +162,18 @@ class CheckpointingHook(CheckpointerHook):
             )
         return state_dict
 
+    def _import(self, trainer: BaseTrainer, path: Path) -> dict[str, Any]:
+        assert self._store is not None
+        state_dict = adopt(trainer, path)
+        self._run_id = distributed.broadcast_object(uuid.uuid4().hex)
+        own = self._store.checkpoints()
+        if own:
+            trainer.logger.warning(
+                f"{self._store.path} has checkpoints up to step {max(info.step for info in own)}, which are not loaded,"
+                f' since `load` names {path}. To go on with them, pass "latest".'
+            )
+        return state_dict
+
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._open(trainer)
         self._last_save = time.monotonic()
@@ -166,10 +186,12 @@ class CheckpointingHook(CheckpointerHook):
         if self._store is not None and self._store.failed():
             trainer.control.ask("save_failed")  # heard by all ranks at the end of this step
 
+    def saves_to(self, trainer: BaseTrainer) -> Path:
+        return self.path if trainer.workspace is None else trainer.workspace / self.path
+
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
-            path = self.path if trainer.workspace is None else trainer.workspace / self.path
-            self._store = CheckpointStore(path, logger=trainer.logger)
+            self._store = CheckpointStore(self.saves_to(trainer), logger=trainer.logger, timeout=distributed.timeout())
             self._store.open()
 
     # ------------------------------------------------------------------ save
@@ -316,6 +338,7 @@ def content_of(trainer: BaseTrainer, run_id: str) -> Content:
             "optimizer": {"state": other, "param_groups": optimizer["param_groups"]},
             "hooks": hooks,
         },
+        of_rank_zero={clean_name(name) for name, _ in trainer.unwrapped_model.named_buffers()},
         rank_state={**state_dict["rank"], "buffers": _buffers(trainer)},
     )
 
@@ -340,7 +363,7 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
             raise CheckpointError(f"{checkpoint.folder} holds optimizer state of {name}, which the model has not.")
         group = groups[name]
         on_host = not shape and not (group.get("fused") or group.get("capturable"))
-        optim[full_name] = state[name][key] = _empty(params[name], shape, dtype, on_host)
+        optim[full_name] = state[name][key] = empty_like_param(params[name], shape, dtype, on_host=on_host)
     live = trainer.live_model_state()
     checkpoint.read_into("model", live)  # checks all names and shapes before it writes
     checkpoint.read_into("optim", optim)
@@ -348,7 +371,7 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
         if group_name in ("model", "optim"):
             continue
         averages = {
-            name: _empty(params.get(name), tuple(record.shape), getattr(torch, record.dtype), False)
+            name: empty_like_param(params.get(name), tuple(record.shape), getattr(torch, record.dtype), on_host=False)
             for name, record in tensors.items()
         }
         checkpoint.read_into(group_name, averages)
@@ -374,17 +397,15 @@ def _buffers(trainer: BaseTrainer) -> dict[str, torch.Tensor]:
     return {name: buffer.detach() for name, buffer in model.named_buffers() if name not in kept}
 
 
+def _is_foreign(load: Any) -> bool:
+    """Whether `load` names what another tool has saved: rank 0 looks. Call on every rank."""
+    if not isinstance(load, str | Path) or load == "latest":
+        return False
+    return distributed.broadcast_object(is_importable(Path(load)))
+
+
 def _is_weights(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
-
-
-def _empty(param: Any, shape: tuple[int, ...], dtype: torch.dtype, on_host: bool) -> torch.Tensor:
-    """Memory for what belongs to a parameter: sharded like it if it has its shape."""
-    if param is None or on_host:
-        return torch.empty(shape, dtype=dtype)
-    if shape == tuple(param.shape):
-        return torch.empty_like(param.detach(), dtype=dtype)
-    return torch.empty(shape, dtype=dtype, device=param.device)
 
 
 def _is_healthy(trainer: BaseTrainer) -> bool:

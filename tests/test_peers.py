@@ -1,0 +1,180 @@
+"""A rank that dies, fails or hangs ends the others, with an error that says which, where and when."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from trainloop import BaseHook, CheckpointingHook, distributed
+from trainloop.peers import is_lost_contact
+
+from .launching import REPOSITORY, environment, free_port
+from .small import SmallTrainer
+from .workers.peers import SCENARIOS, SHORT_TIMEOUT, TIMEOUT
+
+WORKER = REPOSITORY / "tests" / "workers" / "peers.py"
+DEATHS = [name for name, (_, fate, *_) in SCENARIOS.items() if fate == "dies"]
+
+
+def run(out: Path, num_ranks: int, strategy: str, *names: str) -> Any:
+    """The number of ranks, and by scenario: what happened to which rank, and what the others said."""
+    command = [sys.executable, str(WORKER), str(out), str(num_ranks), strategy, *names]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return num_ranks, json.loads((out / f"{strategy}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Every scenario with three ranks under DDP."""
+    return run(tmp_path_factory.mktemp("peers"), 3, "ddp")
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_dead_rank_is_named_at_once_by_all_others(told: Any, name: str) -> None:
+    """SIGKILL in any phase, with nobody but the ranks themselves to notice: every other rank ends with `TrainingError`
+    well within the timeout, which names rank, process, step and phase, and keeps torch's error as its cause.
+    """
+    check_death(name, *told)
+
+
+def test_it_is_named_under_fsdp2_too(tmp_path: Path) -> None:
+    """Two ranks, one of which dies while the other waits for its shards, a gradient, a message, a file, a sum."""
+    names = [name for name in DEATHS if name not in ("build", "first rank")]
+    num_ranks, results = run(tmp_path, 2, "fsdp2", *names)
+    assert list(results) == names
+    for name in names:
+        check_death(name, num_ranks, results)
+
+
+def check_death(name: str, num_ranks: int, results: Any) -> None:
+    result, step = results[name], SCENARIOS[name][3]
+    victim = result["victim"]
+    others = [rank for rank in range(num_ranks) if rank != victim]
+    assert result["ended"] == others
+    assert [int(rank) for rank in result["said"]] == others
+    for said in result["said"].values():
+        # A thread's save dies beside the next step, which is where the others notice.
+        where = rf"Step {step}" if name != "vote of a thread" else rf"Step ({step}|{step + 1})"
+        expected = (
+            rf"TrainingError: {where}: lost contact with other ranks after \d+\.\d s of [a-z' ]+\."
+            rf" Rank {victim} \(process {result['pid']} on \S+\) is gone\. Look at the output there"
+        )
+        assert re.match(expected, said["error"]), said["error"]
+        assert ("goes on from its last checkpoint" in said["error"]) == (name != "build")
+        assert said["cause"].startswith("RuntimeError(")
+        assert said["seconds"] < TIMEOUT / 2  # at once, but for a busy machine
+    phase = {"evaluation": "an evaluation", "vote": "saving a checkpoint", "build": "building the run"}.get(name)
+    assert all(phase in said["error"] for said in result["said"].values() if phase is not None)
+
+
+def test_a_rank_that_fails_tells_the_others_why(told: Any) -> None:
+    """An exception on one rank: it leaves that rank unchanged, and is named in the error of the others."""
+    num_ranks, results = told
+    said, victim = dict(results["error"]["said"]), results["error"]["victim"]
+    assert said.pop(str(victim))["error"] == "ValueError: sample 17 is broken"
+    assert len(said) == num_ranks - 1
+    for other in said.values():
+        assert f"Rank {victim} (process " in other["error"]
+        assert "ended with ValueError: sample 17 is broken. Look at the output there." in other["error"]
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout(told: Any) -> None:
+    """Sleeping, it still says where it is; stopped by a signal, it doesn't answer. Either way `timeout` holds."""
+    num_ranks, results = told
+    for name in ("hang", "frozen"):
+        result = results[name]
+        assert len(result["ended"]) == num_ranks - 1
+        for said in result["said"].values():
+            assert SHORT_TIMEOUT - 1 < said["seconds"] < SHORT_TIMEOUT + 10
+            place = f"ank {result['victim']} (process {result['pid']} on "
+            assert place in said["error"]
+            if name == "hang":
+                assert "has been in step 2, forward and backward, for" in said["error"]
+                assert "A rank hangs, or needs more time than `timeout` (8 s) gives it." in said["error"]
+            else:
+                assert "does not answer." in said["error"]
+
+
+@pytest.mark.parametrize(
+    ("exception", "is_lost"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.1]:1"), True),
+        (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError("Connection reset by peer"), False),  # of a data set's server
+        (None, False),
+    ],
+)
+def test_only_a_failed_collective_is_taken_for_lost_contact(exception: Exception | None, is_lost: bool) -> None:
+    """By torch's own types and gloo's texts; what a script's network says is not mistaken for it."""
+    assert is_lost_contact(exception) == is_lost
+
+
+def limits(*groups: Any) -> list[timedelta]:
+    return [group._get_backend(group._device_types[0]).options._timeout for group in groups]
+
+
+def test_the_timeout_reaches_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given in seconds or as a timedelta; also with an `Accelerator` of the script; without it Accelerate's."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    dist.init_process_group("gloo")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    try:
+        accelerator = Accelerator(cpu=True)
+        assert distributed.timeout() == timedelta(minutes=30)
+        SmallTrainer(accelerator=accelerator, timeout=600)
+        assert distributed.timeout() == timedelta(minutes=10)
+        assert limits(distributed.host_group()) == [timedelta(minutes=10)]
+        SmallTrainer(accelerator=accelerator, timeout=timedelta(minutes=3))
+        assert limits(dist.group.WORLD, distributed.host_group()) == [timedelta(minutes=3)] * 2
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_hook_that_fails_at_the_end_hides_neither_the_error_nor_the_other_hooks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each hook hears of the exception; what one of them raises then is logged."""
+    heard = []
+
+    class Fails(BaseHook):
+        def on_exception(self, trainer: Any, exception: BaseException) -> None:
+            heard.append(exception)
+            raise OSError("disk full")
+
+    def forward(self: Any, batch: Any) -> Any:
+        raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first") as info:
+        SmallTrainer(hooks_=lambda self: [Fails(), Fails()], forward_=forward).train()
+    assert heard == [info.value] * 2
+    assert "Fails.on_exception failed: disk full" in caplog.text
+
+
+def test_the_report_names_what_runs(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """One process: two lines. More are in tests/test_integrations.py, by the launch files."""
+    with caplog.at_level("INFO", "trainloop"):
+        SmallTrainer(
+            1, hooks_=lambda self: [CheckpointingHook(1)], workspace=tmp_path, gradient_accumulation_steps=2
+        ).train()
+    report = caplog.messages[0].split(" on ", 1)
+    assert report[0] == "[RANK 0] 1 process"
+    host_and_device, _, rest = report[1].partition(";")
+    assert host_and_device.endswith(": cpu")
+    assert rest == (
+        " 4 parameters (0.0 KiB), weights fp32, compute fp32\n  global batch 4 = 2 a process x 2 accumulated x 1"
+        f" processes; seed 0, checkpoints in {tmp_path / 'checkpoints'}"
+    )

@@ -1,0 +1,146 @@
+"""What can be taken out of a checkpoint that another tool has written, in a form that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from ...errors import CheckpointError
+from ..content import is_dtensor
+from ..sharding import local_box, local_tensor, slices
+
+Described: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"
+"""Shape and dtype by name."""
+
+
+class TensorSource(Protocol):
+    """Tensors on the disk, whole. Its methods send nothing, so any rank may call them alone."""
+
+    def described(self) -> Described:
+        """What there is."""
+
+    def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill tensors, of a DTensor the part of this rank; values are cast to the target's dtype.
+
+        Args:
+            targets: By name, of those that are `described`, with their shapes.
+        """
+
+
+@dataclass(frozen=True)
+class LoadedTensors:
+    """Tensors that `torch.load` has mapped: their memory is read only where something is copied out of it."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def described(self) -> Described:
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        for name, target in targets.items():
+            part = self.tensors[name][slices(local_box(target), (0,) * target.dim())]
+            local_tensor(target).copy_(part)
+
+
+@dataclass(frozen=True)
+class ForeignOptimizer:
+    """An optimizer's state. A key is a parameter's name, or where it stands in the parameter groups, from 0."""
+
+    param_groups: list[dict[str, Any]]
+    """As torch has them; "params" holds keys."""
+    values: dict[int | str, dict[str, Any]]
+    """What is no tensor, by key and name."""
+    tensors: TensorSource
+    """By `f"{key}/{name}"`."""
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Any, path: Path) -> ForeignOptimizer:
+        """Of what `Optimizer.state_dict` gave, or torch's `get_optimizer_state_dict`.
+
+        Raises:
+            CheckpointError: It is neither.
+        """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise CheckpointError(f"{path} holds no optimizer's state: it has no `state` and `param_groups`")
+        tensors, values = {}, {}
+        for key, state in state_dict["state"].items():
+            values[key] = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+            tensors.update({f"{key}/{n}": value for n, value in state.items() if isinstance(value, torch.Tensor)})
+        return cls(state_dict["param_groups"], values, LoadedTensors(tensors))
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of another tool."""
+
+    path: Path
+    what: str
+    """Whose it is: "an `accelerator.save_state` folder"."""
+    weights: Mapping[str, TensorSource]
+    """"model", and averages of it by their names."""
+    optimizer: ForeignOptimizer | None = None
+    lr_scheduler: dict[str, Any] | None = None
+    grad_scaler: dict[str, Any] | None = None
+    step: int | None = None
+    """Optimizer steps, if the checkpoint says it."""
+    num_processes: int = 1
+    """Of those that saved it, where it can be told."""
+    hooks: Mapping[str, Any] = field(default_factory=dict)
+    """What hooks are given beside `weights`, by the key that they look for."""
+    left: tuple[str, ...] = ()
+    """What it holds, or a resume needs, and cannot be taken from it."""
+
+
+def load_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors and plain values: nothing in the file is run.
+
+    Raises:
+        CheckpointError: It holds anything else, or cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as ex:
+        if "mmap" not in str(ex):  # a file of torch before 1.6 has no pages to map
+            raise CheckpointError(f"{path} cannot be read: {_first_line(ex)}") from ex
+    except Exception as ex:  # UnpicklingError for the most, but a pickle may raise anything
+        raise _unsafe(path, ex) from ex
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as ex:
+        raise _unsafe(path, ex) from ex
+
+
+def _unsafe(path: Path, ex: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read with `torch.load(weights_only=True)`, and a pickle is never read in another way, since"
+        f" it may run code: {_first_line(ex)}"
+    )
+
+
+def _first_line(ex: Exception) -> str:
+    return (str(ex).strip() or type(ex).__name__).splitlines()[0].rstrip(".")
+
+
+def is_flat(value: Any) -> bool:
+    """Whether it is tensors by name, as a `state_dict` of a module is."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(item, torch.Tensor) for key, item in value.items())
+    )
+
+
+def check_whole(tensors: Mapping[str, torch.Tensor], path: Path) -> LoadedTensors:
+    """The tensors, if none of them is a rank's part.
+
+    Raises:
+        CheckpointError: Some are.
+    """
+    if parts := [name for name, tensor in tensors.items() if is_dtensor(tensor)]:
+        raise CheckpointError(f"{path} holds one rank's parts of tensors (DTensors: {parts[0]}, ...), not the tensors")
+    return LoadedTensors(tensors)

@@ -1,0 +1,194 @@
+"""What the hooks for experiment trackers share: plain numbers under flat names, the config, and how failures end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .. import distributed
+from ..checkpoint.writer import library_versions
+from ..errors import TrainingError, describe
+from ..records import Records, flatten_nested_dict, without_sequences
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+T = TypeVar("T")
+
+_ARGUMENTS = (
+    "max_steps",
+    "grad_clip",
+    "max_non_finite_grad_retries",
+    "mixed_precision",
+    "gradient_accumulation_steps",
+    "workspace",
+    "no_sync_accumulate",
+    "seed",
+)
+_MAX_SHARE = 0.1  # of the run's time that a failing tracker may take
+
+
+def numbers_by_name(records: Records) -> dict[str, int | float]:
+    """Nested records as Python's numbers, under their keys joined with "/". Each tensor on a device costs a sync.
+
+    Args:
+        records: What `check_records` lets pass.
+    """
+    flat = flatten_nested_dict(without_sequences(records))
+    return {"/".join(path): _number(value) for path, value in flat.items()}
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, torch.Tensor) or hasattr(value, "item"):  # numpy's scalars
+        value = value.item()
+    return value if isinstance(value, int | float) else float(value)
+
+
+# ---------------------------------------------------------------------- the config
+
+
+def read_config(config: Any) -> dict[str, Any] | None:
+    """The argument `config` of a tracker's hook as plain nested values; None stays None.
+
+    Args:
+        config: A mapping, the path of a JSON file, or None.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: The file cannot be read, or holds something else than an object.
+    """
+    if config is None:
+        return None
+    if isinstance(config, str | Path):
+        path = config
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as ex:
+            raise ValueError(f"`config` must name a JSON file that can be read, but {path} cannot: {ex}") from ex
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"`config` must name a JSON file that holds an object, but {path} holds {describe(config)}."
+            )
+    if not isinstance(config, Mapping):
+        raise TypeError(f"`config` must be a mapping, the path of a JSON file or None, but is {describe(config)}.")
+    plain: dict[str, Any] = _plain(config)
+    return plain
+
+
+def arguments_of(trainer: BaseTrainer) -> dict[str, Any]:
+    """The arguments that the trainer was built with, its launch's where they were None, as plain values."""
+    return {name: _plain(getattr(trainer, name)) for name in _ARGUMENTS}
+
+
+def launch_of(trainer: BaseTrainer) -> dict[str, Any]:
+    """What the run was launched as, and with which versions."""
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "strategy": trainer.accelerator.distributed_type.value,
+        "device": trainer.device.type,
+        "versions": library_versions(),
+    }
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """A config as every tracker takes it: keys joined with "/"; lists as JSON, None as "None"."""
+    flat = {"/".join(path): value for path, value in flatten_nested_dict(config).items()}
+    return {
+        name: value
+        if isinstance(value, bool | int | float | str)
+        else json.dumps(value)
+        if isinstance(value, list)
+        else str(value)
+        for name, value in flat.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Nested dicts with string keys, lists, numbers, strings, bools and None; what is something else as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return _plain(value.item())
+    return str(value)
+
+
+# ---------------------------------------------------------------------- failures
+
+
+def on_rank_zero(work: Callable[[], T], failure: str) -> T:
+    """Rank 0 works, all ranks get the result. Call on every rank.
+
+    Args:
+        work: Returns a small value.
+        failure: How the message begins if `work` raised.
+
+    Raises:
+        TrainingError: On every rank, if `work` raised on rank 0: it would leave the others waiting for it.
+    """
+    error: Exception | None = None
+    told, result = "", None
+    if distributed.rank() == 0:
+        try:
+            result = work()
+        except Exception as ex:
+            error, told = ex, f"{failure}: {type(ex).__name__}: {ex}"
+    told, result = distributed.broadcast_object((told, result))
+    if told:
+        raise TrainingError(told) from error
+    return result  # type: ignore[return-value]
+
+
+class Guard:
+    """Keeps a tracker's failures away from training: each outage is told when it begins and when it ends.
+
+    A failing tracker is tried again at the next occasion, but not so often that more than a tenth of the run's time
+    goes into attempts that may take minutes each, as some clients' do while their server is away.
+
+    Args:
+        name: What messages call the tracker.
+        remedy: What becomes of the data in the meantime, as a sentence.
+    """
+
+    def __init__(self, name: str, remedy: str) -> None:
+        self.name = name
+        self.remedy = remedy
+        self.error: Exception | None = None
+        """What the last attempt raised; None: it succeeded."""
+        self._not_before = 0.0
+
+    def attempt(self, trainer: BaseTrainer, work: Callable[[], Any], at_once: bool = False) -> bool:
+        """Run `work`, unless it's too early after a failure; returns whether it was run and did not raise.
+
+        Args:
+            trainer: Whose logger is told.
+            work: What may fail.
+            at_once: It's never too early.
+        """
+        start = time.monotonic()
+        if self.error is not None and not at_once and start < self._not_before:
+            return False
+        try:
+            work()
+        except Exception as ex:
+            if self.error is None:
+                trainer.logger.error(
+                    f"Step {trainer.step}: {self.name} failed, training goes on. {self.remedy}"
+                    f" {type(ex).__name__}: {ex}"
+                )
+            self.error = ex
+            end = time.monotonic()
+            self._not_before = end + (end - start) / _MAX_SHARE
+            return False
+        if self.error is not None:
+            trainer.logger.info(f"Step {trainer.step}: {self.name} works again.")
+            self.error = None
+        return True

@@ -1,0 +1,348 @@
+"""Weights & Biases: however often a run is killed, it is one run there, with each step once."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import describe
+from ..hook import BaseHook, CheckpointerHook
+from ..images import flatten_images, to_pil
+from ..records import Records, check_records
+from .tracking import Guard, arguments_of, launch_of, numbers_by_name, on_rank_zero, read_config
+from .wandb_files import files_of, is_empty, rows
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+_STEP = "trainer/step"
+_STATE_KEY = "wandb"
+_RUN_FILE = "wandb-run.json"
+_FORMATS = ("png", "jpg", "jpeg", "bmp")
+_NUM_RECENT = 500  # rows that are kept; a killed wandb loses those of its last 15 s, or of a buffer of 32 KiB
+
+
+@dataclass(slots=True)
+class _Row:
+    """What was logged during one step."""
+
+    step: int
+    numbers: dict[str, int | float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """Where wandb has put the images that were sent."""
+    images: dict[str, Any] = field(default_factory=dict)
+    """Those to be sent, as `wandb.Image`."""
+    is_sent: bool = False
+
+
+class WandbHook(BaseHook):
+    """Logs to Weights & Biases, on rank 0: numbers under names like "train/loss", images, and the config.
+
+    What is logged during a step is one row of the W&B run, with its `trainer/step`, the x axis of all charts. It is
+    sent when the step is over.
+
+    A resumed run goes on with the same W&B run, whose id is in the checkpoint. (For a run that is killed before its
+    first checkpoint the id is in `wandb-run.json` of the workspace too; remove it to begin a new one.) Steps that W&B
+    already has are left out when they are done again, since they come out the same; up to 500 rows that W&B lost with
+    the killed process are sent again from the checkpoint (their images if wandb's folder is still there). So no step is
+    missing, and none is there twice. To branch off from a checkpoint instead, pass an `id` of its own, or set
+    `WANDB_RUN_ID`.
+
+    An exception marks the run as failed, `CheckpointingHook`'s exit at a signal as preempting. What fails at W&B while
+    the run is on is logged, and tried again later; training goes on.
+
+    Args:
+        project: W&B's project. None: `WANDB_PROJECT`, or wandb's default.
+        config: The run's config: a mapping, or the path of a JSON file. None: the trainer's own arguments, world size,
+            strategy, device and versions.
+        tags: Of the run. None: `WANDB_TAGS`, or none.
+        image_format: "png", "jpg", "jpeg" or "bmp".
+        **wandb_kwargs: More arguments of `wandb.init`. As there, an argument goes before its environment variable.
+            `dir` is the trainer's workspace, unless it or `WANDB_DIR` says otherwise.
+
+    Raises:
+        ImportError: wandb is not installed.
+        TypeError: An argument has the wrong type, or `wandb.init` has no such argument.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        project: str | None,
+        config: Any = None,
+        tags: Sequence[str] | None = None,
+        image_format: str = "png",
+        **wandb_kwargs: Any,
+    ) -> None:
+        _check_arguments(project, tags, image_format, wandb_kwargs)
+        self.config = read_config(config)
+        self.image_format = image_format
+        given = {"project": project, "tags": list(tags) if tags is not None else None}
+        self._arguments = {**{name: value for name, value in given.items() if value is not None}, **wandb_kwargs}
+        self.run: Any = None
+        """The `wandb.Run` on rank 0 while the run is on; else None."""
+        self._run_id: str | None = None  # of the run that is on, or that is to be gone on with
+        self._row: _Row | None = None  # of the step that is on
+        self._recent: deque[_Row] = deque(maxlen=_NUM_RECENT)  # rows of steps that are over
+        self._last_step = -1  # that W&B had when this process took the run up
+        self._is_started = self._is_in_step = self._is_over = self._can_resume = False
+        self._exit_code = 0
+        self._guard = Guard(
+            "W&B", f"What is logged waits (the newest {_NUM_RECENT} steps), and is tried again at the next interval."
+        )
+
+    # ------------------------------------------------------------------ the run
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        self._is_started = self._is_in_step = self._is_over = False
+        self._can_resume = any(isinstance(hook, CheckpointerHook) for hook in trainer.hooks)
+
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        if not self._is_started:  # not earlier: the id comes with the checkpoint, after `on_before_train`
+            self._start(trainer)
+        self._is_in_step = True
+        if self._row is not None and self._row.step < trainer.step:
+            self._flush(trainer)
+
+    def on_after_train(self, trainer: BaseTrainer) -> None:
+        if not self._is_started:
+            self._start(trainer)
+        self._is_in_step = False
+        self._finish(trainer, 0)
+
+    def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
+        if self._is_in_step and self._can_resume:
+            self._row = None  # perhaps a part only; the resumed run logs it whole
+        code = exception.code if isinstance(exception, SystemExit) else 1
+        is_preempted = isinstance(exception, SystemExit) and bool(trainer.control.agreed["exit_signal"])
+        self._finish(trainer, code if isinstance(code, int) else int(code is not None), is_preempted)
+
+    def _start(self, trainer: BaseTrainer) -> None:
+        """Every rank, so that all know the id, or that it failed."""
+
+        def work() -> str | None:
+            self._last_step = self._open(trainer)
+            return self._run_id
+
+        self._run_id = on_rank_zero(work, "WandbHook could not start its run")
+        self._is_started = True
+
+    def _open(self, trainer: BaseTrainer) -> int:
+        """Begin the W&B run, or go on with it. Rank 0.
+
+        Returns:
+            The last step that W&B has of it; -1: none.
+        """
+        import wandb
+
+        config = self.config if self.config is not None else arguments_of(trainer)
+        if self._run_id is None and self._can_resume:
+            self._run_id = self._left_behind(trainer, config)
+        known_id = self._run_id
+        launch = {} if self.config is not None else {"launch": launch_of(trainer)}
+        arguments: dict[str, Any] = {"config": {**config, **launch}, **self._arguments}
+        if known_id is not None:
+            if not self._is_told("id", "WANDB_RUN_ID"):
+                arguments["id"] = known_id
+            if not any(self._is_told(name) for name in ("resume", "resume_from", "fork_from")):
+                arguments["resume"] = "allow"
+        if trainer.workspace is not None:
+            trainer.workspace.mkdir(parents=True, exist_ok=True)
+            if not self._is_told("dir"):
+                arguments["dir"] = str(trainer.workspace)
+        self.run = run = wandb.init(**arguments)
+        if run.disabled:
+            return -1
+        run.define_metric(_STEP)
+        run.define_metric("*", step_metric=_STEP)
+        self._run_id = run.id
+        self._note(trainer, config)
+        if run.id != known_id:
+            return -1
+        last_step = _last_step(run)
+        for row in self._recent:
+            row.is_sent = row.is_sent and row.step <= last_step
+        trainer.logger.info(
+            f"Going on with W&B run {run.id}, which has "
+            + (f"the steps up to {last_step}." if last_step >= 0 else "no steps yet.")
+        )
+        return last_step
+
+    def _is_told(self, name: str, variable: str = "") -> bool:
+        """Whether an argument of `wandb.init` is given, by the user or the environment."""
+        return name in self._arguments or bool(os.environ.get(variable or f"WANDB_{name.upper()}"))
+
+    def _finish(self, trainer: BaseTrainer, exit_code: int, is_preempted: bool = False) -> None:
+        self._is_over = True
+        self._exit_code = exit_code
+        if self.run is None:
+            return
+        self._flush(trainer, at_once=True)
+        unsent = [row.step for row in self._recent if not row.is_sent]
+        if unsent:
+            trainer.logger.error(f"W&B did not work again: what was logged since step {unsent[0]} is not there.")
+        run, self.run = self.run, None
+        try:
+            if is_preempted:
+                run.mark_preempting()
+            run.finish(exit_code=exit_code)
+            if not run.disabled:
+                self._note(trainer, None)
+        except Exception as ex:
+            trainer.logger.error(f"The W&B run could not be finished. {type(ex).__name__}: {ex}")
+
+    # ------------------------------------------------------------------ what is logged
+
+    def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
+        check_records(records)
+        if trainer.accelerator.is_main_process:
+            numbers = numbers_by_name(records)
+            if dry_run:
+                trainer.logger.info(f"Would log to W&B at step {trainer.step}: {numbers}.")
+            elif not self._is_known(trainer.step):
+                self._row_of(trainer).numbers.update(numbers)
+                self._send_late(trainer)
+
+    def on_log_images(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
+        images = flatten_images(records)
+        if trainer.accelerator.is_main_process and (dry_run or not self._is_known(trainer.step)):
+            pictures = {"/".join(path): to_pil("/".join(path), image) for path, image in images.items()}
+            if dry_run:
+                sizes = ", ".join(f"{key} ({picture.width} x {picture.height})" for key, picture in pictures.items())
+                trainer.logger.info(f"Would log images to W&B at step {trainer.step}: {sizes}.")
+                return
+
+            def work() -> None:
+                from wandb import Image
+
+                new = {key: Image(picture, file_type=self.image_format) for key, picture in pictures.items()}
+                self._row_of(trainer).images.update(new)
+
+            self._guard.attempt(trainer, work)  # it writes a file
+            self._send_late(trainer)
+
+    def _is_known(self, step: int) -> bool:
+        """Whether a step is done again that W&B has from the process before."""
+        return self._is_in_step and step <= self._last_step
+
+    def _row_of(self, trainer: BaseTrainer) -> _Row:
+        if self._row is not None and self._row.step != trainer.step:
+            self._flush(trainer)
+        if self._row is None:
+            self._row = _Row(trainer.step)
+        return self._row
+
+    def _flush(self, trainer: BaseTrainer, at_once: bool = False) -> None:
+        """Send what waits. Rank 0."""
+        if self._row is not None:
+            self._recent.append(self._row)
+            self._row = None
+        if any(not row.is_sent for row in self._recent):
+            self._guard.attempt(trainer, lambda: self._send(trainer), at_once)
+
+    def _send(self, trainer: BaseTrainer) -> None:
+        if isinstance(self._guard.error, ConnectionError):  # wandb's own process has died, perhaps for want of memory
+            import wandb
+
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            self._open(trainer)
+        for row in self._recent:
+            if not row.is_sent:
+                images = row.images or _images_again(row.files)
+                self.run.log({**row.numbers, **images, _STEP: row.step})
+                row.files = {key: str(image._path) for key, image in images.items()}
+                row.is_sent, row.images = True, {}
+
+    def _send_late(self, trainer: BaseTrainer) -> None:
+        """What is logged after `train`, the final test for example, still belongs to the run."""
+        if self._is_over and self._run_id is not None:
+            self._guard.attempt(trainer, lambda: self._open(trainer), at_once=True)
+            self._finish(trainer, self._exit_code)
+
+    # ------------------------------------------------------------------ what outlives the process
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        self._is_in_step = False
+        if self.run is not None:
+            self._flush(trainer)
+        if self._run_id is not None:
+            state_dict[_STATE_KEY] = {
+                "run_id": self._run_id,
+                "rows": [[row.step, row.numbers, row.files] for row in self._recent],
+            }
+
+    def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        state = state_dict.get(_STATE_KEY)
+        if state is not None and not self._is_started:
+            self._run_id = state["run_id"]
+            self._recent.clear()
+            self._recent.extend(_Row(step, numbers, files, is_sent=True) for step, numbers, files in state["rows"])
+
+    def _note(self, trainer: BaseTrainer, config: dict[str, Any] | None) -> None:
+        """Write down which run is on; with None, that it has ended."""
+        if trainer.workspace is not None:
+            file = trainer.workspace / _RUN_FILE
+            beside = file.with_suffix(".tmp")
+            beside.write_text(json.dumps({"run_id": self._run_id, "is_on": config is not None, "config": config}))
+            beside.replace(file)
+
+    def _left_behind(self, trainer: BaseTrainer, config: dict[str, Any]) -> str | None:
+        """The id of the run that was killed in this workspace before its first checkpoint, with the same config."""
+        file = trainer.workspace / _RUN_FILE if trainer.workspace is not None else None
+        if file is None or not file.exists():
+            return None
+        try:
+            noted = json.loads(file.read_text())
+            run_id: str | None = noted["run_id"] if noted["is_on"] and noted["config"] == config else None
+        except (OSError, ValueError, KeyError, TypeError) as ex:
+            trainer.logger.warning(f"{file} cannot be read, so a new W&B run begins: {type(ex).__name__}: {ex}")
+            return None
+        if run_id is not None:
+            trainer.logger.info(f"{file} says that W&B run {run_id} was killed. Remove it to begin a new run.")
+        return run_id
+
+
+def _last_step(run: Any) -> int:
+    """The last step that W&B has of a run that goes on; -1: none."""
+    if not run.offline:
+        return int(run.summary.get(_STEP, -1))  # from the server
+    own = Path(run.dir).parent
+    last_step = -1
+    for file in files_of(own.parent, run.id):
+        if file.parent == own:
+            continue
+        if is_empty(file):
+            file.rename(file.with_suffix(".empty"))  # `wandb sync` would stop at it
+        elif last_step < 0:
+            last_step = max((int(row[_STEP]) for row in rows(file) if _STEP in row), default=-1)
+    return last_step
+
+
+def _images_again(files: dict[str, str]) -> dict[str, Any]:
+    from wandb import Image
+
+    return {key: Image(file) for key, file in files.items() if Path(file).exists()}
+
+
+def _check_arguments(project: Any, tags: Any, image_format: Any, wandb_kwargs: dict[str, Any]) -> None:
+    if project is not None and not isinstance(project, str):
+        raise TypeError(f"`project` must be a string or None, but is {describe(project)}.")
+    if isinstance(tags, str) or not (tags is None or isinstance(tags, Sequence)):
+        raise TypeError(f"`tags` must be a list of strings or None, but is {describe(tags)}.")
+    if image_format not in _FORMATS:
+        raise ValueError(f"`image_format` must be one of {_FORMATS}, but is {image_format!r}.")
+    try:
+        from wandb import init  # the name, not the module: an empty folder "wandb" would pass for that
+    except ImportError as ex:
+        raise ImportError("WandbHook needs wandb. Install it with `pip install 'trainloop-accelerate[wandb]'`.") from ex
+    unknown = sorted(set(wandb_kwargs) - set(inspect.signature(init).parameters))
+    if unknown:
+        raise TypeError(f"WandbHook hands its other arguments to `wandb.init`, which has no {', '.join(unknown)}.")

@@ -1,0 +1,77 @@
+"""What W&B's files on this machine hold of a run: the only record of an offline one. Any of them may end torn.
+
+A `.wandb` file is a log in LevelDB's format: after a header of 7 bytes, blocks of 32 KiB; in them pieces of records,
+each after its checksum, length and kind (whole, first, middle, last); a record is a protobuf message. wandb writes a
+block when it's full, and all that it has every 15 s, so a killed process takes its last rows with it.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+_FILE_HEADER = b":W&B"
+_FILE_HEADER_BYTES = 7
+_BLOCK_BYTES = 2**15
+_PIECE_HEADER = struct.Struct("<IHB")
+_WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def files_of(folder: Path, run_id: str) -> list[Path]:
+    """The files of the run's processes, the newest first.
+
+    Args:
+        folder: W&B's folder, "wandb".
+        run_id: The run's id.
+    """
+    name = glob.escape(run_id)
+    files = folder.glob(f"*run-*-{name}*/run-{name}.wandb")  # a folder of the same second gets a suffix
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+def is_empty(file: Path) -> bool:
+    """Whether it has no record: its process was killed before the first block was written."""
+    return file.stat().st_size <= _FILE_HEADER_BYTES
+
+
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows that were logged, with their values by name, up to the first that is not whole."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
+
+    with file.open("rb") as opened:
+        for content in _records(opened):
+            try:
+                record = Record.FromString(content)
+            except DecodeError:
+                return
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _records(file: IO[bytes]) -> Iterator[bytes]:
+    if not file.read(_FILE_HEADER_BYTES).startswith(_FILE_HEADER):
+        return
+    pieces: list[bytes] = []
+    while True:
+        left_in_block = _BLOCK_BYTES - file.tell() % _BLOCK_BYTES
+        if left_in_block < _PIECE_HEADER.size:
+            file.read(left_in_block)
+        header = file.read(_PIECE_HEADER.size)
+        if len(header) < _PIECE_HEADER.size:
+            return
+        checksum, length, kind = _PIECE_HEADER.unpack(header)
+        piece = file.read(length)
+        if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:  # a piece that is cut off as well
+            return
+        if kind in (_WHOLE, _FIRST):
+            pieces = []
+        pieces.append(piece)
+        if kind in (_WHOLE, _LAST):
+            yield b"".join(pieces)
