@@ -1,8 +1,8 @@
-"""Pre-train a small GPT on the source of Python's standard library, byte by byte.
+r"""Pre-train a small GPT on the source of Python's standard library, byte by byte.
 
     accelerate launch --num_processes 1 examples/language_model.py
-    accelerate launch --num_processes 8 --mixed_precision bf16 --use_fsdp --fsdp_version 2 \\
-        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block \\
+    accelerate launch --num_processes 8 --mixed_precision bf16 --use_fsdp --fsdp_version 2 \
+        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block \
         examples/language_model.py --width 768 --depth 12 --batch-size 16 --compile
 
 On CPU processes, put `ACCELERATE_USE_CPU=true` in front. Start it again, and it goes on where it was stopped. The

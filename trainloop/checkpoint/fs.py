@@ -19,7 +19,9 @@ class FileSystem:
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, buffers: Iterable[Buffer], sync: bool = True) -> None:
-        """Write `buffers` to a new file, `path`, and make its bytes durable; without `sync` that is left to `sync_path`."""
+        """Write `buffers` to a new file, `path`, and make its bytes durable; without `sync` that is left to
+        `sync_path`.
+        """
         with open(path, "xb") as file:
             for buffer in buffers:
                 file.write(buffer)
@@ -27,7 +29,7 @@ class FileSystem:
                 self.sync_file(file)
 
     def sync_path(self, path: Path) -> None:
-        """Make the bytes of a file that was written before durable."""
+        """Make the bytes of the file `path`, which was written before, durable."""
         with open(path, "rb+") as file:
             self.sync_file(file)
 
