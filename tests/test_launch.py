@@ -121,3 +121,19 @@ def test_the_diffusion_example_draws_and_resumes(tmp_path: Path) -> None:
         assert picture.shape == (10 * 48 + 9 * 2,) * 2
         samples = {picture[i : i + 48, j : j + 48].tobytes() for i in range(0, 498, 50) for j in range(0, 498, 50)}
         assert len(samples) == 100
+
+
+def test_the_language_model_example_trains_and_resumes_under_fsdp2(tmp_path: Path) -> None:
+    """Its blocks are wrapped by their class; each life evaluates both weights, writes a text and saves; the second goes
+    on where the first has ended.
+    """
+    blocks = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "Block"]
+    small = ["--width", "32", "--depth", "2", "--length", "32", "--batch-size", "4", "--accumulation", "2"]
+    for step, begin in ((2, "the run starts at step 0."), (3, "the run goes on after step 2.")):
+        arguments = [*small, "--max-steps", str(step), "--interval", "2", "--workspace", str(tmp_path)]
+        output = launch(REPOSITORY / "examples" / "language_model.py", "fsdp2", *arguments, launch_args=blocks).stdout
+        assert begin in output
+        assert f"step {step}/{step} | sample:" in output
+        metrics = json.loads((tmp_path / "checkpoints" / f"step_{step:07d}" / "manifest.json").read_text())["metrics"]
+        assert {"val/loss", "val_ema/loss"} <= metrics.keys()
+        assert 5 < metrics["val/loss"] < 6  # about log(256), that of a model that knows nothing

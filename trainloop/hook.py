@@ -17,7 +17,7 @@ class BaseHook:
     Hooks are called in list order, on every rank, in the same places, so an event that runs on all ranks may use
     collectives; do not guard a collective with a rank check. The order of the hooks never changes a result: a
     checkpoint is taken after every hook's `on_after_step`, and a hook gets its own state back right after its
-    `on_before_train`.
+    `on_before_train`. `trainer` is the run's `BaseTrainer`, the same at every event.
 
     Example:
         ```python
@@ -80,11 +80,19 @@ class BaseHook:
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         """`trainer.state_dict` gathers the state of the run: add yours under a key of your own. Every rank; collectives
         allowed. Values are nested dicts and lists of numbers, strings, `None` and tensors (sharded ones included).
+
+        Args:
+            trainer: The trainer.
+            state_dict: What there is of it so far; it is changed in place.
         """
 
     def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         """A saved state is loaded: take yours from the key that `on_state_dict` put it under. On a resume this comes
         right after this hook's `on_before_train`. Every rank; collectives allowed.
+
+        Args:
+            trainer: The trainer.
+            state_dict: The whole state, of all hooks; without `"rank"` if another number of processes saved it.
         """
 
     def on_non_finite_grad(self, trainer: BaseTrainer, retry: int) -> None:
@@ -97,7 +105,12 @@ class BaseHook:
         """
 
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
-        """An exception is about to leave `train`. Perhaps on this rank only: no collectives here."""
+        """An exception is about to leave `train`. Perhaps on this rank only: no collectives here.
+
+        Args:
+            trainer: The trainer.
+            exception: It; `SystemExit` and `KeyboardInterrupt` included.
+        """
 
 
 class CheckpointerHook(BaseHook):

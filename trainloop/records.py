@@ -62,6 +62,9 @@ def map_nested(fn: Callable[[Any], Any], nested: Any, is_leaf: Callable[[Any], b
 def flatten_nested_dict(nested: Mapping[Any, Any]) -> dict[tuple[Any, ...], Any]:
     """Flatten nested mappings; a key of the result is the tuple of keys on the way to its value.
 
+    Args:
+        nested: Mappings of mappings of anything; sequences are values.
+
     Example:
         >>> flatten_nested_dict({"loss": {"l1": 1.0, "l2": 2.0}})
         {('loss', 'l1'): 1.0, ('loss', 'l2'): 2.0}

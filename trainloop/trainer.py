@@ -263,6 +263,9 @@ class BaseTrainer:
         """Compute loss and records of one batch of the evaluation data; the model is in eval mode, without gradients.
         By default `forward`.
 
+        Args:
+            batch: What the evaluation's data loader yields, on the device.
+
         Returns:
             As `forward`. The records may also hold objects with `update`, which was called with this batch, `compute`,
             which reduces over the ranks, and `reset`, as torchmetrics has them: the same ones for every batch.
@@ -274,6 +277,9 @@ class BaseTrainer:
 
         With it the step's loss is the exact weighted mean over the window and all ranks, if `forward` returns the mean
         over the micro-batch. A weight of 0 drops the micro-batch: it runs, and adds exactly nothing, NaN included.
+
+        Args:
+            batch: What the data loader yields, on the device.
 
         Returns:
             A number >= 0 or a 0-dim tensor; None: all weigh the same. A number or a CPU tensor is best: of a weight on
@@ -689,6 +695,9 @@ class BaseTrainer:
         Without `"rank"` (saved at another number of processes) the random generators of each rank are derived anew
         from seed, step and rank.
 
+        Args:
+            state_dict: As `state_dict` returned it, perhaps without `"rank"`.
+
         Raises:
             ValueError: The state is not that of this model and optimizer.
         """
@@ -703,6 +712,12 @@ class BaseTrainer:
     def load_training_state(self, state_dict: dict[str, Any]) -> None:
         """`load_state_dict` without the model, which a resume reads in place, and without the hooks, which get their
         part later. Call on every rank.
+
+        Args:
+            state_dict: As for `load_state_dict`; `"model"` isn't looked at.
+
+        Raises:
+            ValueError: The state is not that of this optimizer, schedule, scaler or data.
         """
         state, rank_state = state_dict["training_state"], state_dict.get("rank")
         for name, own in (("lr_scheduler", self.lr_scheduler), ("grad_scaler", self.grad_scaler)):
@@ -725,13 +740,21 @@ class BaseTrainer:
     # ------------------------------------------------------------------ for hooks and scripts
 
     def log(self, records: Records, dry_run: bool = False) -> None:
-        """Hand nested numbers to every hook's `on_log`. `dry_run`: they say what they would write."""
+        """Hand numbers to every hook's `on_log`. Call on any rank; hooks that write do so on rank 0.
+
+        Args:
+            records: Nested numbers or 0-dim tensors, for example `{"val": {"loss": 0.1}}`.
+            dry_run: The hooks say what they would write, and write nothing.
+        """
         for hook in self.hooks:
             hook.on_log(self, records, dry_run)
 
     def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
-        """Hand nested images (Pillow's, tensors, numpy arrays) to every hook's `on_log_images`. `dry_run`: they say
-        what they would write. Call on every rank if there are DTensors among them.
+        """Hand images to every hook's `on_log_images`. Call on every rank if there are DTensors among them.
+
+        Args:
+            records: Nested images: Pillow's, tensors or numpy arrays, H x W or C x H x W, or batches N x C x H x W.
+            dry_run: The hooks say what they would write, and write nothing.
         """
         for hook in self.hooks:
             hook.on_log_images(self, records, dry_run)
@@ -750,7 +773,11 @@ class BaseTrainer:
 
     @staticmethod
     def unwrap(module: nn.Module) -> nn.Module:
-        """The module inside `torch.compile`'s and DDP's wrappers. Changes neither."""
+        """The module inside `torch.compile`'s and DDP's wrappers. Changes neither.
+
+        Args:
+            module: Wrapped or not.
+        """
         while True:
             inner = getattr(module, "_orig_mod", None)
             if inner is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):

@@ -15,11 +15,13 @@ class FileSystem:
     """The real disk. Nothing is durable before it is synced: a file's bytes by `sync_file`, its name by `sync_dir`."""
 
     def make_dir(self, path: Path) -> None:
-        """Make a folder and those above it, where they do not exist."""
+        """Make the folder `path` and those above it, where they do not exist."""
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, buffers: Iterable[Buffer], sync: bool = True) -> None:
-        """Write a new file and make its bytes durable; without `sync` that is left to `sync_path`."""
+        """Write `buffers` to a new file, `path`, and make its bytes durable; without `sync` that is left to
+        `sync_path`.
+        """
         with open(path, "xb") as file:
             for buffer in buffers:
                 file.write(buffer)
@@ -27,17 +29,17 @@ class FileSystem:
                 self.sync_file(file)
 
     def sync_path(self, path: Path) -> None:
-        """Make the bytes of a file that was written before durable."""
+        """Make the bytes of the file `path`, which was written before, durable."""
         with open(path, "rb+") as file:
             self.sync_file(file)
 
     def sync_file(self, file: IO[bytes]) -> None:
-        """Make the bytes of an open file durable."""
+        """Make the bytes of `file`, which is open, durable."""
         file.flush()
         os.fsync(file.fileno())
 
     def sync_dir(self, path: Path) -> None:
-        """Make the names in a folder durable."""
+        """Make the names in the folder `path` durable."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -45,7 +47,7 @@ class FileSystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or folder another name, at once or not at all."""
+        """Give a file or folder, `source`, the name `target`, at once or not at all."""
         os.rename(source, target)
 
     def replace_symlink(self, link: Path, target: str, beside: Path) -> None:
@@ -60,7 +62,7 @@ class FileSystem:
         os.replace(beside, link)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a file, a link, or a folder with all that it holds."""
+        """Remove what `path` is: a file, a link, or a folder with all that it holds."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

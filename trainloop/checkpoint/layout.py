@@ -147,6 +147,7 @@ class Manifest(ManifestInfo):
 
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    """By path in the folder; all but the manifest."""
     tensors: Mapping[str, Mapping[str, TensorRecord]]
     """By group and name."""
 

@@ -52,7 +52,9 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: {ex}.") from ex
 
     def find_problems(self, verify: Verify = "full") -> list[str]:
-        """What is wrong with its files, a sentence each; this process looks at all of them."""
+        """What is wrong with its files, a sentence each; this process looks at all of them, as far as `verify` says
+        ("full", "size" or "off").
+        """
         return find_problems(self.folder, self.manifest.files, verify)
 
     def tensors(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -109,7 +111,7 @@ class Checkpoint:
         return self.saved_rank_state(rank) if self.manifest.world_size == distributed.world_size() else None
 
     def saved_rank_state(self, rank: int) -> Any:
-        """The nested state of one of the ranks that there were."""
+        """The nested state of `rank`, one of those that there were."""
         return self._state(state_file(rank))
 
     def _check(self, group: str, records: Mapping[str, TensorRecord], targets: Mapping[str, torch.Tensor]) -> None:

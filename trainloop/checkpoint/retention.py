@@ -13,7 +13,7 @@ from .layout import ManifestInfo
 
 @runtime_checkable
 class RetentionPolicy(Protocol):
-    """Says which checkpoints it wants to stay. A checkpoint stays if any policy wants it.
+    """Says which checkpoints it wants to stay: any object with this method. A checkpoint stays if any policy wants it.
 
     It is asked again after every commit, about what is left: its answer must not need one that it did not keep.
     """
@@ -83,6 +83,7 @@ class BestK:
     """As it was logged, nested keys joined: "val/loss"."""
     k: int = 1
     mode: Literal["min", "max"] = field(default="min", kw_only=True)
+    """Whether the least or the greatest value is the best."""
 
     def __post_init__(self) -> None:
         _check_number("k", self.k, 1)
@@ -186,7 +187,13 @@ def reasons_to_keep(
 def to_delete(
     manifests: Sequence[ManifestInfo], policies: Iterable[RetentionPolicy], protected_steps: Collection[int] = ()
 ) -> list[int]:
-    """Steps of the checkpoints that nothing keeps, from the oldest commit to the newest; see `reasons_to_keep`."""
+    """Steps of the checkpoints that nothing keeps, from the oldest commit to the newest.
+
+    Args:
+        manifests: As for `reasons_to_keep`.
+        policies: What the user wants.
+        protected_steps: Must stay.
+    """
     return [step for step, reasons in reasons_to_keep(manifests, policies, protected_steps).items() if not reasons]
 
 

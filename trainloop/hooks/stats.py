@@ -59,7 +59,7 @@ class _StatsHook(BaseHook):
             self.process(trainer, stats)
 
     def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
-        """The interval is over. Every rank."""
+        """The interval is over, `stats` are its means. Every rank."""
         raise NotImplementedError
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
