@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAUNCH := ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help install demo test test-slow check bench docs clean
+.PHONY: help install demo test test-slow check bench bench-full bench-check docs clean
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed  ## Create .venv and install the package with everything that tests need
 
@@ -33,9 +33,18 @@ check: install  ## Lint, format, types, the order of imports, and the wheel from
 	$(BIN)/pytest -q tests/test_layering.py tests/test_import.py
 	PYTHON=$(BIN)/python sh tests/check_wheel.sh
 
-bench: install  ## Measure the cost of a step and of a checkpoint beside others
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/checkpoint.py
+bench: install  ## Measure a step, and what goes with it, beside plain loops: a few minutes
+	$(BIN)/python -m benchmarks
+
+bench-full: .venv/.installed-bench  ## Measure everything, beside the peers too, and write it into benchmarks/README.md
+	$(BIN)/python -m benchmarks --full
+
+bench-check: install  ## The benchmark's one-minute form: equality and host reads, and never a time
+	$(BIN)/python -m benchmarks --check
+
+.venv/.installed-bench: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
 
 docs: install  ## Build the documentation into site/; a warning is an error
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -1,4 +1,4 @@
-"""What a checkpoint costs beside other ways to write the same bytes: `make bench`, or run it with `--help`.
+"""What a checkpoint costs beside other ways to write the same bytes: part of `make bench-full`, or `--help`.
 
 A trainer with a model and AdamW's state; each contender saves, and then loads, in turns, round after round, so that a
 busy machine slows all of them alike. Printed is the wall time for which training is blocked (median over the rounds),
@@ -9,6 +9,7 @@ two the disk is left to come to rest; files are in the page cache when they are 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -231,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--megabytes", type=int, default=100, help="of model and optimizer state together")
+    parser.add_argument("--json", type=Path, help="write the seconds there as well")
     parser.add_argument("--folder", type=Path, help="where to write; the disk of it is what is measured")
     args = parser.parse_args()
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -243,10 +245,14 @@ def main() -> None:
         contenders = Contenders(folder, max(1, round(args.megabytes * 1e6 / (12 * WIDTH * (WIDTH + 1)))))
         print(f"{contenders.num_bytes / 1e6:.0f} MB in {len(contenders.tensors)} tensors, {os.cpu_count()} cores\n")
         bases = {"trainloop": "safetensors + fsync", "trainloop async": "memcpy into reused buffers"}
-        table(measure(contenders.saves, args.rounds), contenders.num_bytes, bases, False)
+        saves = measure(contenders.saves, args.rounds)
+        table(saves, contenders.num_bytes, bases, False)
         print()
         loads = measure(contenders.loads, args.rounds)
         table(loads, contenders.num_bytes, {"trainloop, verified": "safetensors load"}, True)
+        if args.json is not None:
+            measured = {"bytes": contenders.num_bytes, "saves": saves, "loads": loads}
+            args.json.write_text(json.dumps(measured))
         dist.destroy_process_group()
         context = multiprocessing.get_context("forkserver")
         processes = [context.Process(target=commit_small, args=(rank, 8, folder)) for rank in range(8)]

@@ -14,10 +14,12 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from trainloop import BaseHook
 from trainloop.gradients import Gradients
 from trainloop.state import load_optimizer_state, optimizer_state
 
 from .launching import REPOSITORY, launch
+from .small import SmallTrainer
 
 
 def model_with_gradients(scale: float = 1.0) -> nn.Module:
@@ -66,6 +68,44 @@ def test_backward_divides_by_the_accumulation() -> None:
     weight = nn.Parameter(torch.ones(()))
     accelerator.backward(weight * 2)
     assert weight.grad == torch.tensor(0.5)
+
+
+@pytest.mark.parametrize("num_micro", [1, 4])
+@pytest.mark.parametrize("grad_clip", [None, 0.05, 1e9])
+def test_the_plain_way_is_accelerates(num_micro: int, grad_clip: float | None) -> None:
+    """One process without a scaler takes shorter ways for backward, clipping and update: the weights and the norms
+    equal those by the accelerator's own methods bit for bit.
+    """
+
+    class ByAccelerate(BaseHook):
+        def on_before_train(self, trainer: Any) -> None:
+            trainer._is_plain = trainer._gradients._is_plain = False
+            trainer._raw_optimizer = trainer.optimizer
+
+    class Norms(BaseHook):
+        def __init__(self) -> None:
+            self.norms: list[float] = []
+
+        def on_after_step(self, trainer: Any) -> None:
+            self.norms.append(trainer.step_info.grad_norm)
+
+    def train(*hooks: BaseHook) -> tuple[list[torch.Tensor], list[float]]:
+        norms = Norms()
+        trainer = SmallTrainer(
+            6,
+            grad_clip=grad_clip,
+            gradient_accumulation_steps=num_micro,
+            model_=lambda self: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)),
+            optimizer_=lambda self: torch.optim.AdamW(self.model.parameters(), lr=0.1),
+            hooks_=lambda self: [norms, *hooks],
+        )
+        trainer.train()
+        return [param.detach() for param in trainer.model.parameters()], norms.norms
+
+    weights, norms = train()
+    their_weights, their_norms = train(ByAccelerate())
+    assert norms == their_norms
+    assert all(map(torch.equal, weights, their_weights))
 
 
 def test_sync_gradients_can_be_set_by_hand() -> None:

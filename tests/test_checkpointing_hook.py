@@ -14,7 +14,7 @@ from torch import nn
 
 from trainloop import BaseHook, CheckpointError, CheckpointingHook
 from trainloop.checkpoint import CheckpointStore, FileSystem
-from trainloop.hooks.checkpointing import content_of
+from trainloop.saved import content_of
 from trainloop.testing.comparison import differences
 from trainloop.testing.lives import left_by, live
 
@@ -50,10 +50,10 @@ def broken_at(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     steps: set[int] = set()
     write = FileSystem.write
 
-    def fail(self: FileSystem, path: Path, buffers: Any) -> None:
+    def fail(self: FileSystem, path: Path, buffers: Any, sync: bool = True) -> None:
         if any(f"step_{step:07d}" in str(path) for step in steps):
             raise OSError(28, "No space left on device")
-        write(self, path, buffers)
+        write(self, path, buffers, sync)
 
     monkeypatch.setattr(FileSystem, "write", fail)
     return steps
@@ -183,9 +183,9 @@ def test_a_failed_save_never_hides_why_the_run_ended(
 
     write = FileSystem.write
 
-    def slow(self: FileSystem, path: Path, buffers: Any) -> None:
+    def slow(self: FileSystem, path: Path, buffers: Any, sync: bool = True) -> None:
         time.sleep(0.5)
-        write(self, path, buffers)
+        write(self, path, buffers, sync)
 
     hook = CheckpointingHook(2, async_save=True, exit_signals="SIGUSR1")
     with pytest.MonkeyPatch.context() as patch:

@@ -74,6 +74,9 @@ def test_load_state_reads_it_and_training_goes_on(
     that were to come.
     """
     folder, losses = trained
+    torch.manual_seed(99)  # the generators of this process are not those that were saved
+    random.seed(99)
+    np.random.seed(99)
     output = tmp_path / form
     options = ["--step", str(SAVED), "--format", "accelerate", "--output", str(output)]
     assert main(["checkpoints", "export", str(folder), *options, *(["--fsdp2"] if form == "fsdp2" else [])]) == 0

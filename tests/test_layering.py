@@ -20,7 +20,7 @@ LAYERS = [
     {"step", "sources", "data", "state", "hook", "pretrained"},
     {"build", "evaluation", "report"},
     {"trainer"},
-    {"adoption", "ready_made"},
+    {"adoption", "ready_made", "saved"},
     {"hooks", "testing"},
     {"__init__"},
     {"__main__"},

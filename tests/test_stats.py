@@ -102,6 +102,18 @@ def test_records_of_some_ranks_only_are_averaged_over_those(two_ranks: Path) -> 
     assert by_rank[0] == by_rank[1] == [{"rank": 0.5, "only_1": 7.0, "loss": 2.5}]
 
 
+def test_the_slowest_rank_is_named(two_ranks: Path) -> None:
+    """`ThroughputHook` at 2 processes: rank 1 sleeps in `forward`, and DDP has rank 0 wait for it. Samples are those of
+    both; every rank gets the same.
+    """
+    by_rank = [json.loads((two_ranks / f"throughput_{rank}.json").read_text()) for rank in range(2)]
+    assert by_rank[0] == by_rank[1]
+    (measured,) = by_rank[0]
+    assert measured["slowest_rank"] == 1
+    assert 1.2 < measured["slowest_rank_ratio"] < 2
+    assert 0 < measured["samples_per_second"] < 2 / 0.05
+
+
 def test_images_are_written_by_rank_0(two_ranks: Path) -> None:
     """Its own, and of a DTensor the whole."""
     step = two_ranks / "images" / "step_0000003"

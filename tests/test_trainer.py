@@ -12,10 +12,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainloop import BaseHook, BaseTrainer, CudaMaxMemoryHook, LoggingHook, ProgressHook, Trainer
+from benchmarks.host_reads import HostReads
+from trainloop import (
+    BaseHook,
+    BaseTrainer,
+    CudaMaxMemoryHook,
+    LoggingHook,
+    ProgressHook,
+    ThroughputHook,
+    Trainer,
+)
 
 from .small import SmallTrainer
 
@@ -213,16 +221,6 @@ def test_ready_made_objects_train_as_a_subclass_does() -> None:
         assert trainer.optimizer.param_groups[0]["lr"] == reference.optimizer.param_groups[0]["lr"]
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("num_micro", [1, 4])
 @pytest.mark.parametrize("grad_clip", [None, 0.01])
 def test_one_host_read_a_step(num_micro: int, grad_clip: float | None) -> None:
@@ -236,7 +234,12 @@ def test_one_host_read_a_step(num_micro: int, grad_clip: float | None) -> None:
             model_=lambda self: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
             optimizer_=lambda self: torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9),
             forward_=lambda self, batch: ((loss := self.model(batch[0]).pow(2).mean()), {"loss": loss}),
-            hooks_=lambda self: [LoggingHook(interval=100), ProgressHook(interval=100), CudaMaxMemoryHook()],
+            hooks_=lambda self: [
+                LoggingHook(interval=100),
+                ProgressHook(interval=100),
+                ThroughputHook(interval=100),
+                CudaMaxMemoryHook(),
+            ],
         )
         with HostReads() as reads:
             trainer.train()

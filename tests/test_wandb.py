@@ -56,17 +56,19 @@ def life(workspace: Path, how: str, step: int, **env: str) -> str:
 
 def folders(workspace: Path) -> list[Path]:
     """Those of the run's processes, the oldest first."""
-    return sorted(workspace.glob("wandb/*run-*"), key=lambda folder: folder.stat().st_mtime)
+    return sorted(workspace.glob("wandb/*run-*"), key=lambda folder: folder.name.partition("run-")[2])
 
 
 def rows_of(workspace: Path) -> list[dict[str, Any]]:
     """What W&B's files hold of the one run, without what wandb adds."""
+    wandb.teardown()  # it may write them after a run's end
     files = [file for folder in folders(workspace) for file in folder.glob("*.wandb")]
     assert len({file.name for file in files}) == 1, files
     return [{k: v for k, v in row.items() if not k.startswith("_")} for file in files for row in wandb_files.rows(file)]
 
 
 def records_of(folder: Path) -> list[Any]:
+    wandb.teardown()
     (file,) = folder.glob("*.wandb")
     with file.open("rb") as opened:
         return [Record.FromString(content) for content in wandb_files._records(opened)]
@@ -208,6 +210,7 @@ def test_a_torn_file_is_read_up_to_where_it_is_torn(tmp_path: Path, spoil: str) 
     with wandb.init(project="p", dir=tmp_path) as run:
         for i in range(1500):
             run.log({"i": i, "text": "x" * (i % 50)})
+    wandb.teardown()
     (file,) = folders(tmp_path)[0].glob("*.wandb")
     whole, content = list(wandb_files.rows(file)), file.read_bytes()
     assert [row["i"] for row in whole] == list(range(1500))

@@ -17,6 +17,7 @@ from .hooks.ema import EmaHook
 from .hooks.evaluation import EvaluationHook
 from .hooks.images import ImageFileLoggerHook
 from .hooks.stats import LoggingHook, ProgressHook
+from .hooks.throughput import ThroughputHook
 from .hooks.trackers import TrackerHook
 from .hooks.wandb import WandbHook
 from .ready_made import Trainer
@@ -42,6 +43,7 @@ __all__ = [
     "RankDisagreementError",
     "Records",
     "StepInfo",
+    "ThroughputHook",
     "TrackerHook",
     "Trainer",
     "TrainingError",

@@ -87,9 +87,7 @@ def parse_timeout(timeout: timedelta | float | None) -> timedelta | None:
         raise TypeError(f"`timeout` must be a timedelta, seconds or None, but is {describe(timeout)}.")
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(
-            f"`timeout` must be positive and finite, but is {timeout}: a run that waits for ever never ends."
-        )
+        raise ValueError(f"`timeout` must be positive and finite, but is {timeout}.")
     return timedelta(seconds=seconds)
 
 

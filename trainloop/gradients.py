@@ -42,6 +42,7 @@ class Gradients:
         self._scaler = scaler
         self._optimizer = optimizer
         self._params = list(model.parameters())
+        self._grads: list[torch.Tensor] = []  # of the plain way: read out once a step, for norm and clipping
         meshes = [getattr(p, "device_mesh", None) for p in self._params]
         self._groups: list[list[nn.Parameter]] = [
             [p for p, own in zip(self._params, meshes, strict=True) if own == mesh] for mesh in dict.fromkeys(meshes)
@@ -55,9 +56,10 @@ class Gradients:
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         if self._is_plain:
-            grads = [p.grad for p in self._params if p.grad is not None]
-            if grads:
-                norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0)), 2.0)
+            self._grads = [grad for p in self._params if (grad := p.grad) is not None]
+            if self._grads:
+                norms = torch._foreach_norm(self._grads, 2.0)
+                norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
                 return norm
         return self._norm()
 
@@ -74,12 +76,14 @@ class Gradients:
         return math.nan if any(map(math.isnan, by_rank)) else max(by_rank)
 
     def clip(self, norm: torch.Tensor, norm_value: float) -> None:
-        """Scale the gradient down to the limit, if it is above. `norm_value` is `norm`, read by the host."""
+        """Scale the gradient that `norm` was taken of down to the limit, if it is above. `norm_value` is `norm`, read
+        by the host.
+        """
         if self._max_norm is None or norm_value < self._max_norm * 0.999 - _EPS:
             return  # torch would multiply by exactly 1; the margin leaves the rounding at the limit to it
         if self._is_plain:
             coefficient = torch.clamp(self._max_norm / (norm + _EPS), max=1.0)
-            torch._foreach_mul_([p.grad for p in self._params if p.grad is not None], coefficient)
+            torch._foreach_mul_(self._grads, coefficient)
             return
         for group in self._groups:
             mesh = getattr(group[0], "device_mesh", None)
@@ -109,6 +113,7 @@ class Gradients:
 
     def drop(self) -> None:
         """Forget all gradients: what `zero_grad(set_to_none=True)` does, on every parameter of the model."""
+        self._grads = []
         for param in self._params:
             param.grad = None
 

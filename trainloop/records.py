@@ -99,6 +99,11 @@ def key_average(records: Iterable[Records]) -> dict[str, Any]:
     Returns:
         Nested records of means. Tensors are averaged where they are: reading them is left to the caller.
     """
+    return unflatten_nested_dict(flat_average(records))
+
+
+def flat_average(records: Iterable[Records]) -> dict[tuple[Any, ...], Any]:
+    """`key_average`, flattened."""
     sums: dict[tuple[Any, ...], Any] = {}
     counts: dict[tuple[Any, ...], int] = {}
     for record in records:
@@ -106,7 +111,7 @@ def key_average(records: Iterable[Records]) -> dict[str, Any]:
             number = value.detach() if isinstance(value, torch.Tensor) else value
             sums[key] = sums[key] + number if key in sums else number
             counts[key] = counts.get(key, 0) + 1
-    return unflatten_nested_dict({key: total / counts[key] for key, total in sums.items()})
+    return {key: total / counts[key] if counts[key] > 1 else total for key, total in sums.items()}
 
 
 def read_rows(rows: Sequence[Mapping[K, Any]]) -> list[dict[K, float]]:

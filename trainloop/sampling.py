@@ -109,22 +109,21 @@ class EndlessSampler:
         epoch, position = self.epoch, self.position
         batch: list[Any] = []
         while True:
-            num_seen = 0
-            for item in itertools.islice(order(self._sampler, self.seed, epoch), position, None):
-                num_seen += 1
-                batch.append(item if self._key is None else self._key(self.seed, epoch, item))
+            items = itertools.islice(order(self._sampler, self.seed, epoch), position, None)
+            while drawn := list(itertools.islice(items, self._global_batch - len(batch))):
+                position += len(drawn)
+                batch += drawn if self._key is None else [self._key(self.seed, epoch, item) for item in drawn]
                 if len(batch) == self._global_batch:
-                    self._ahead.append((epoch, position + num_seen))
+                    self._ahead.append((epoch, position))
                     yield batch[self._part]
                     batch = []
-            if position + num_seen == 0:
+            if position == 0:
                 raise ValueError("The data loader has no samples.")
             if self._drop_last:
-                if position + num_seen < self._global_batch:
+                if position < self._global_batch:
                     raise ValueError(
-                        f"The data set gives {position + num_seen} samples an epoch, but `drop_last=True` drops what"
-                        f" doesn't fill a global batch of {self._global_batch}. Make the batch smaller or keep the"
-                        " rest."
+                        f"The data set gives {position} samples an epoch, but `drop_last=True` drops what doesn't fill"
+                        f" a global batch of {self._global_batch}. Make the batch smaller or keep the rest."
                     )
                 batch = []
             epoch, position = epoch + 1, 0

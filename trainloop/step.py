@@ -31,6 +31,12 @@ class StepInfo:
     """Wall time of the step in seconds, waiting for data and retries included."""
     data_time: float = 0.0
     """The part of `step_time` spent waiting for batches, in seconds."""
+    own_time: float = 0.0
+    """Wall time of the applied window until its last backward pass, in seconds. Under DDP no other rank has had a part
+    in it, so it differs where `step_time`, which waits for all, does not. On an accelerator it is the host's time."""
+    total_weight: Any = None
+    """Sum of `batch_weight` over the applied window and all ranks, a number or a 0-dim tensor on the device; `None`:
+    it isn't overridden."""
     non_finite_grad_retry_count: int = 0
     """Windows that were discarded because their gradient was not finite."""
     overflow_count: int = 0

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+_NOTHING = nullcontext()
 _MIN_LOSS_SCALE = 2.0**-14  # thirty halvings of the initial 2^16: no loss needs less, the gradient is broken
 
 
@@ -376,6 +377,7 @@ class BaseTrainer:
         """N micro-batches forward and backward, all of them on every rank; the gradient is reduced with the last."""
         self.peers.enter("forward and backward")
         info, num_micro_steps = self.step_info, self.gradient_accumulation_steps
+        start = time.perf_counter()
         info.losses, info.records, info.loss_factors = [], [], None
         self._skipped = []
         self._buffers.remember()
@@ -387,13 +389,15 @@ class BaseTrainer:
                 self.accelerator.sync_gradients = is_last
             batch = self._next_batch() if window is None else window[micro_step]
             factor = None if info.loss_factors is None else info.loss_factors[micro_step]
-            with self._no_sync(is_last), self._dropped(factor):
+            with self._around(is_last, factor):
                 loss, records = self._checked(self.forward(batch))
                 if loss is None:
                     self._skip_micro_batch(num_drawn)
                 else:
                     info.losses.append(loss.detach())
-                    info.records.append(map_nested_tensor(torch.Tensor.detach, records))
+                    info.records.append(map_nested_tensor(torch.Tensor.detach, records) if records else records)
+                    if is_last:
+                        info.own_time = time.perf_counter() - start
                     self._backward(loss if factor is None else weighted_loss(loss, factor))
                     micro_step += 1
             num_drawn += 1
@@ -418,21 +422,21 @@ class BaseTrainer:
         self.step_info.data_time += time.perf_counter() - start
         return batch
 
-    def _no_sync(self, is_last: bool) -> AbstractContextManager[None]:
-        if is_last or not self._defers_reduction:
-            return nullcontext()
-        no_sync: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
-        return no_sync
-
-    def _dropped(self, factor: Any) -> AbstractContextManager[Any]:
-        """Around a micro-batch of weight 0: neither its gradient nor what it does to buffers may stay. A weight on the
-        device isn't read by the host: there `weighted_loss` masks the loss, and that is all.
+    def _around(self, is_last: bool, factor: Any) -> AbstractContextManager[Any]:
+        """Around a micro-batch: before the last one nothing is reduced, and of one of weight 0 neither its gradient
+        nor what it does to buffers may stay. A weight on the device isn't read by the host: there `weighted_loss` masks
+        the loss, and that is all.
         """
-        if not isinstance(factor, float) or factor != 0.0:
-            return nullcontext()
+        is_deferred = self._defers_reduction and not is_last
+        is_dropped = isinstance(factor, float) and factor == 0.0
+        if not (is_deferred or is_dropped):
+            return _NOTHING
         stack = ExitStack()
-        stack.enter_context(no_contribution(self.model))
-        stack.enter_context(BufferKeeper(self.unwrapped_model).kept())
+        if is_deferred:
+            stack.enter_context(self.accelerator.no_sync(self.model))
+        if is_dropped:
+            stack.enter_context(no_contribution(self.model))
+            stack.enter_context(BufferKeeper(self.unwrapped_model).kept())
         return stack
 
     def _checked(self, output: Any) -> tuple[torch.Tensor | None, Records]:
@@ -480,16 +484,17 @@ class BaseTrainer:
         """Draw the window before its first backward, because each micro-batch's factor depends on all the weights."""
         while True:
             window = [self._next_batch() for _ in range(self.gradient_accumulation_steps)]
-            factors = loss_factors([self.batch_weight(batch) for batch in window], self.device)
+            factors, total = loss_factors([self.batch_weight(batch) for batch in window], self.device)
             if factors != []:
-                self.step_info.loss_factors = factors
+                self.step_info.loss_factors, self.step_info.total_weight = factors, total
                 return window
             self.step_info.skipped_micro_batch_count += len(window)  # nothing in it, on any rank: draw another
             self._guard_against_no_loss()
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self._is_plain:  # what accelerator.backward comes to, without its detours
-            (loss / self.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+            share = loss if self.gradient_accumulation_steps == 1 else loss / self.gradient_accumulation_steps
+            share.backward()  # type: ignore[no-untyped-call]
         else:
             self.accelerator.backward(loss)
 

@@ -11,7 +11,7 @@ import torch
 from . import distributed
 
 
-def loss_factors(weights: Sequence[Any], device: torch.device) -> list[float] | list[torch.Tensor] | None:
+def loss_factors(weights: Sequence[Any], device: torch.device) -> tuple[list[float] | list[torch.Tensor] | None, Any]:
     """Turn a window's weights into the factors that its losses get before `backward`, which divides by their number.
 
     Factor i is `w_i * N * world_size / total`: Accelerate's division by N and DDP's mean over the ranks then leave
@@ -22,8 +22,9 @@ def loss_factors(weights: Sequence[Any], device: torch.device) -> list[float] | 
         device: The device of this rank.
 
     Returns:
-        N floats, or N 0-dim fp64 tensors where the weights are tensors on an accelerator (they are not read; NaN where
-        the total is 0); an empty list: all weights of all ranks are 0; None: `batch_weight` gave None for all.
+        The factors: N floats, or N 0-dim fp64 tensors where the weights are tensors on an accelerator (they are not
+        read; NaN where the total is 0); an empty list: all weights of all ranks are 0; None: `batch_weight` gave None
+        for all. And the total over the window and all ranks, a number or a 0-dim fp64 tensor.
 
     Raises:
         ValueError: On every rank, if a weight of any rank is not a number >= 0, or only some micro-batches have one.
@@ -35,7 +36,7 @@ def loss_factors(weights: Sequence[Any], device: torch.device) -> list[float] | 
         device_total = tensors.sum()
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(device_total)
-        return list((tensors * (scale / device_total)).unbind())
+        return list((tensors * (scale / device_total)).unbind()), device_total
     read = [math.nan if is_on_device else host_weight(w) for w, is_on_device in zip(weights, on_device, strict=True)]
     given = [w for w in read if w is not None]
     total, num_given, num_all = distributed.sum_over_ranks([sum(given), len(given), len(read)])
@@ -51,8 +52,8 @@ def loss_factors(weights: Sequence[Any], device: torch.device) -> list[float] | 
             f" {int(num_all)} micro-batches {int(num_given)} have a weight."
         )
     if not num_given:
-        return None
-    return [w * scale / total for w in given] if total > 0 else []
+        return None, None
+    return [w * scale / total for w in given] if total > 0 else [], total
 
 
 def host_weight(weight: Any) -> float | None:

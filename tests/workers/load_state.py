@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def main() -> None:
     if script.accelerator.is_main_process:
         torch.save({**state, "rng": rng}, Path(out) / "state.pt")
         (Path(out) / "losses.json").write_text(json.dumps(losses))
-    script.accelerator.end_training()
+    script.accelerator.wait_for_everyone()
+    os._exit(0)  # see foreign.py
 
 
 if __name__ == "__main__":

@@ -87,6 +87,9 @@ class Full(BaseHook):
     def on_before_step(self, trainer: BaseTrainer) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
+    def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)  # or what it prints would not fit either
+
 
 class Raising(BaseHook):
     """Rank 1 alone fails in step 5, while the save of step 4, which takes its time, is on its way."""

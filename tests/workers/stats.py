@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainloop import BaseHook, BaseTrainer, ImageFileLoggerHook, LoggingHook
+from trainloop import BaseHook, BaseTrainer, ImageFileLoggerHook, LoggingHook, ThroughputHook
 
 
 class Log(BaseHook):
     def __init__(self) -> None:
         self.logged: list[Any] = []
+        self.throughput: list[Any] = []
 
     def on_log(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
-        self.logged.append({key: records["train"][key] for key in ("rank", "only_1", "loss")})
+        if "train" in records:
+            self.logged.append({key: records["train"][key] for key in ("rank", "only_1", "loss")})
+        else:
+            self.throughput.append(records["throughput"])
 
 
 class Trainer(BaseTrainer):
@@ -36,10 +41,11 @@ class Trainer(BaseTrainer):
 
     def build_hooks(self) -> list[BaseHook]:
         self.log_hook = Log()
-        return [LoggingHook(interval=2), ImageFileLoggerHook(), self.log_hook]
+        return [LoggingHook(interval=2), ThroughputHook(1, interval=2), ImageFileLoggerHook(), self.log_hook]
 
     def forward(self, batch: Any) -> Any:
         rank = self.accelerator.process_index
+        time.sleep(0.05 * rank)
         records = {"rank": rank} | ({"only_1": torch.tensor(7.0)} if rank == 1 else {})
         return self.model(batch).sum() * 0 + rank * 5.0, records
 
@@ -60,3 +66,4 @@ if __name__ == "__main__":
     rank = trainer.accelerator.process_index
     trainer.log_images({"rank": torch.full((2, 2), rank, dtype=torch.uint8), "sharded": sharded(rank)})
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(trainer.log_hook.logged))
+    Path(sys.argv[1], f"throughput_{rank}.json").write_text(json.dumps(trainer.log_hook.throughput))

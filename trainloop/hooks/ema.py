@@ -123,7 +123,6 @@ class EmaHook(BaseHook):
             raise ValueError(f"The `name`s of several EmaHooks must differ, but {len(twins)} have {self.name!r}.")
         self._bind(trainer)
 
-    @torch.no_grad()
     def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
         if self._is_swapped:
             raise RuntimeError("The model was trained inside `EmaHook.swapped`, which puts its weights back. Leave it.")

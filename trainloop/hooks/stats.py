@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .. import distributed
 from ..errors import check_int, describe
 from ..hook import BaseHook
-from ..records import flatten_nested_dict, key_average, read_rows, unflatten_nested_dict
+from ..records import flat_average, flatten_nested_dict, read_rows, unflatten_nested_dict
 from ..step import StepInfo, TrainingStats
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class _StatsHook(BaseHook):
                 ("step_time",): info.step_time,
                 ("data_time",): info.data_time,
             }
-            row.update({("records", *key): v for key, v in flatten_nested_dict(key_average(info.records)).items()})
+            row.update({("records", *key): mean for key, mean in flat_average(info.records).items()})
             rows.append(row)
             self._retries += info.non_finite_grad_retry_count
             if info.max_memory is not None:
@@ -184,11 +184,12 @@ class ProgressHook(_StatsHook):
         self._bar: Any = None
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
+        self._wants_bar = trainer.accelerator.is_main_process and sys.stderr.isatty()
         self._first_timed = trainer.step + self.eta_warmup
         self._timed_since = time.monotonic()
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
-        if self._bar is None and trainer.accelerator.is_main_process and sys.stderr.isatty():
+        if self._bar is None and self._wants_bar:
             self._bar = tqdm(total=trainer.max_steps, initial=trainer.step - 1, unit="step", dynamic_ncols=True)
 
     def on_after_step(self, trainer: BaseTrainer) -> None:

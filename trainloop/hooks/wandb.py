@@ -94,6 +94,7 @@ class WandbHook(BaseHook):
         self._last_step = -1  # that W&B had when this process took the run up
         self._is_started = self._is_in_step = self._is_over = self._can_resume = False
         self._exit_code = 0
+        self._is_complete = False  # whether this process has finished the run, with all that was logged
         self._guard = Guard(
             "W&B", f"What is logged waits (the newest {_NUM_RECENT} steps), and is tried again at the next interval."
         )
@@ -166,6 +167,9 @@ class WandbHook(BaseHook):
         self._note(trainer, config)
         if run.id != known_id:
             return -1
+        if self._is_complete:  # not read from the file, which wandb may still be writing
+            self._is_complete = False
+            return max((row.step for row in self._recent), default=-1)
         last_step = _last_step(run)
         for row in self._recent:
             row.is_sent = row.is_sent and row.step <= last_step
@@ -195,6 +199,7 @@ class WandbHook(BaseHook):
             run.finish(exit_code=exit_code)
             if not run.disabled:
                 self._note(trainer, None)
+            self._is_complete = not unsent
         except Exception as ex:
             trainer.logger.error(f"The W&B run could not be finished. {type(ex).__name__}: {ex}")
 
@@ -283,6 +288,7 @@ class WandbHook(BaseHook):
         state = state_dict.get(_STATE_KEY)
         if state is not None and not self._is_started:
             self._run_id = state["run_id"]
+            self._is_complete = False
             self._recent.clear()
             self._recent.extend(_Row(step, numbers, files, is_sent=True) for step, numbers, files in state["rows"])
 

@@ -1,0 +1,304 @@
+"""Systems side by side: each in a process of its own (or several, under DDP), taking turns, A B C … A B C ….
+
+A busy machine then slows all of them alike, and what counts is the ratio within each round of turns. CPU time is that
+of all threads of a process, summed over the ranks; it is what another program that wants the cores changes least.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tasks import Task
+
+REPOSITORY = Path(__file__).parents[1]
+REQUIRES = {
+    "Lightning": "lightning",
+    "transformers Trainer": "transformers",
+    "pytorch-accelerated": "pytorch_accelerated",
+    "Ignite": "ignite",
+}
+"""The module that a system needs beyond the package's own dependencies."""
+TOLERANCE = 1e-6
+"""Largest difference of any parameter for two systems to have trained the same, relative to its magnitude or absolute.
+The table says where it is 0."""
+
+
+@dataclass(frozen=True)
+class System:
+    """Who trains."""
+
+    name: str
+    """As in `worker.SYSTEMS`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of its `train`."""
+    label: str = ""
+    """In the table."""
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+    @property
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(REQUIRES.get(self.name, "torch")) is not None
+
+
+BARE_TORCH = System("bare torch")
+BARE_ACCELERATE = System("bare Accelerate")
+TRAINLOOP = System("trainloop")
+FOUR_HOOKS = System("trainloop", {"hooks": "four"}, "trainloop, four hooks")
+PEERS = [System(name) for name in REQUIRES]
+MAIN = [BARE_TORCH, BARE_ACCELERATE, TRAINLOOP, FOUR_HOOKS]
+
+
+@dataclass
+class Measured:
+    """What one system's run of a task has cost."""
+
+    cpu: list[float] = field(default_factory=list)
+    """CPU seconds of each turn after the first, all ranks together."""
+    wall: list[float] = field(default_factory=list)
+    """Wall seconds of each turn after the first, those of the slowest rank."""
+    first_step_cpu: float = float("nan")
+    """CPU seconds of rank 0 from the start of its process to the end of its first step: to the end of the first turn,
+    less what the other steps of a turn take."""
+    resident: int = 0
+    """Bytes in RAM at the last turn, of rank 0."""
+    host_reads: float = float("nan")
+    """Of rank 0, an optimizer step, over the last turns."""
+    difference: float = float("inf")
+    """The largest difference of any parameter to the first system's; 0: bitwise equal."""
+    error: str = ""
+    """Why there are no numbers."""
+
+    @property
+    def is_equal(self) -> bool:
+        return self.difference <= TOLERANCE
+
+
+def run(task: Task, systems: Sequence[System], *, timeout: float = 120) -> dict[str, Measured]:
+    """Train `task` with each of the systems, in turns.
+
+    Args:
+        task: What is trained.
+        systems: The first is what the others are compared with.
+        timeout: Seconds without a sign of life after which a system is given up.
+
+    Returns:
+        By `System.title`; a system that failed or is not installed has its `error`.
+    """
+    results = {system.title: Measured() for system in systems}
+    contenders: list[_Contender] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        key = secrets.token_bytes(16)
+        listener = stack.enter_context(Listener(str(folder / "socket"), "AF_UNIX", authkey=key))
+        for number, system in enumerate(systems):
+            if not system.is_installed:
+                results[system.title].error = f"{REQUIRES[system.name]} is not installed: `make bench-full` does it"
+                continue
+            contender = _Contender(system, number, task, folder, results[system.title], timeout)
+            stack.callback(contender.end)
+            contender.start(listener, key)  # one after the other: what starts beside another takes longer
+            contenders.append(contender)
+        for _ in range(task.num_turns):
+            for contender in contenders:
+                contender.take_turn()
+        for contender in contenders:
+            contender.finish()
+        states = {c.system.title: c.state for c in contenders if c.state is not None}
+    reference = states.get(systems[0].title)
+    for title, state in states.items():
+        results[title].difference = float("inf") if reference is None else _difference(state, reference)
+    return results
+
+
+class _Contender:
+    """One system's processes, as the harness sees them."""
+
+    def __init__(self, system: System, number: int, task: Task, folder: Path, result: Measured, timeout: float) -> None:
+        self.system, self._number, self._task, self._folder, self._result = system, number, task, folder, result
+        self._timeout = timeout
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ranks: list[Connection] = []
+        self._output = folder / f"{number}.txt"
+        self._num_turns = 0
+        self._reads: list[int] = []
+        self.state: dict[str, torch.Tensor] | None = None
+
+    def start(self, listener: Listener, key: bytes) -> None:
+        """Start the processes, and wait until all of them want their first batch."""
+        request = {
+            "task": asdict(self._task),
+            "system": self.system.name,
+            "options": self.system.options,
+            "number": self._number,
+            "address": listener.address,
+            "key": key.hex(),
+            "folder": str(self._folder),
+        }
+        command = [sys.executable, "-m", "benchmarks.worker", json.dumps(request)]
+        with self._output.open("wb") as output:
+            for env in _environments(self._task.world_size):
+                process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+                self._processes.append(process)
+        by_rank = {}
+        for _ in self._processes:
+            connection = self._accept(listener)
+            if connection is None:
+                return
+            by_rank[connection.recv()[1]] = connection
+        self._ranks = [by_rank[rank] for rank in sorted(by_rank)]
+        self._hear()
+
+    def _accept(self, listener: Listener) -> Connection | None:
+        """The next rank, unless a process ends before."""
+        listening = listener._listener._socket  # type: ignore[attr-defined]  # `Listener` has no timeout of its own
+        for _ in range(int(self._timeout * 10)):
+            listening.settimeout(0.1)
+            try:
+                connection: Connection = listener.accept()
+            except TimeoutError:
+                if any(process.poll() is not None for process in self._processes):
+                    break
+            else:
+                return connection
+        self._fail()
+        return None
+
+    def take_turn(self) -> None:
+        self._num_turns += 1
+        for rank in self._ranks:
+            rank.send(None)
+        messages = self._hear()
+        if not messages:
+            return
+        cpu = sum(message["turn_cpu"] for message in messages)
+        self._reads.append(messages[0]["host_reads"])
+        if self._num_turns == 1:
+            self._result.first_step_cpu = messages[0]["cpu"]
+            return
+        if self._num_turns == 2:
+            self._result.first_step_cpu -= messages[0]["turn_cpu"] * (1 - 1 / self._task.num_steps)
+        self._result.cpu.append(cpu)
+        self._result.wall.append(max(message["turn_wall"] for message in messages))
+        self._result.resident = messages[0]["resident"]
+
+    def finish(self) -> None:
+        """Let it train to its end and hand over what it has trained."""
+        for rank in self._ranks:
+            rank.send(None)
+        if self._hear() is None or not self._ranks:
+            return
+        if self._task.counts_host_reads and len(self._reads) > 1:
+            steps = self._task.num_steps * (len(self._reads) - 1)
+            self._result.host_reads = (self._reads[-1] - self._reads[0]) / steps
+        self.state = torch.load(self._folder / f"{self._number}_0.pt", weights_only=True)
+        for rank in self._ranks:
+            rank.send(None)
+
+    def _hear(self) -> list[Any] | None:
+        """What every rank says next; None if one of them says nothing any more."""
+        heard: dict[Connection, Any] = {}
+        while len(heard) < len(self._ranks):
+            ready = wait([rank for rank in self._ranks if rank not in heard], self._timeout)
+            try:
+                heard |= {rank: rank.recv() for rank in ready}  # type: ignore[union-attr, misc]
+            except (EOFError, ConnectionError):
+                ready = []
+            if not ready:
+                self._fail()
+                return None
+        return [heard[rank] for rank in self._ranks]
+
+    def _fail(self) -> None:
+        self.end()
+        self._ranks = []
+        lines = self._output.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        self._result.error = lines[-1]
+        print(f"  {self.system.title} failed:\n    " + "\n    ".join(lines[-15:]), file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        for process in self._processes:
+            if process.poll() is None and self._result.error == "" and self.state is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=10)
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for rank in self._ranks:
+            rank.close()
+
+
+def environment() -> dict[str, str]:
+    """This process's, with one thread a process, and without what Accelerate or a launcher has put there."""
+    unwanted = ("ACCELERATE_", "FSDP_", "TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return env | threads | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def _environments(world_size: int) -> list[dict[str, str]]:
+    """One for each rank, as `accelerate launch` and torchrun make them."""
+    if world_size == 1:
+        return [environment()]
+    common = {
+        "ACCELERATE_USE_CPU": "true",
+        "TORCHELASTIC_RUN_ID": "benchmark",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    return [environment() | common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size)]
+
+
+def _free_port() -> int:
+    """Below the ports that outgoing connections are given, one of which might be taken before rank 0 listens."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+def _difference(state: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    if state.keys() != reference.keys():
+        return float("inf")
+    largest = 0.0
+    for name, value in state.items():
+        wanted = reference[name]
+        if not torch.equal(value, wanted):
+            gap = (value.double() - wanted.double()).abs() / wanted.double().abs().clamp(min=1)
+            largest = max(largest, gap.max().nan_to_num(float("inf")).item())
+    return largest
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return (values[0],) * 3 if values else (float("nan"),) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [value / other for value, other in zip(values, reference, strict=True)]

@@ -1,0 +1,35 @@
+"""The bare torch loop: what all others are compared with."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DistributedSampler
+
+from ..tasks import CLIP, Task, loss_of, make_model, make_optimizer
+from ..turns import TurnTakingData
+
+
+def train(task: Task, data: TurnTakingData) -> nn.Module:
+    model: Any = make_model(task.model)
+    sampling: dict[str, Any] = {}
+    if task.world_size > 1:
+        torch.distributed.init_process_group("gloo")
+        model = nn.parallel.DistributedDataParallel(model)
+        sampling["sampler"] = DistributedSampler(data, shuffle=False)
+    optimizer = make_optimizer(task, model.parameters())
+    for num_drawn, (x, y) in enumerate(data.loader(**sampling), start=1):
+        is_last = num_drawn % task.num_micro == 0
+        with nullcontext() if is_last or task.world_size == 1 else model.no_sync():
+            with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
+                output = model(x)
+            loss = loss_of(output, y)
+            (loss / task.num_micro if task.num_micro > 1 else loss).backward()
+        if is_last:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.module if task.world_size > 1 else model
