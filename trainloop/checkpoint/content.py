@@ -30,11 +30,11 @@ class Content:
     must be the same on each rank and is written by one of them."""
     global_state: Any = None
     """Nested state that is the same on each rank (see `nested.encode`); rank 0's is written."""
+    rank_state: Any = None
+    """Nested state of this rank, for example its random generators."""
     of_rank_zero: Collection[str] = ()
     """Names of plain tensors among the weights that may differ between the ranks, as BatchNorm's statistics do: rank
     0's are written."""
-    rank_state: Any = None
-    """Nested state of this rank, for example its random generators."""
 
     def groups(self) -> dict[str, Tensors]:
         """All groups, those of weights first."""
