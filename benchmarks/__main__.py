@@ -32,10 +32,13 @@ def main() -> None:
         sys.exit(bool(wrong))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no system is left behind
     start = time.monotonic()
-    results = suite.full(args.scale) if args.full else suite.quick(args.scale)
+    results = suite.Results()
     out = args.out or (FOLDER / "results" if args.full else Path("build", "benchmarks"))
     out.mkdir(parents=True, exist_ok=True)
-    write(results, out, embeds=args.full and args.out is None)
+    try:
+        (suite.full if args.full else suite.quick)(results, args.scale)
+    finally:  # one that is ended early has measured something too
+        write(results, out, embeds=args.full and args.out is None)
     print(f"\nThat took {(time.monotonic() - start) / 60:.0f} minutes; table and picture are in {out}.")
 
 

@@ -25,6 +25,9 @@ STEPS_AND_TURNS = {
 """Optimizer steps a turn, and turns, at accumulation 1; at 4 a quarter of the steps, but at least one."""
 
 
+MODELS = ("tiny MLP", "400 small tensors", "10M transformer")
+
+
 @dataclass
 class Results:
     """All that was measured; what a run left out is empty."""
@@ -49,40 +52,36 @@ class Results:
         return {}
 
 
-def quick(scale: float = 1.0) -> Results:
+def quick(results: Results, scale: float = 1.0) -> None:
     """A few minutes: one process, fp32, without the peers."""
-    results = Results()
-    for model in ("tiny MLP", "400 small tensors", "10M transformer"):
+    for model in MODELS:
         for num_micro in (1, 4):
             _train(results, _task(model, scale, num_micro=num_micro), MAIN)
     _count_host_reads(results, MAIN)
     _measure_updates(results, scale)
     _say("imports")
     results.imports = footprint.imports(max(2, round(5 * scale)))
-    return results
 
 
-def full(scale: float = 1.0) -> Results:
-    """Everything."""
-    results = Results()
+def full(results: Results, scale: float = 1.0) -> None:
+    """Everything, what the goals name first: a run that is ended early has that."""
     everyone = [*MAIN, *PEERS]
-    for precision in ("no", "bf16"):
-        for model in ("tiny MLP", "400 small tensors", "10M transformer"):
-            for num_micro in (1, 4):
-                _train(results, _task(model, scale, num_micro=num_micro, precision=precision), everyone)
-    _train(results, _task("tiny MLP, BatchNorm", scale), MAIN)
-    for model in ("tiny MLP", "400 small tensors", "10M transformer"):
+    for model in MODELS:
         for num_micro in (1, 4):
-            _train(results, _task(model, scale, num_micro=num_micro, world_size=2), everyone)
+            _train(results, _task(model, scale, num_micro=num_micro), everyone)
     _count_host_reads(results, everyone)
     _measure_updates(results, scale)
     _say("imports")
     results.imports = footprint.imports(max(2, round(9 * scale)))
-    _say("growth")
-    results.growth = growth.measure(scale)
     _say("checkpoint")
     results.checkpoint = _checkpoint(scale)
-    return results
+    _say("growth")
+    results.growth = growth.measure(scale)
+    _train(results, _task("tiny MLP, BatchNorm", scale), MAIN)
+    for more in ({"world_size": 2}, {"precision": "bf16"}):
+        for model in MODELS:
+            for num_micro in (1, 4):
+                _train(results, _task(model, scale, num_micro=num_micro, **more), everyone)
 
 
 def check() -> list[str]:
