@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def hosts() -> Iterator[tuple[str, list[list[str]], dict[str, str]]]:
         yield "127.0.0.1", [[], []], {}
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+            with suppress(OSError, subprocess.CalledProcessError):
+                ip("netns", "delete", name)
 
 
 def results(workspace: Path) -> dict[str, Any]:
