@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_LAST_SECONDS = 0.2
 _host_groups: dict[Any, Any] = {}
 
 
@@ -56,6 +58,7 @@ def _end_groups() -> None:
     """
     if not dist.is_initialized() or hasattr(sys, "last_value"):
         return
+    time.sleep(_LAST_SECONDS)  # lets go of the GIL, which a thread may wait for with the last tensor in its hands
     if dist.get_backend() == "gloo":
         dist.destroy_process_group()
     else:

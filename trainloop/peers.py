@@ -129,7 +129,8 @@ class Peers:
         gone = self._gone(answers)
         if not gone:
             answers = {**self._ask(self._askable(), {}), **self._fates}
-            gone = self._gone(answers)
+            # Who was told of meanwhile went first: a rank that told it may itself have ended before it was asked.
+            gone = self._gone(self._fates) or self._gone(answers)
         # The others must not take this rank for the first that went, when it ends as well.
         self.tell(gone or {distributed.rank(): f"{_GAVE_UP} after {waited:.1f} s of {phase}"})
         if gone:
