@@ -14,7 +14,7 @@ from .. import distributed
 from ..adoption import adopt
 from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
 from ..checkpoint.foreign import is_importable
-from ..errors import CheckpointError, describe
+from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
 from ..pretrained import config_text
 from ..records import Records, flatten_nested_dict, is_number
@@ -82,10 +82,7 @@ class CheckpointingHook(CheckpointerHook):
             ("keep_interval", keep_interval, 0),
             ("max_failures", max_failures, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` must be an integer, but is {describe(value)}.")
-            if value < lowest:
-                raise ValueError(f"`{name}` must be at least {lowest}, but is {value}.")
+            check_int(name, value, lowest)
         if isinstance(load, bool) or not (load is None or isinstance(load, str | int | Path)):
             raise TypeError(f'`load` must be "latest", a step, a path or None, but is {describe(load)}.')
         if exit_code != "128+signal" and (isinstance(exit_code, bool) or not isinstance(exit_code, int)):
