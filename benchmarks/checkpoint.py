@@ -9,6 +9,7 @@ two the disk is left to come to rest; files are in the page cache when they are 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -35,18 +36,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook
 from trainloop.checkpoint import CheckpointStore, Content
 
-WIDTH = 512
-
 
 class Trainer(BaseTrainer):
     num_layers: int
+    width: int
     is_async: bool
 
     def build_data_loader(self) -> Any:
-        return DataLoader(TensorDataset(torch.randn(64, WIDTH)), batch_size=8)
+        return DataLoader(TensorDataset(torch.randn(64, self.width)), batch_size=8)
 
     def build_model(self) -> nn.Module:
-        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(self.num_layers)))
+        return nn.Sequential(*(nn.Linear(self.width, self.width) for _ in range(self.num_layers)))
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -59,9 +59,9 @@ class Trainer(BaseTrainer):
         return self.model(batch[0]).square().mean(), {}
 
 
-def trainer_of(folder: Path, num_layers: int, is_async: bool) -> Trainer:
+def trainer_of(folder: Path, num_layers: int, width: int, is_async: bool) -> Trainer:
     trainer = Trainer(1, workspace=folder, seed=0)
-    trainer.num_layers, trainer.is_async = num_layers, is_async
+    trainer.num_layers, trainer.width, trainer.is_async = num_layers, width, is_async
     trainer.train()
     trainer.checkpointing.on_before_train(trainer)  # opens the folder again
     return trainer
@@ -76,10 +76,12 @@ def sync_files(folder: Path) -> None:
 class Contenders:
     """Each way to save, and each way to load, on the tensors of one trainer."""
 
-    def __init__(self, folder: Path, num_layers: int) -> None:
+    def __init__(self, folder: Path, num_layers: int, width: int) -> None:
         self.folder = folder
-        self.trainers = {is_async: trainer_of(folder / f"ours{is_async}", num_layers, is_async) for is_async in (0, 1)}
-        trainer = self.trainers[0]
+        self.trainers = {
+            is_async: trainer_of(folder / f"ours{is_async}", num_layers, width, is_async) for is_async in (False, True)
+        }
+        trainer = self.trainers[False]
         model, optimizer = trainer.unwrapped_model, trainer._raw_optimizer
         names = {param: name for name, param in model.named_parameters()}
         state = optimizer.state.items()
@@ -94,11 +96,19 @@ class Contenders:
         self.states = get_state_dict(model, optimizer)
         self.nested = {"model": self.states[0], "optim": self.states[1]}
         self.group = dist.new_group(backend="gloo")
+        self.newest: dict[str, Path] = {}
+        self._numbers = itertools.count()
+        self._superseded: list[Path] = []
 
     def fresh(self, name: str) -> Path:
-        folder = self.folder / name
-        shutil.rmtree(folder, ignore_errors=True)
+        """An empty folder to save into. The one before stays until `rest`, as with everybody who does not want to be
+        without a checkpoint at any moment.
+        """
+        folder = self.folder / f"{name}{next(self._numbers)}"
         folder.mkdir()
+        if name in self.newest:
+            self._superseded.append(self.newest[name])
+        self.newest[name] = folder
         return folder
 
     # -------------------------------------------------------------- save
@@ -107,25 +117,33 @@ class Contenders:
         for buffer, tensor in zip(self.buffers, self.tensors, strict=True):
             buffer.copy_(tensor)
 
-    def plain(self, folder: Path) -> None:
-        with open(folder / "bytes", "wb") as file:
+    def plain(self) -> None:
+        with open(self.fresh("plain") / "bytes", "wb") as file:
             for part in self.raw:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
 
-    def safetensors(self, folder: Path) -> None:
+    def safetensors(self) -> None:
+        folder = self.fresh("safetensors")
         for name, tensors in self.files.items():
             save_file(tensors, folder / f"{name}.safetensors")
         sync_files(folder)
 
-    def torch_save(self, folder: Path, is_synced: bool) -> None:
+    def torch_save(self, is_synced: bool) -> None:
+        folder = self.fresh("torch")
         torch.save(self.nested, folder / "state.pt")
         if is_synced:
             sync_files(folder)
 
-    def dcp_async(self, folder: Path) -> None:
-        self.future = dcp.async_save(self.nested, checkpoint_id=folder, process_group=self.group)
+    def dcp_save(self) -> None:
+        dcp.save(self.nested, checkpoint_id=self.fresh("dcp"))
+
+    def dcp_async(self) -> None:
+        self.future = dcp.async_save(self.nested, checkpoint_id=self.fresh("async"), process_group=self.group)
+
+    def accelerate(self) -> None:
+        self.trainers[False].accelerator.save_state(str(self.fresh("accelerate")))
 
     def ours(self, is_async: bool) -> None:
         trainer = self.trainers[is_async]
@@ -133,22 +151,30 @@ class Contenders:
         trainer.checkpointing._save(trainer, is_final=False)
 
     def wait_for_ours(self) -> None:
-        store = self.trainers[True].checkpointing._store
-        assert store is not None
-        store.wait()
+        for trainer in self.trainers.values():
+            store = trainer.checkpointing._store
+            assert store is not None
+            store.wait()
+
+    def rest(self) -> None:
+        """Until nobody writes anything any more, and what is superseded is gone."""
+        self.wait_for_ours()
+        for folder in self._superseded:
+            shutil.rmtree(folder)
+        self._superseded = []
+        os.sync()
 
     def saves(self) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
         """Name, what blocks, and what comes after it before the checkpoint is whole."""
-        accelerator = self.trainers[0].accelerator
         nothing = lambda *_: None  # noqa: E731
         yield "memcpy into reused buffers", self.memcpy, nothing
-        yield "write + fsync", partial(self.plain, self.fresh("plain")), nothing
-        yield "safetensors + fsync", partial(self.safetensors, self.fresh("st")), nothing
-        yield "torch.save", partial(self.torch_save, self.fresh("torch"), is_synced=False), nothing
-        yield "torch.save + fsync", partial(self.torch_save, self.fresh("synced"), is_synced=True), nothing
-        yield "DCP save", partial(dcp.save, self.nested, checkpoint_id=self.fresh("dcp")), nothing
-        yield "DCP async_save", partial(self.dcp_async, self.fresh("async")), lambda: self.future.result()
-        yield "accelerator.save_state", partial(accelerator.save_state, self.fresh("accelerate")), nothing
+        yield "write + fsync", self.plain, nothing
+        yield "safetensors + fsync", self.safetensors, nothing
+        yield "torch.save", partial(self.torch_save, is_synced=False), nothing
+        yield "torch.save + fsync", partial(self.torch_save, is_synced=True), nothing
+        yield "DCP save", self.dcp_save, nothing
+        yield "DCP async_save", self.dcp_async, lambda: self.future.result()
+        yield "accelerator.save_state", self.accelerate, nothing
         yield "trainloop", lambda: self.ours(False), nothing
         yield "trainloop async", lambda: self.ours(True), self.wait_for_ours
 
@@ -156,12 +182,12 @@ class Contenders:
 
     def load_safetensors(self) -> None:
         for name in self.files:
-            loaded = load_file(self.folder / "st" / f"{name}.safetensors")  # only mapped: the copy reads it
+            loaded = load_file(self.newest["safetensors"] / f"{name}.safetensors")  # only mapped: the copy reads it
             for target, tensor in zip(self.targets[name], (loaded[key] for key in self.files[name]), strict=True):
                 target.copy_(tensor)
 
     def load_ours(self) -> None:
-        store = self.trainers[0].checkpointing._store
+        store = self.trainers[False].checkpointing._store
         assert store is not None
         checkpoint = store.resolve("latest", "full")
         assert checkpoint is not None
@@ -169,24 +195,24 @@ class Contenders:
             checkpoint.read_into(group, dict(zip(self.files[group], self.targets[group], strict=True)))
 
     def loads(self) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-        accelerator, nothing = self.trainers[0].accelerator, lambda *_: None
+        accelerator, nothing = self.trainers[False].accelerator, lambda *_: None
         self.targets = {group: [torch.empty_like(t) for t in file.values()] for group, file in self.files.items()}
         yield "safetensors load", self.load_safetensors, nothing
-        yield "torch.load", lambda: torch.load(self.folder / "torch" / "state.pt"), nothing
-        yield "DCP load", lambda: dcp.load(self.nested, checkpoint_id=self.folder / "dcp"), nothing
-        yield "accelerator.load_state", lambda: accelerator.load_state(self.folder / "accelerate"), nothing
+        yield "torch.load", lambda: torch.load(self.newest["torch"] / "state.pt"), nothing
+        yield "DCP load", lambda: dcp.load(self.nested, checkpoint_id=self.newest["dcp"]), nothing
+        yield "accelerator.load_state", lambda: accelerator.load_state(str(self.newest["accelerate"])), nothing
         yield "trainloop, verified", self.load_ours, nothing
 
 
 Timings = dict[str, list[tuple[float, float]]]
 
 
-def measure(contenders: Callable[[], Any], num_rounds: int) -> Timings:
+def measure(contenders: Callable[[], Any], rest: Callable[[], None], num_rounds: int) -> Timings:
     """Seconds for which training is blocked, and until the checkpoint is whole, by contender and round."""
     seconds: Timings = {}
     for _ in range(num_rounds + 1):
         for name, work, finish in contenders():
-            os.sync()
+            rest()
             start = time.perf_counter()
             work()
             blocked = time.perf_counter() - start
@@ -220,7 +246,7 @@ def commit_small(rank: int, world_size: int, folder: Path) -> None:
         dist.barrier()
         start = time.perf_counter()
         content = Content({"model": tensors}, {"optim": tensors}, {"step": step}, {"rank": rank})
-        store.save(step, content, run_id="bench", health=True)
+        store.save(step, content, run_id="bench")
         seconds.append(time.perf_counter() - start)
     store.close()
     if rank == 0:
@@ -231,7 +257,8 @@ def commit_small(rank: int, world_size: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--megabytes", type=int, default=100, help="of model and optimizer state together")
+    parser.add_argument("--megabytes", type=int, default=400, help="of model and optimizer state together")
+    parser.add_argument("--width", type=int, default=1024, help="of a layer, whose matrix is width x width")
     parser.add_argument("--json", type=Path, help="write the seconds there as well")
     parser.add_argument("--folder", type=Path, help="where to write; the disk of it is what is measured")
     args = parser.parse_args()
@@ -242,13 +269,14 @@ def main() -> None:
         folder = Path(name)
         store = dist.FileStore(str(folder / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(minutes=5))
-        contenders = Contenders(folder, max(1, round(args.megabytes * 1e6 / (12 * WIDTH * (WIDTH + 1)))))
+        layer_bytes = 3 * 4 * args.width * (args.width + 1)
+        contenders = Contenders(folder, max(1, round(args.megabytes * 1e6 / layer_bytes)), args.width)
         print(f"{contenders.num_bytes / 1e6:.0f} MB in {len(contenders.tensors)} tensors, {os.cpu_count()} cores\n")
         bases = {"trainloop": "safetensors + fsync", "trainloop async": "memcpy into reused buffers"}
-        saves = measure(contenders.saves, args.rounds)
+        saves = measure(contenders.saves, contenders.rest, args.rounds)
         table(saves, contenders.num_bytes, bases, False)
         print()
-        loads = measure(contenders.loads, args.rounds)
+        loads = measure(contenders.loads, contenders.rest, args.rounds)
         table(loads, contenders.num_bytes, {"trainloop, verified": "safetensors load"}, True)
         if args.json is not None:
             measured = {"bytes": contenders.num_bytes, "saves": saves, "loads": loads}

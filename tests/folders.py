@@ -34,7 +34,8 @@ def saved(root: Path, *steps: int, retention: Sequence[RetentionPolicy] = (KeepI
     store.open()
     for step in steps:
         about = {key: value(step) if callable(value) else value for key, value in kwargs.items()}
-        content = about.pop("content", None) or small(step, ema={"w0": torch.full((100,), step / 2)})
+        is_healthy = about.pop("health", True)
+        content = about.pop("content", None) or small(step, is_healthy, ema={"w0": torch.full((100,), step / 2)})
         store.save(step, content, **{**ABOUT, **about}, retention=[*retention, KeepSteps(steps)])
     store.close()
     return root

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,9 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Iterator[Path
     original = template(tmp_path / "original", *steps)
 
     def save(root: Path, fs: FileSystem) -> None:
-        CheckpointStore(root, fs=fs).save(step, content(step, NEW), **ABOUT, retention=retention)
+        store = CheckpointStore(root, fs=fs)
+        store.save(step, content(step, NEW), **ABOUT, retention=retention)
+        store.wait()
 
     copies = (Path(shutil.copytree(original, tmp_path / str(i), symlinks=True)) for i in itertools.count(1))
     return copies, float(steps[-1]), save
@@ -210,6 +213,7 @@ def test_any_operation_may_fail(scene: Any, caplog: pytest.LogCaptureFixture) ->
         error = None
         try:
             store.save(7, content(7, NEW), **ABOUT)
+            store.wait()
         except CheckpointError as ex:
             error = ex
         assert not fs.has_failed or (error is not None) != bool(caplog.records)
@@ -256,7 +260,9 @@ def test_either_of_two_ranks_may_be_killed_at_any_operation(tmp_path: Path, vict
 
         def save(rank: int, root: Path = root, number: int = number) -> None:
             fs = FailingAt(number, die_half_way) if rank == victim else FileSystem()
-            CheckpointStore(root, fs=fs).save(1, content(1, NEW), **ABOUT)
+            store = CheckpointStore(root, fs=fs)
+            store.save(1, content(1, NEW), **ABOUT)
+            store.wait()
 
         exit_codes = on_ranks(2, tmp_path, save)
         values.append(found(root))
@@ -401,15 +407,25 @@ Event = tuple[str, tuple[Any, ...]]
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
     """All operations of a run: new steps, the same step again, a roll-back, retention. A "begin" stands before each
-    save and an "end" after it, with the value that it saved.
+    save and an "end" where it has returned, with the value that it saved; then the thread removes the old ones.
     """
     base = tmp_path_factory.mktemp("recorded")
     events: list[Event] = []
-    store = CheckpointStore(base / "checkpoints", fs=Tampered(lambda operation, args: events.append((operation, args))))
+    has_returned = threading.Event()
+
+    def note(operation: str, args: tuple[Any, ...]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            has_returned.wait()
+        events.append((operation, args))
+
+    store = CheckpointStore(base / "checkpoints", fs=Tampered(note))
     for value, (step, retention) in enumerate([(1, []), (2, []), (2, []), (3, [KeepPrevious(1)]), (1, [])], 1):
         events.append(("begin", (float(value),)))
         store.save(step, content(step, float(value)), **ABOUT, retention=retention)
         events.append(("end", (float(value),)))
+        has_returned.set()
+        store.wait()
+        has_returned.clear()
     store.close()
     return base, events
 
@@ -453,7 +469,7 @@ def test_every_sync_is_needed(recorded: tuple[Path, list[Event]], tmp_path: Path
     syncs = [i for i, (operation, _) in enumerate(events) if operation.startswith("sync")]
     assert len(syncs) > 40
     for i in syncs:
-        end = next(j for j in range(i, len(events)) if events[j][0] == "end")
+        end = next((j for j in range(i, len(events)) if events[j][0] == "end"), len(events))
         without = events[:i] + events[i + 1 : end + 1]
         # Most show at once; the rest is a matter of luck.
         attempts = (loses(base, without, tmp_path / "disk", seeds, start=i) for seeds in ((), range(3), range(3, 60)))

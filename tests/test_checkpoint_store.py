@@ -513,14 +513,20 @@ def test_the_lock_ends_with_the_process_that_holds_it(root: Path) -> None:
 
 
 class Held(FileSystem):
-    """A disk on which nothing is written before `go` is set."""
+    """A disk on which nothing is written before `go` is set, and nothing removed before `may_remove` is."""
 
     def __init__(self) -> None:
-        self.go = threading.Event()
+        self.go, self.may_remove, self.would_remove = threading.Event(), threading.Event(), threading.Event()
+        self.may_remove.set()
 
     def write(self, path: Path, buffers: Iterable[Any], sync: bool = True) -> None:
         assert self.go.wait(60)
         super().write(path, buffers, sync)
+
+    def remove_tree(self, path: Path) -> None:
+        self.would_remove.set()
+        assert self.may_remove.wait(60)
+        super().remove_tree(path)
 
 
 def test_an_async_save_holds_what_was_there_at_the_call(root: Path) -> None:
@@ -565,6 +571,24 @@ def test_saves_follow_one_another(root: Path) -> None:
     threading.Timer(0.1, fs.go.set).start()
     store.close()
     assert_holds(latest(root), 5)
+
+
+def test_a_save_does_not_wait_until_the_old_ones_are_removed(root: Path) -> None:
+    """It returns when the new one is durable; the next save, and the end, wait for the removal."""
+    fs = Held()
+    fs.go.set()
+    store = CheckpointStore(root, fs=fs)
+    store.save(1, small(1), **ABOUT)
+    for step in (2, 3):
+        fs.may_remove.clear()
+        store.save(step, small(step), **ABOUT)
+        assert_holds(latest(root), step)
+        assert fs.would_remove.wait(60)
+        assert len([name for name in names(root) if name.startswith(".trash")]) == 1
+        fs.would_remove.clear()
+        threading.Timer(0.1, fs.may_remove.set).start()
+    store.close()
+    assert names(root) == ["latest", "step_0000003"]
 
 
 def test_an_async_failure_is_raised_once_by_wait(root: Path) -> None:
@@ -624,6 +648,7 @@ def test_space_is_looked_for_first(root: Path) -> None:
         store.save(2, content, **ABOUT)
     assert names(root) == ["latest", "step_0000001"]
     store.save(2, small(2), **ABOUT)
+    store.wait()
     assert names(root) == ["latest", "step_0000002"]
 
 
@@ -631,7 +656,8 @@ def test_policies_rule_the_disk(root: Path) -> None:
     """After each commit the disk holds what the policies want, the newest and the newest healthy one."""
     store = CheckpointStore(root)
     for step in range(1, 8):
-        store.save(step, small(step), run_id="r", health=step < 4, retention=[KeepInterval(5), KeepPrevious(1)])
+        store.save(step, small(step, step < 4), run_id="r", retention=[KeepInterval(5), KeepPrevious(1)])
+    store.wait()
     assert [info.step for info in store.checkpoints()] == [3, 5, 6, 7]
     store.close()
 
@@ -643,8 +669,10 @@ def test_a_damaged_one_takes_nobodys_place(root: Path) -> None:
     store = CheckpointStore(root)
     assert_holds(store.resolve("latest"), 20)
     store.save(25, small(25), **ABOUT, retention=[KeepPrevious(1)])
+    store.wait()
     assert names(root) == ["latest", "step_0000020", "step_0000025", "step_0000030"]
     store.save(30, small(30), **ABOUT, retention=[KeepPrevious(1)])
+    store.wait()
     assert names(root) == ["latest", "step_0000025", "step_0000030"]
     assert_holds(store.resolve("latest"), 30)
     store.close()

@@ -292,7 +292,7 @@ class SaveFirst(BaseHook):
         self.on_after_step(trainer)
 
     def on_after_step(self, trainer: Any) -> None:
-        self.store.save(trainer.step, content_of(trainer, "run"), run_id="run", health=True)
+        self.store.save(trainer.step, content_of(trainer, "run"), run_id="run")
 
 
 OPTIMIZERS = [

@@ -435,7 +435,7 @@ def test_the_newest_and_the_newest_healthy_never_go(
     root = tmp_path_factory.mktemp("history") / "checkpoints"
     store = CheckpointStore(root, fs=Quick())
     for step, health, _ in commits:
-        store.save(step, small(step), run_id="run", health=health, metrics={"m": step}, retention=[KeepInterval(1)])
+        store.save(step, small(step, health), run_id="run", metrics={"m": step}, retention=[KeepInterval(1)])
     store.close()
     infos = {info.step: info for info in store.checkpoints()}
     damage = {step: how for step, _, how in commits}

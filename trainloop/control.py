@@ -40,7 +40,7 @@ class Control:
         windows, which must not keep the run from ending in time.
         """
         own = self.agreed["exit_signal"] or self._asked["exit_signal"]
-        (self.agreed["exit_signal"],) = distributed.start_max([own])()
+        self.agreed["exit_signal"] = max(signal for (signal,) in distributed.start_gather([own])())
         return bool(self.agreed["exit_signal"])
 
     def start(self, skipped: Sequence[int]) -> None:
@@ -55,7 +55,7 @@ class Control:
         values = [asked[request] for request in REQUESTS]
         self._skipped = list(skipped)
         pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
-        self._finish = distributed.start_max([*values, pattern, -pattern])
+        self._finish = distributed.start_gather([*values, pattern])
 
     def finish(self, step: int) -> None:
         """Hear from the others. Call on every rank, after `start`.
@@ -63,8 +63,8 @@ class Control:
         Raises:
             RankDisagreementError: On every rank, naming what each has skipped.
         """
-        *values, highest, lowest = self._finish()
-        if highest != -lowest:
+        *by_request, patterns = zip(*self._finish(), strict=True)
+        if len(set(patterns)) > 1:
             by_rank = distributed.gather_objects(self._skipped)
             told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(by_rank))
             raise RankDisagreementError(
@@ -72,5 +72,5 @@ class Control:
                 f" window, from 0: {told}). Return None for the same micro-batch on every rank, or override"
                 " `batch_weight` and return 0 for a micro-batch that one rank alone wants to drop."
             )
-        for request, value in zip(REQUESTS, values, strict=True):
-            self.agreed[request] = self.agreed[request] or value
+        for request, values in zip(REQUESTS, by_request, strict=True):
+            self.agreed[request] = self.agreed[request] or max(values)

@@ -107,21 +107,24 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
-def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
-    """Start the element-wise maximum of host integers. Call on every rank.
+def start_gather(values: Sequence[int]) -> Callable[[], list[list[int]]]:
+    """Start to give every rank everyone's host integers. Call on every rank, with as many.
+
+    Gathered rather than reduced: gloo goes once around the ring for it, and twice for a reduction.
 
     Returns:
-        What waits for the other ranks and returns the maxima.
+        What waits for the other ranks and returns the integers by rank.
     """
     if world_size() == 1:
-        return lambda: list(values)
-    tensor = torch.tensor(values, dtype=torch.int64)
-    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=host_group(), async_op=True)
+        return lambda: [list(values)]
+    own = torch.tensor(values, dtype=torch.int64)
+    gathered = own.new_empty(world_size(), len(values))
+    work = dist.all_gather(list(gathered), own, group=host_group(), async_op=True)
 
-    def finish() -> list[int]:
+    def finish() -> list[list[int]]:
         work.wait()
-        maxima: list[int] = tensor.tolist()
-        return maxima
+        by_rank: list[list[int]] = gathered.tolist()
+        return by_rank
 
     return finish
 

@@ -51,6 +51,7 @@ def content_of(trainer: BaseTrainer, run_id: str) -> Content:
             "optimizer": {"state": other, "param_groups": optimizer["param_groups"]},
             "hooks": hooks,
         },
+        must_be_finite={f"model/{name}" for name in trainer.named_parameters()},
         of_rank_zero={clean_name(name) for name, _ in trainer.unwrapped_model.named_buffers()},
         rank_state={**state_dict["rank"], "buffers": _buffers(trainer)},
     )
@@ -112,19 +113,3 @@ def _buffers(trainer: BaseTrainer) -> dict[str, torch.Tensor]:
 
 def _is_weights(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
-
-
-def is_healthy(trainer: BaseTrainer) -> bool:
-    """Whether all parameters are finite, on all ranks. One device-to-host sync."""
-    params = [p.detach() for p in trainer.named_parameters().values()]
-    shards = [p.to_local() if hasattr(p, "to_local") else p for p in params]
-    # A sum is finite only if all that it is made of is. It reads the memory once and copies nothing: an eighth of what
-    # `isfinite` takes. One that overflows is looked at again.
-    sums = [_sum(shard) for shard in shards if shard.numel()]
-    own = not sums or bool(torch.isfinite(torch.stack(sums)).all())
-    own = own or all(bool(torch.isfinite(shard).all()) for shard in shards)
-    return all(distributed.gather_objects(own))
-
-
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor).sum().float() if tensor.is_complex() else tensor.sum(dtype=torch.float32)

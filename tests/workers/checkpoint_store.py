@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import resource
 import sys
@@ -23,7 +24,7 @@ from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSyste
 from trainloop.state import optimizer_state
 
 STEP = 7
-ABOUT: dict[str, Any] = {"run_id": "run", "health": True}
+ABOUT: dict[str, Any] = {"run_id": "run"}
 
 
 # ---------------------------------------------------------------------- what is saved
@@ -143,8 +144,8 @@ def save(folder: Path, form: str) -> None:
     )
     store = CheckpointStore(folder / form)
     store.open()
-    store.save(STEP, content, run_id=form, health=True)
-    store.save_async(STEP + 1, content, run_id=form, health=True, retention=[KeepPrevious(1)])
+    store.save(STEP, content, run_id=form)
+    store.save_async(STEP + 1, content, run_id=form, retention=[KeepPrevious(1)])
     for tensors in (model, optim):
         for tensor in tensors.values():
             put(tensor, torch.zeros_like(whole(tensor)))  # as if training went on
@@ -198,7 +199,7 @@ def saved(root: Path, *steps: int, health: Callable[[int], bool] = lambda step: 
     """A folder with checkpoints of these steps, committed in this order."""
     store = CheckpointStore(root)
     for step in steps:
-        store.save(step, small(step), run_id="run", health=health(step), retention=[KeepInterval(1)])
+        store.save(step, small(step, health(step)), run_id="run", retention=[KeepInterval(1)])
     store.close()
     return root
 
@@ -230,10 +231,18 @@ def in_child(target: Callable[[], None]) -> int:
     return process.exitcode
 
 
-def small(step: int, **more: Any) -> Content:
+def small(step: int, is_healthy: bool = True, **more: Any) -> Content:
     """Content whose every part says the step; plain tensors, the same on each rank."""
+    if not is_healthy:
+        more["unhealthy"] = {"x": torch.tensor([0.0, math.nan])}
     tensors = {f"w{i}": torch.full((100 + i,), float(step)) for i in range(4)}
-    return Content({"model": tensors, **more}, {"optim": {"m": torch.full((50,), float(step))}}, {"step": step}, [step])
+    return Content(
+        {"model": tensors, **more},
+        {"optim": {"m": torch.full((50,), float(step))}},
+        {"step": step},
+        [step],
+        must_be_finite={"unhealthy/x"},
+    )
 
 
 def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:

@@ -32,6 +32,8 @@ class Content:
     """Nested state that is the same on each rank (see `nested.encode`); rank 0's is written."""
     rank_state: Any = None
     """Nested state of this rank, for example its random generators."""
+    must_be_finite: Collection[str] = ()
+    """Names of weights, "model/fc.weight"; the checkpoint is healthy if all their elements are finite."""
     of_rank_zero: Collection[str] = ()
     """Names of plain tensors among the weights that may differ between the ranks, as BatchNorm's statistics do: rank
     0's are written."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+import torch
 
 from .layout import FileRecord
 
@@ -25,6 +27,18 @@ def crc32(buffers: Iterable[Buffer]) -> int:
     for buffer in buffers:
         crc = zlib.crc32(buffer, crc)
     return crc
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every element of the tensors, which are on the CPU, is finite."""
+    # A sum is finite only if all that it is made of is. It reads the memory once and copies nothing: an eighth of what
+    # `isfinite` takes. One that overflows is looked at again.
+    return all(_is_finite(tensor) for tensor in tensors)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    total = torch.view_as_real(tensor).sum() if tensor.is_complex() else tensor.sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 class BackgroundCrc32:

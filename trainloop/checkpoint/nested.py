@@ -23,6 +23,8 @@ from ..errors import describe
 
 Json: TypeAlias = Any
 
+_AS_THEY_ARE = {str, int, bool, type(None)}
+
 
 def encode(nested: Any) -> tuple[Json, dict[str, torch.Tensor]]:
     """Turn nested state into JSON values and tensors.
@@ -61,6 +63,8 @@ def decode(value: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> Json:
+    if type(value) in _AS_THEY_ARE:  # nearly all of it, and what is asked below goes through abstract classes
+        return value
     if isinstance(value, torch.Tensor):
         if value.is_complex():  # see `tensorfile`
             return {"$complex": _put(torch.view_as_real(value.detach().resolve_conj()), path, tensors)}

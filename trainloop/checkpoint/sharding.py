@@ -39,11 +39,10 @@ def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
-        local = local_tensor(tensor)
+        local = local_tensor(tensor) if is_dtensor(tensor) else tensor
         if local.numel():
-            storage = local.untyped_storage().data_ptr()
-            layout = (local.storage_offset(), local.stride(), local.shape, local.dtype, local.device, tensor.shape)
-            kept = first.setdefault((storage, *layout), name)
+            layout = (local.stride(), local.shape, local.dtype, local.device, tensor.shape)
+            kept = first.setdefault((local.data_ptr(), *layout), name)
             if kept != name:
                 aliases[name] = kept
     return aliases

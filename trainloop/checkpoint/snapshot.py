@@ -35,6 +35,8 @@ class Draft:
     """By path inside the checkpoint."""
     chunks: dict[str, dict[str, Chunk]] = field(default_factory=dict)
     """By group and name: where the rank writes what it has of the tensor."""
+    must_be_finite: list[torch.Tensor] = field(default_factory=list)
+    """What this rank writes of those tensors."""
     error: Exception | None = None
     """What made it incomplete. It is told when the ranks vote: one that left earlier would leave the others waiting."""
 
@@ -121,24 +123,28 @@ def take_snapshot(
     draft = Draft()
     buffers.start()
 
-    def hold(path: str, name: str, tensor: torch.Tensor) -> None:
+    def hold(path: str, name: str, tensor: torch.Tensor, is_judged: bool = False) -> None:
         if draft.error is None:
             try:
-                held = buffers.hold((path, name), tensor, copy)
-                draft.outputs.setdefault(path, Output()).tensors[name] = held
+                if path not in draft.outputs:
+                    draft.outputs[path] = Output()
+                draft.outputs[path].tensors[name] = held = buffers.hold((path, name), tensor, copy)
+                if is_judged:
+                    draft.must_be_finite.append(held)
             except Exception as ex:
                 draft.error = ex
 
     for group, tensors in content.weights.items():
         parts = _parts(tensors, aliases[group], world_size, content.of_rank_zero)
-        files = {name: weight_file(group, part, max(parts.values()) + 1) for name, part in parts.items()}
+        num_files = max(parts.values(), default=0) + 1
+        files = {name: weight_file(group, part, num_files) for name, part in parts.items()}
         chunks = draft.chunks.setdefault(group, {})
         for name, path in files.items():
             tensor = tensors[name].detach()
             # Gathering is a collective: it goes on when this rank has failed.
             whole = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
             if parts[name] == rank:
-                hold(path, name, whole)
+                hold(path, name, whole, f"{group}/{name}" in content.must_be_finite)
                 chunks[name] = Chunk(path, name, (0,) * whole.dim(), tuple(whole.shape))
         if rank == 0 and len(set(files.values())) > 1:
             sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in files}

@@ -33,7 +33,7 @@ class CheckpointStore:
     Example:
         >>> store = CheckpointStore("checkpoints")
         >>> store.open()
-        >>> store.save(5, Content(weights={"model": model.state_dict()}), run_id="a", health=True)
+        >>> store.save(5, Content(weights={"model": model.state_dict()}), run_id="a")
         >>> store.resolve("latest").read_into("model", model.state_dict())
         >>> store.close()
     """
@@ -128,18 +128,17 @@ class CheckpointStore:
         content: Content,
         *,
         run_id: str,
-        health: bool,
         metrics: Mapping[str, Any] | None = None,
         retention: Iterable[RetentionPolicy] = (),
         extra: Mapping[str, str] | None = None,
     ) -> None:
-        """Save and return when the checkpoint is durable. A save in flight is waited for first.
+        """Save and return when the checkpoint is durable; a thread then removes old ones. A save in flight is waited
+        for first.
 
         Args:
             step: Names the checkpoint; one of the same step is replaced.
             content: What to save.
             run_id: Names the run.
-            health: Whether all parameters are finite.
             metrics: Numbers, nested or flat, by which checkpoints are judged.
             retention: What to keep besides the newest and the newest healthy; all others are removed.
             extra: Small texts to put into the checkpoint, by path: `{"model/config.json": ...}`. Rank 0's are written.
@@ -149,9 +148,11 @@ class CheckpointStore:
         """
         self._join()
         policies = tuple(retention)
-        saving, ranks = self._saving(step, run_id, health, metrics, policies), Ranks()
+        saving, ranks = self._saving(step, run_id, metrics, policies), Ranks()
         saving.start(content, extra or {}, self._buffers, ranks, copy=False)
-        self._finish(saving, ranks, policies)
+        replaced = self._finish(saving, ranks)
+        if ranks.rank == 0:  # what was written may be gigabytes, and the others would wait for rank 0
+            self._start_thread(lambda: self._retain(saving, replaced, policies), saving)
 
     def save_async(
         self,
@@ -159,7 +160,6 @@ class CheckpointStore:
         content: Content,
         *,
         run_id: str,
-        health: bool,
         metrics: Mapping[str, Any] | None = None,
         retention: Iterable[RetentionPolicy] = (),
         extra: Mapping[str, str] | None = None,
@@ -172,18 +172,21 @@ class CheckpointStore:
         if self._async_ranks is None:
             self._async_ranks = Ranks(self._timeout)
         policies = tuple(retention)
-        saving, ranks = self._saving(step, run_id, health, metrics, policies), self._async_ranks
+        saving, ranks = self._saving(step, run_id, metrics, policies), self._async_ranks
         saving.start(content, extra or {}, self._buffers, Ranks(), copy=True)
-        self._thread = threading.Thread(
-            target=self._finish_in_thread, args=(saving, ranks, policies), name="checkpoint"
-        )
-        self._thread.start()
+
+        def finish() -> None:
+            replaced = self._finish(saving, ranks)
+            if ranks.rank == 0:
+                self._retain(saving, replaced, policies)
+
+        self._start_thread(finish, saving)
 
     def wait(self) -> None:
-        """Wait for the save in flight.
+        """Wait for the save in flight, and until the old checkpoints are removed.
 
         Raises:
-            CheckpointError: It failed, or one before it did, and that was not raised yet.
+            CheckpointError: The save failed, or one before it did, and that was not raised yet.
         """
         self._join()
         failure, self._failure = self._failure, None
@@ -191,7 +194,7 @@ class CheckpointStore:
             raise failure
 
     def busy(self) -> bool:
-        """Whether a save is in flight on this rank. Call on any rank."""
+        """Whether a save is in flight on this rank, or old checkpoints are being removed. Call on any rank."""
         return self._thread is not None and self._thread.is_alive()
 
     def failed(self) -> bool:
@@ -207,43 +210,50 @@ class CheckpointStore:
         self,
         step: int,
         run_id: str,
-        health: bool,
         metrics: Mapping[str, Any] | None,
         retention: tuple[RetentionPolicy, ...],
     ) -> Saving:
         self.open()
         about = {
             "run_id": run_id,
-            "health": health,
             "metrics": _flat(metrics or {}),
             "retention": describe_policies(retention),
         }
         return Saving(self._fs, self._catalog, step, about)
 
-    def _finish(self, saving: Saving, ranks: Ranks, retention: tuple[RetentionPolicy, ...]) -> None:
+    def _finish(self, saving: Saving, ranks: Ranks) -> list[Path]:
+        """Returns, on rank 0, what the commit has replaced, to be discarded."""
         replaced = saving.finish(ranks, self._logger)
         if ranks.rank == 0:
             self._quietly(lambda: point_latest(self._fs, self.path, saving.step, saving.token), "`latest` was not set")
-            self._quietly(lambda: self._retain(saving, replaced, retention), "old checkpoints were not removed")
+        return replaced
 
     def _retain(self, saving: Saving, replaced: list[Path], retention: tuple[RetentionPolicy, ...]) -> None:
         """On rank 0: remove what the commit has made superfluous."""
-        self._damaged.discard(self.path / step_name(saving.step))
-        # Neither counted nor removed: a damaged one must not take a sound one's place.
-        infos = [info for info in self.checkpoints() if self.path / step_name(info.step) not in self._damaged]
-        superfluous = [self.path / step_name(step) for step in to_delete(infos, retention)]
-        for folder in replaced:
-            self._fs.remove_tree(folder)
-        discard(self._fs, superfluous, saving.token)
 
-    def _finish_in_thread(self, saving: Saving, ranks: Ranks, retention: tuple[RetentionPolicy, ...]) -> None:
-        try:
-            self._finish(saving, ranks, retention)
-        except CheckpointError as ex:
-            self._failure = ex
-        except Exception as ex:  # a thread has nobody to raise it to
-            self._failure = CheckpointError(f"{saving.failure}: {type(ex).__name__}: {ex}")
-            self._failure.__cause__ = ex
+        def remove() -> None:
+            self._damaged.discard(self.path / step_name(saving.step))
+            # Neither counted nor removed: a damaged one must not take a sound one's place.
+            infos = [info for info in self.checkpoints() if self.path / step_name(info.step) not in self._damaged]
+            superfluous = [self.path / step_name(step) for step in to_delete(infos, retention)]
+            for folder in replaced:
+                self._fs.remove_tree(folder)
+            discard(self._fs, superfluous, saving.token)
+
+        self._quietly(remove, "old checkpoints were not removed")
+
+    def _start_thread(self, work: Callable[[], None], saving: Saving) -> None:
+        def run() -> None:
+            try:
+                work()
+            except CheckpointError as ex:
+                self._failure = ex
+            except Exception as ex:  # a thread has nobody to raise it to
+                self._failure = CheckpointError(f"{saving.failure}: {type(ex).__name__}: {ex}")
+                self._failure.__cause__ = ex
+
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
 
     def _quietly(self, action: Callable[[], None], complaint: str) -> None:
         """Do what may fail when the checkpoint is safe already."""

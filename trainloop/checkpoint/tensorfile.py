@@ -9,6 +9,7 @@ A complex tensor is stored as a real one with a last dimension of 2: most versio
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 import struct
@@ -42,6 +43,7 @@ CODES = {
 """The format's name of a dtype, by torch's. Only those that every version of safetensors reads which we allow."""
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Torch's own name, "float32"."""
     return str(dtype).removeprefix("torch.")
@@ -151,5 +153,6 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+@functools.cache
 def _code(dtype: torch.dtype) -> str | None:
     return CODES.get(dtype_name(dtype.to_real() if dtype.is_complex else dtype))

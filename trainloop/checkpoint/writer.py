@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .content import Described
 from .fs import FileSystem
-from .integrity import BackgroundCrc32, Buffer
+from .integrity import BackgroundCrc32, Buffer, all_finite
 from .layout import Chunk, FileRecord, Manifest, TensorRecord
 from .sharding import are_exact_cover
 from .snapshot import Aliases, Draft
@@ -28,6 +29,7 @@ class Written:
 
     files: dict[str, FileRecord]
     chunks: dict[str, dict[str, Chunk]]
+    is_healthy: bool
 
 
 def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
@@ -47,11 +49,12 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
     for path, output in draft.outputs.items():
         buffers = [output.text] if output.text is not None else serialize(output.tensors, _METADATA)
         files[path] = write_file(fs, folder / path, buffers, sync=False)
+    is_healthy = all_finite(draft.must_be_finite)
     for path in draft.outputs:  # when all are written: the disk then commits them together
         fs.sync_path(folder / path)
     for parent in parents:
         fs.sync_dir(parent)
-    return Written(files, draft.chunks)
+    return Written(files, draft.chunks, is_healthy)
 
 
 def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool = True) -> FileRecord:
@@ -77,7 +80,7 @@ def make_manifest(
         aliases: Tensors that were stored under another name.
         written: By rank.
         versions: Of the libraries.
-        **fields: What else a `Manifest` has, besides the time and the tables.
+        **fields: What else a `Manifest` has, besides health, the time and the tables.
 
     Raises:
         CheckpointError: A file was written by two ranks, or a tensor not by exactly one of them.
@@ -100,6 +103,7 @@ def make_manifest(
         tensors[group][name] = TensorRecord(dtype, shape, chunks, kept)
     return Manifest(
         **fields,
+        health=all(part.is_healthy for part in written),
         time=time.time(),
         num_bytes=sum(record.num_bytes for record in files.values()),
         versions=versions,
@@ -114,6 +118,7 @@ def _flat(described: Described) -> Iterator[tuple[str, str, str, tuple[int, ...]
             yield group, name, dtype, shape
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of what a checkpoint may depend on."""
     versions = {"python": platform.python_version()}

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
 from ..pretrained import config_text
 from ..records import Records, flatten_nested_dict, is_number
-from ..saved import content_of, is_healthy, read_state
+from ..saved import content_of, read_state
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -214,7 +214,6 @@ class CheckpointingHook(CheckpointerHook):
                 trainer.step,
                 content,
                 run_id=self._run_id,
-                health=is_healthy(trainer),
                 metrics={name: float(value) for name, value in self._metrics.items()},
                 retention=self._retention,
                 extra={f"{group}/config.json": config for group in content.weights} if config is not None else None,
