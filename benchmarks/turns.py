@@ -31,11 +31,18 @@ class TurnTakingData(Dataset[Any]):
         harness: Its end of the pipe.
         host_reads: What the number of host reads so far is.
         folder: For what a system writes; the same one for all ranks.
+        deals_samples: The system deals samples to the ranks, not batches: they are put into such an order that each
+            rank gets the same batches nevertheless.
     """
 
-    def __init__(self, task: Task, harness: Connection, host_reads: Callable[[], int], folder: Path) -> None:
+    def __init__(
+        self, task: Task, harness: Connection, host_reads: Callable[[], int], folder: Path, deals_samples: bool
+    ) -> None:
         self.folder = folder
         self._x, self._y = make_data(task)
+        if deals_samples:
+            order = torch.arange(len(self._x)).view(-1, task.world_size, batch_size(task)).mT.flatten()
+            self._x, self._y = self._x[order], self._y[order]
         self._task, self._harness, self._host_reads = task, harness, host_reads
         self._num_fetched = 0
 

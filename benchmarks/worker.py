@@ -27,7 +27,8 @@ SYSTEMS = {
     "pytorch-accelerated": "with_pytorch_accelerated",
     "Ignite": "with_ignite",
 }
-"""The file of each system; its `train(task, data, **options)` returns the trained model."""
+"""The file of each system: its `train(task, data, **options)` returns the trained model; a `DEALS_SAMPLES` says that
+single samples are dealt to the ranks, and not batches."""
 
 
 def main() -> None:
@@ -41,7 +42,8 @@ def main() -> None:
         harness.send((request["number"], rank))
         reads = HostReads()
         folder = Path(request["folder"])
-        data = TurnTakingData(task, harness, lambda: reads.count, folder / f"{request['number']}")
+        deals_samples = getattr(system, "DEALS_SAMPLES", False)
+        data = TurnTakingData(task, harness, lambda: reads.count, folder / f"{request['number']}", deals_samples)
         with reads if task.counts_host_reads else nullcontext():
             model = system.train(task, data, **request["options"])
         state = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -108,7 +108,7 @@ def flat_average(records: Iterable[Records]) -> dict[tuple[Any, ...], Any]:
     counts: dict[tuple[Any, ...], int] = {}
     for record in records:
         for key, value in flatten_nested_dict(without_sequences(record)).items():
-            number = value.detach() if isinstance(value, torch.Tensor) else value
+            number = value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
             sums[key] = sums[key] + number if key in sums else number
             counts[key] = counts.get(key, 0) + 1
     return {key: total / counts[key] if counts[key] > 1 else total for key, total in sums.items()}
@@ -116,7 +116,8 @@ def flat_average(records: Iterable[Records]) -> dict[tuple[Any, ...], Any]:
 
 def read_rows(rows: Sequence[Mapping[K, Any]]) -> list[dict[K, float]]:
     """The same with every tensor read, all of them in one device-to-host transfer."""
-    tensors = [value.reshape(()) for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
+    tensors = [value for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
+    tensors = [value if value.dim() == 0 else value.reshape(()) for value in tensors]  # most are, and it isn't free
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)

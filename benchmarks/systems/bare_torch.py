@@ -12,6 +12,9 @@ from torch.utils.data import DistributedSampler
 from ..tasks import CLIP, Task, loss_of, make_model, make_optimizer
 from ..turns import TurnTakingData
 
+DEALS_SAMPLES = True
+"""Sample after sample goes to another rank (`DistributedSampler`); Accelerate deals whole batches."""
+
 
 def train(task: Task, data: TurnTakingData) -> nn.Module:
     model: Any = make_model(task.model)

@@ -13,6 +13,8 @@ from torch import nn
 from ..tasks import CLIP, Task, loss_of, make_model, make_optimizer
 from ..turns import TurnTakingData
 
+DEALS_SAMPLES = True
+
 
 def train(task: Task, data: TurnTakingData) -> nn.Module:
     if task.world_size > 1:

@@ -13,6 +13,8 @@ from torch.utils.data import DistributedSampler
 from ..tasks import CLIP, Task, loss_of, make_model, make_optimizer
 from ..turns import TurnTakingData
 
+DEALS_SAMPLES = True
+
 
 class Module(lightning.LightningModule):
     def __init__(self, task: Task) -> None:
