@@ -20,6 +20,7 @@ from trainloop.state import load_optimizer_state, optimizer_state
 
 from .launching import REPOSITORY, launch
 from .small import SmallTrainer
+from .workers.canaries import is_torchs_state
 
 
 def model_with_gradients(scale: float = 1.0) -> nn.Module:
@@ -57,7 +58,28 @@ def test_launched_canaries(tmp_path: Path) -> None:
                 "clipped": True,
                 "is_fsdp2": form == "fsdp2",
                 "no_sync_defers": True,
+                "state": True,
             }
+
+
+def wrapped_model(_: Any) -> nn.Module:
+    """With what changes names or is not to be saved: compiled and checkpointed layers, buffers, a tied weight."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    model = nn.Sequential(checkpoint_wrapper(first), torch.compile(second), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model.register_buffer("cache", torch.zeros(2), persistent=False)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch.compile's own
+def test_the_models_state_is_torchs() -> None:
+    """Names and memory are those that `get_model_state_dict` gives, whose half a second of loading a save is spared."""
+    trainer = SmallTrainer(0, model_=wrapped_model)
+    trainer.train()
+    assert is_torchs_state(trainer)
+    assert list(trainer.live_model_state())[:4] == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_backward_divides_by_the_accumulation() -> None:

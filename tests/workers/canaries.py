@@ -40,6 +40,17 @@ def gradients(trainer: BaseTrainer) -> list[torch.Tensor]:
     return [local(p.grad) for p in trainer.model.parameters()]
 
 
+def is_torchs_state(trainer: BaseTrainer) -> bool:
+    """Whether the live model state is what torch's own function gives: the same names, and the same memory."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    theirs, ours = get_model_state_dict(trainer.model), trainer.live_model_state()
+    return ours.keys() == theirs.keys() and all(
+        type(tensor) is type(theirs[name]) and local(tensor).data_ptr() == local(theirs[name]).data_ptr()
+        for name, tensor in ours.items()
+    )
+
+
 def main() -> None:
     trainer = Trainer(0, seed=0)
     trainer.train()
@@ -68,6 +79,7 @@ def main() -> None:
         "clipped": all(clipped),
         "is_fsdp2": any(hasattr(p, "device_mesh") for p in trainer.model.parameters()),
         "no_sync_defers": is_held_back,
+        "state": is_torchs_state(trainer),
     }
     Path(sys.argv[1], f"{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
 
