@@ -74,7 +74,7 @@ def test_every_seconds_keeps_a_chain() -> None:
     [
         (lambda: KeepPrevious(-1), "`num` must be at least 0, but is -1."),
         (lambda: KeepInterval(0), "`interval` must be at least 1, but is 0."),
-        (lambda: KeepSteps([3, -2]), "`steps` must be at least 0, but is -2."),
+        (lambda: KeepSteps([3, -2]), "`steps[1]` must be at least 0, but is -2."),
         (lambda: BestK("loss", 0), "`k` must be at least 1, but is 0."),
         (lambda: BestK("loss", mode="least"), '`mode` must be "min" or "max", but is \'least\'.'),  # type: ignore[arg-type]
         (lambda: EverySeconds(0), "`seconds` must be greater than 0, but is 0."),
@@ -91,7 +91,7 @@ def test_values_that_cannot_be_meant_are_refused(make: Any, message: str) -> Non
 @pytest.mark.parametrize("value", [1.5, True, "3", None])
 def test_whole_numbers_are_whole_numbers(value: Any) -> None:
     """A number of checkpoints that is not an int is a TypeError that shows it."""
-    with pytest.raises(TypeError, match=r"`num` must be whole numbers, but is .*\("):
+    with pytest.raises(TypeError, match=r"`num` must be an integer, but is .*\("):
         KeepPrevious(value)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from ..errors import describe
+from ..errors import check_int
 from .layout import ManifestInfo
 
 
@@ -35,7 +35,7 @@ class KeepPrevious:
     num: int
 
     def __post_init__(self) -> None:
-        _check_number("num", self.num, 0)
+        check_int("num", self.num, 0)
 
     def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
         return {manifest.step for manifest in manifests[-1 - self.num :]}
@@ -48,7 +48,7 @@ class KeepInterval:
     interval: int
 
     def __post_init__(self) -> None:
-        _check_number("interval", self.interval, 1)
+        check_int("interval", self.interval, 1)
 
     def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
         return {manifest.step for manifest in manifests if manifest.step % self.interval == 0}
@@ -62,8 +62,8 @@ class KeepSteps:
 
     def __init__(self, steps: Iterable[int]) -> None:
         steps = list(steps)
-        for step in steps:
-            _check_number("steps", step, 0)
+        for i, step in enumerate(steps):
+            check_int(f"steps[{i}]", step, 0)
         object.__setattr__(self, "steps", frozenset(steps))
 
     def __repr__(self) -> str:
@@ -86,7 +86,7 @@ class BestK:
     """Whether the least or the greatest value is the best."""
 
     def __post_init__(self) -> None:
-        _check_number("k", self.k, 1)
+        check_int("k", self.k, 1)
         if self.mode not in ("min", "max"):
             raise ValueError(f'`mode` must be "min" or "max", but is {self.mode!r}.')
 
@@ -195,10 +195,3 @@ def to_delete(
         protected_steps: Must stay.
     """
     return [step for step, reasons in reasons_to_keep(manifests, policies, protected_steps).items() if not reasons]
-
-
-def _check_number(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be whole numbers, but is {describe(value)}.")
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
