@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -659,6 +659,26 @@ def test_policies_rule_the_disk(root: Path) -> None:
         store.save(step, small(step, step < 4), run_id="r", retention=[KeepInterval(5), KeepPrevious(1)])
     store.wait()
     assert [info.step for info in store.checkpoints()] == [3, 5, 6, 7]
+    store.close()
+
+
+class Broken:
+    """A policy with a mistake in it."""
+
+    def keep(self, manifests: Sequence[Any]) -> set[int]:
+        raise KeyError("val/los")
+
+
+def test_a_policy_that_fails_costs_no_checkpoint(root: Path) -> None:
+    """It is told by `wait`, whoever writes, and says what is safe."""
+    store = CheckpointStore(root)
+    for step, save in ((1, store.save), (2, store.save_async)):
+        save(step, small(step), **ABOUT, retention=[Broken()])
+        with pytest.raises(
+            CheckpointError, match=rf"step {step} is saved, but old checkpoints .*KeyError\('val/los'\)"
+        ):
+            store.wait()
+    assert [info.step for info in store.checkpoints()] == [1, 2]
     store.close()
 
 

@@ -230,6 +230,7 @@ class CheckpointStore:
 
     def _retain(self, saving: Saving, replaced: list[Path], retention: tuple[RetentionPolicy, ...]) -> None:
         """On rank 0: remove what the commit has made superfluous."""
+        complaint = "old checkpoints were not removed"
 
         def remove() -> None:
             self._damaged.discard(self.path / step_name(saving.step))
@@ -240,7 +241,10 @@ class CheckpointStore:
                 self._fs.remove_tree(folder)
             discard(self._fs, superfluous, saving.token)
 
-        self._quietly(remove, "old checkpoints were not removed")
+        try:
+            self._quietly(remove, complaint)
+        except Exception as ex:  # a policy's own, or a newer trainloop writes here: the disk would fill up in silence
+            raise CheckpointError(f"{self.path}: step {saving.step} is saved, but {complaint}: {ex!r}") from ex
 
     def _start_thread(self, work: Callable[[], None], saving: Saving) -> None:
         def run() -> None:
