@@ -63,10 +63,13 @@ class Control:
         Raises:
             RankDisagreementError: On every rank, naming what each has skipped.
         """
-        *by_request, patterns = zip(*self._finish(), strict=True)
+        by_rank = self._finish()
+        if not any(map(any, by_rank)):
+            return  # nobody asks for anything, and nobody has skipped anything: nearly always
+        *by_request, patterns = zip(*by_rank, strict=True)
         if len(set(patterns)) > 1:
-            by_rank = distributed.gather_objects(self._skipped)
-            told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(by_rank))
+            skipped = distributed.gather_objects(self._skipped)
+            told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(skipped))
             raise RankDisagreementError(
                 f"Step {step}: `forward` returned None for different micro-batches on different ranks (draws of the"
                 f" window, from 0: {told}). Return None for the same micro-batch on every rank, or override"

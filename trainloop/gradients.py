@@ -82,7 +82,8 @@ class Gradients:
         if self._max_norm is None or norm_value < self._max_norm * 0.999 - _EPS:
             return  # torch would multiply by exactly 1; the margin leaves the rounding at the limit to it
         if self._is_plain:
-            coefficient = torch.clamp(self._max_norm / (norm + _EPS), max=1.0)
+            # torch's own clamp(max_norm / (norm + eps), max=1), to the bit, without the detours of its operators.
+            coefficient = (norm + _EPS).reciprocal_().mul_(self._max_norm).clamp_(max=1.0)
             torch._foreach_mul_(self._grads, coefficient)
             return
         for group in self._groups:
