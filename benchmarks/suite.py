@@ -138,7 +138,7 @@ def _checkpoint(scale: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "checkpoint.json")
         command = [sys.executable, "-m", "benchmarks.checkpoint", "--json", str(path)]
-        command += ["--rounds", str(max(3, round(9 * scale)))]
+        command += ["--rounds", str(max(3, round(25 * scale)))]
         subprocess.run(command, check=True, env=environment(), cwd=REPOSITORY)
         measured: dict[str, Any] = json.loads(path.read_text())
         return measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
+from trainloop.checkpoint import fs as fs_module
 from trainloop.checkpoint.layout import VERSION, parse_manifest
 from trainloop.checkpoint.nested import decode, encode
 from trainloop.checkpoint.sharding import are_exact_cover, split_by_bytes
@@ -626,6 +628,27 @@ def test_memory_of_snapshots_is_used_again() -> None:
     buffers.finish()
     assert set(buffers._held) == {"a"}
     assert not buffers._spare
+
+
+def test_what_is_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a piece ends, before which the disk is told to begin, or inside a buffer; also where it cannot be told."""
+    monkeypatch.setattr(fs_module, "_AHEAD", 10)
+    buffers = [bytes(range(i, i + n)) for i, n in enumerate([0, 3, 10, 7, 31, 1, 20, 0])]
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, length, __: told.append((offset, length)), raising=False)
+    FileSystem().write(tmp_path / "told", buffers)
+    assert (tmp_path / "told").read_bytes() == b"".join(buffers)
+    assert sum(length for _, length in told) > 60
+    assert all(offset == sum(length for _, length in told[:i]) for i, (offset, _) in enumerate(told))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EINVAL, "not here")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    FileSystem().write(tmp_path / "refused", buffers)
+    monkeypatch.delattr(os, "posix_fadvise")
+    FileSystem().write(tmp_path / "unknown", buffers)
+    assert (tmp_path / "refused").read_bytes() == (tmp_path / "unknown").read_bytes() == b"".join(buffers)
 
 
 # ---------------------------------------------------------------------- room and retention
