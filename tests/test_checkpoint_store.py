@@ -631,7 +631,7 @@ def test_memory_of_snapshots_is_used_again() -> None:
 
 
 def test_what_is_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever a piece ends, before which the disk is told to begin, or inside a buffer; also where it cannot be told."""
+    """Wherever a piece ends, in a buffer or after it, and also where the disk cannot be told to begin."""
     monkeypatch.setattr(fs_module, "_AHEAD", 10)
     buffers = [bytes(range(i, i + n)) for i, n in enumerate([0, 3, 10, 7, 31, 1, 20, 0])]
     told: list[tuple[int, int]] = []
