@@ -73,6 +73,10 @@ def sync_files(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
+def nothing() -> None:
+    """What comes after work that is whole when it returns."""
+
+
 class Contenders:
     """Each way to save, and each way to load, on the tensors of one trainer."""
 
@@ -166,7 +170,6 @@ class Contenders:
 
     def saves(self) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
         """Name, what blocks, and what comes after it before the checkpoint is whole."""
-        nothing = lambda *_: None  # noqa: E731
         yield "memcpy into reused buffers", self.memcpy, nothing
         yield "write + fsync", self.plain, nothing
         yield "safetensors + fsync", self.safetensors, nothing
@@ -195,7 +198,7 @@ class Contenders:
             checkpoint.read_into(group, dict(zip(self.files[group], self.targets[group], strict=True)))
 
     def loads(self) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-        accelerator, nothing = self.trainers[False].accelerator, lambda *_: None
+        accelerator = self.trainers[False].accelerator
         self.targets = {group: [torch.empty_like(t) for t in file.values()] for group, file in self.files.items()}
         yield "safetensors load", self.load_safetensors, nothing
         yield "torch.load", lambda: torch.load(self.newest["torch"] / "state.pt"), nothing
