@@ -53,18 +53,22 @@ def _end_groups() -> None:
     """End gloo's threads before the interpreter ends: one that then lets go of a tensor aborts the process, and with it
     a launch that had succeeded ("terminate called without an active exception"). No communication.
 
-    Not after an uncaught exception: a thread may still wait for a rank that waits for this one, and is best ended by
-    the end of the process.
+    Also where the script has ended the groups (`Accelerator.end_training`): a group's threads live as long as anybody
+    holds it, as we do ours. Not after an uncaught exception: a thread may still wait for a rank that waits for this
+    one, and is best ended by the end of the process.
     """
-    if not dist.is_initialized() or hasattr(sys, "last_value"):
+    if hasattr(sys, "last_value"):
         return
-    time.sleep(_LAST_SECONDS)  # lets go of the GIL, which a thread may wait for with the last tensor in its hands
-    if dist.get_backend() == "gloo":
-        dist.destroy_process_group()
-    else:
-        for group in _host_groups.values():
-            dist.destroy_process_group(group)
-    _host_groups.clear()
+    # Lets go of the GIL, which a thread may wait for with the last tensor in its hands: that of a group which somebody
+    # else holds, as DDP does the run's.
+    time.sleep(_LAST_SECONDS)
+    if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        else:
+            for group in _host_groups.values():
+                dist.destroy_process_group(group)
+    _host_groups.clear()  # the last that holds ours, so this waits for its threads
 
 
 def timeout() -> timedelta | None:

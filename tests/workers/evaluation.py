@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MaxMetric, MeanSquaredError
 
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, EvaluationHook
+from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, EvaluationHook, distributed
 from trainloop.testing.comparison import differences, flat
 
 NUM_SAMPLES = 27  # seven batches of four: divisible by neither two nor three, and the last one is not full
@@ -289,13 +290,27 @@ def interrupted(folder: Path, is_sending: bool) -> None:
     trainer.train()
 
 
+def threads() -> set[str]:
+    """Those of this process, gloo's included, where the system tells (Linux)."""
+    return {thread.name for thread in Path("/proc/self/task").glob("*")}
+
+
+def tell_the_end(path: Path, ours: set[str]) -> None:
+    path.write_text(json.dumps([len(ours) > 0, torch.distributed.is_initialized(), len(ours & threads())]))
+
+
 if __name__ == "__main__":
     folder, name, *mode = sys.argv[1:]
     if mode:
         interrupted(Path(folder, name), is_sending=True)
     else:
-        # Registered first, so called last.
-        atexit.register(lambda: Path(folder, f"{name}.exit").write_text(str(torch.distributed.is_initialized())))
+        rank = int(os.environ.get("RANK", "0"))
+        ours: set[str] = set()
+        atexit.register(tell_the_end, Path(folder, f"{name}.{rank}.exit"), ours)  # first, so called last
+        accelerator = Accelerator()
+        before = threads()
+        distributed.host_group()
+        ours |= threads() - before
         found = loaded(Path(folder))
         found.pop(name, None)
         result = {
@@ -305,5 +320,6 @@ if __name__ == "__main__":
             "averages": averages(Path(folder), name),
         }
         interrupted(Path(folder, f"uninterrupted_{name}"), is_sending=False)
-        rank = int(os.environ.get("RANK", "0"))
         Path(folder, f"{name}.{rank}.json").write_text(json.dumps(result))
+        if name == "ddp3":
+            accelerator.end_training()
