@@ -109,6 +109,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it reads the variables once in a process, which may have been in another module's test
     yield
     wandb.teardown()
 
