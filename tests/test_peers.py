@@ -142,6 +142,7 @@ def test_the_timeout_reaches_every_group(monkeypatch: pytest.MonkeyPatch) -> Non
         assert limits(dist.group.WORLD, distributed.host_group()) == [timedelta(minutes=3)] * 2
     finally:
         dist.destroy_process_group()
+        distributed._host_groups.clear()  # a process that another test forks would wait for its threads, in vain
 
 
 def test_a_hook_that_fails_at_the_end_hides_neither_the_error_nor_the_other_hooks(
