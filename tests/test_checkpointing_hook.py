@@ -6,6 +6,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from trainloop import BaseHook, CheckpointError, CheckpointingHook
 from trainloop.checkpoint import CheckpointStore, FileSystem
 from trainloop.saved import content_of
+from trainloop.testing import lives
 from trainloop.testing.comparison import differences
 from trainloop.testing.lives import left_by, live
 
@@ -140,8 +142,15 @@ def test_a_disk_that_is_full_for_one_rank_costs_one_save(tmp_path: Path) -> None
 # ---------------------------------------------------------------------- runs that end by an exception
 
 
-def test_an_exception_on_one_rank_does_not_hang_on_a_save_in_flight(tmp_path: Path) -> None:
-    """The rank that fails finishes the async save with the others' threads, and goes: nobody waits for a timeout."""
+@pytest.mark.parametrize("look_every", [0.005, 4.0])
+def test_an_exception_on_one_rank_does_not_hang_on_a_save_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look_every: float
+) -> None:
+    """The rank that fails finishes the async save with the others' threads, and goes: nobody waits for a timeout. It is
+    the one that is told of, also where those that lost contact with it are found to have ended at the same time.
+    """
+    slowed = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(look_every))
+    monkeypatch.setattr(lives, "time", slowed)
     with pytest.raises(RuntimeError, match=r"Rank 1 in life 1 .* exit code 1(?s:.*)MemoryError: on this rank only"):
         live(partial(make_trainer, data="raising", async_save=True), tmp_path / "run", num_processes=2, timeout=40)
     assert steps_on_disk(tmp_path / "run") == [4]

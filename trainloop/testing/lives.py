@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..peers import is_lost_contact
 from .comparison import flat
 from .kills import KillAt
 from .witness import UnfitError, Witness
@@ -39,6 +40,10 @@ _PRELOADED = [
 _LAUNCH_VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "OMP_")
 _FAILED = 1
 """Exit code of a process that an exception has ended."""
+_LOST_CONTACT = 3
+"""Exit code of a process that has failed because another one is gone."""
+_SECONDS_FOR_THE_OTHER = 10.0
+"""How much longer that other one may take to its end than those that lost contact with it."""
 
 
 def live(
@@ -90,18 +95,21 @@ def live(
         for process in processes:
             process.start()
         end = time.monotonic() + timeout
-        while any(process.exitcode is None for process in processes) and time.monotonic() < end:
-            if any(process.exitcode in (_FAILED, -signal.SIGKILL) for process in processes):
-                break  # the others may wait for it without end
+        codes: list[int | None] = [None] * num_processes
+        while None in codes and time.monotonic() < end:
             time.sleep(0.005)
-        codes = [process.exitcode for process in processes]
+            was_lost, codes = _LOST_CONTACT in codes, [process.exitcode for process in processes]
+            if _FAILED in codes or -signal.SIGKILL in codes:
+                break  # the others may wait for it without end
+            if _LOST_CONTACT in codes and not was_lost:
+                end = min(end, time.monotonic() + _SECONDS_FOR_THE_OTHER)
     finally:
         for process in processes:
             if process.pid is not None:
                 process.kill()
                 process.join()
     is_killed = kill is not None and any("killed" in row for row in notes(own[kill.rank]))
-    if kill is not None and is_killed and codes[kill.rank] not in (None, _FAILED):
+    if kill is not None and is_killed and codes[kill.rank] not in (None, _FAILED, _LOST_CONTACT):
         return codes
     if codes != [0] * num_processes:
         raise _unexpected(codes, own, number)
@@ -194,10 +202,10 @@ def _live(
     except UnfitError as ex:
         Path(f"{own}.unfit").write_text(str(ex))
         raise
-    except Exception:
+    except Exception as ex:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(_FAILED)  # not by way of what waits for other ranks
+        os._exit(_LOST_CONTACT if is_lost_contact(ex) else _FAILED)  # not by way of what waits for other ranks
     state = {**trainer.live_state_dict(), "buffers": dict(trainer.unwrapped_model.named_buffers())}
     torch.save(flat({**state, "logged": witness.after_train}), f"{own}.pt")
     Path(f"{own}.count").write_text(str(witness.count))
@@ -209,10 +217,17 @@ def _unexpected(codes: Sequence[int | None], own: Sequence[str], number: int) ->
     for prefix in own:
         if Path(f"{prefix}.unfit").exists():
             return ValueError(Path(f"{prefix}.unfit").read_text())
-    guilty = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
+    guilty = max(range(len(codes)), key=lambda rank: _guilt(codes[rank]))
     how = "did not end in time" if codes[guilty] is None else f"ended with exit code {codes[guilty]}"
     output = Path(f"{own[guilty]}.log").read_text()[-4000:]
     return RuntimeError(f"Rank {guilty} in life {number} of the run {how}. It printed:\n{output}")
+
+
+def _guilt(code: int | None) -> int:
+    """The process to be shown is the one with the most: an exception of its own tells more than that it hangs, and
+    that it lost contact with another tells least.
+    """
+    return {0: 0, _LOST_CONTACT: 1, None: 2}.get(code, 3)
 
 
 def _free_port() -> int:
