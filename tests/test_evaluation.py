@@ -50,16 +50,15 @@ def on_every_rank(results: Results) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{name}, rank {rank}", own) for name, ranks in results.items() for rank, own in enumerate(ranks)]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of all threads of a process")
 def test_the_process_groups_end_before_the_interpreter(results: Results, folder: Path) -> None:
     """A thread of gloo's that outlives the interpreter's end aborts a process whose run has succeeded, now and then.
     Of those of the host group none is left at the end, also where the script has ended the groups itself (`ddp3`).
     """
     for name in results:
         for rank in range(NUM_PROCESSES[name.removesuffix("_again")]):
-            has_group = not name.startswith("single")
+            are_seen = sys.platform == "linux" and not name.startswith("single")  # elsewhere none can be counted
             found = json.loads((folder / f"{name}.{rank}.exit").read_text())
-            assert found == [has_group, False, 0], f"{name}, rank {rank}"
+            assert found == [are_seen, False, 0], f"{name}, rank {rank}"
 
 
 def test_every_sample_counts_once_at_any_number_of_processes(results: Results) -> None:
