@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainloop import EmaHook, Trainer
-from trainloop.gradients import Gradients
+from trainloop.step.gradients import Gradients
 
 from .tasks import CLIP, make_model
 

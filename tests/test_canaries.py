@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainloop import BaseHook
-from trainloop.gradients import Gradients
-from trainloop.state import load_optimizer_state, optimizer_state
+from trainloop.state.live import load_optimizer_state, optimizer_state
+from trainloop.step.gradients import Gradients
 
 from .launching import REPOSITORY, launch
 from .small import SmallTrainer

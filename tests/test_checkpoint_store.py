@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
-from trainloop.checkpoint import fs as fs_module
-from trainloop.checkpoint.layout import VERSION, parse_manifest
-from trainloop.checkpoint.nested import decode, encode
+from trainloop.checkpoint.disk import fs as fs_module
+from trainloop.checkpoint.format.layout import VERSION, parse_manifest
+from trainloop.checkpoint.format.nested import decode, encode
+from trainloop.checkpoint.save.snapshot import Buffers
 from trainloop.checkpoint.sharding import are_exact_cover, split_by_bytes
-from trainloop.checkpoint.snapshot import Buffers
 
 from .launching import REPOSITORY, launch
 from .workers.checkpoint_store import (
@@ -398,7 +398,7 @@ def test_a_folder_that_was_renamed_is_not_another_step(root: Path, caplog: pytes
 
 def test_a_newer_format_is_not_taken_for_damage(root: Path) -> None:
     """What a later trainloop wrote is an error with the remedy, never a reason to fall back or to write beside it."""
-    from trainloop.checkpoint import layout
+    from trainloop.checkpoint.format import layout
 
     saved(root, 10, 20)
     path = folder_of(root, 20) / "manifest.json"
@@ -479,7 +479,7 @@ def test_what_is_not_ours_is_called_by_its_name(tmp_path: Path) -> None:
 
 def test_a_second_run_is_told_who_has_the_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs never write into one folder; the error names the process. After `close` the next one may."""
-    monkeypatch.setattr("trainloop.checkpoint.lock._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("trainloop.checkpoint.disk.lock._PATIENCE_SECONDS", 0.1)
     first = CheckpointStore(root)
     first.open()
     with pytest.raises(CheckpointError, match=f"in use by another run \\(process {os.getpid()} on "):

@@ -15,7 +15,7 @@ from torch import nn
 
 from trainloop import BaseHook, CheckpointError, CheckpointingHook
 from trainloop.checkpoint import CheckpointStore, FileSystem
-from trainloop.saved import content_of
+from trainloop.state.saved import content_of
 from trainloop.testing import lives
 from trainloop.testing.comparison import differences
 from trainloop.testing.lives import left_by, live

@@ -33,8 +33,8 @@ from trainloop.checkpoint import (
     lock,
     survey,
 )
-from trainloop.checkpoint.layout import manifest_text, parse_manifest
-from trainloop.checkpoint.lock import FolderLock
+from trainloop.checkpoint.disk.lock import FolderLock
+from trainloop.checkpoint.format.layout import manifest_text, parse_manifest
 from trainloop.checkpoint.retention import describe_policies, read_policies, to_delete
 
 from .folders import PREFIX, Quick, contents, flip, once, run, saved, steps_in, truncate

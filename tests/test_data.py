@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from trainloop import DataReplayWarning
-from trainloop.data import DataFeed
+from trainloop.data.feed import DataFeed
 
 CPU = torch.device("cpu")
 N = 10

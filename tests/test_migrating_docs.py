@@ -131,7 +131,7 @@ def test_the_old_learning_rate_can_be_had() -> None:
 def test_a_policy_of_the_users_own_is_left_alone() -> None:
     """The block's policy is the one that FSDP2 gets, with bf16 reduction."""
     check = """
-from trainloop.launch import choose_fsdp2_precision
+from trainloop.setup.launch import choose_fsdp2_precision
 accelerator.state.fsdp_plugin = plugin  # on a CPU Accelerate forgets it
 assert choose_fsdp2_precision(accelerator) is False
 assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from trainloop import BaseHook, CheckpointingHook, distributed
-from trainloop.peers import is_lost_contact
+from trainloop.ranks.peers import is_lost_contact
 
 from .launching import REPOSITORY, environment, free_port
 from .small import SmallTrainer

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from trainloop.pretrained import config_text
+from trainloop.state.pretrained import config_text
 
 from .launching import REPOSITORY, launch
 

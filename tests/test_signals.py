@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from trainloop.checkpoint import Checkpoint
-from trainloop.control import REQUESTS, Control
+from trainloop.ranks.control import REQUESTS, Control
 from trainloop.testing import KillAt
 from trainloop.testing.lives import live
 

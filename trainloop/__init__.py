@@ -22,7 +22,7 @@ from .hooks.trackers import TrackerHook
 from .hooks.wandb import WandbHook
 from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
-from .step import StepInfo, TrainingStats
+from .step.info import StepInfo, TrainingStats
 from .trainer import BaseTrainer
 
 __all__ = [

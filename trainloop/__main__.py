@@ -16,14 +16,14 @@ from typing import NoReturn
 import torch
 
 from .checkpoint import BestK, EverySeconds, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
-from .checkpoint.catalog import Catalog
-from .checkpoint.export import CONFIG, FILE_SUFFIX, check_output, export, needed_files
-from .checkpoint.export_accelerate import export_accelerate
-from .checkpoint.export_accelerate import needed_files as accelerate_files
-from .checkpoint.pick import pick
-from .checkpoint.prune import plan_pruning, prune
-from .checkpoint.report import listing, listing_json, pruning, size
-from .checkpoint.survey import check_folder, examine, is_one_checkpoint, leftovers, survey
+from .checkpoint.format.catalog import Catalog
+from .checkpoint.tools.export import CONFIG, FILE_SUFFIX, check_output, export, needed_files
+from .checkpoint.tools.export_accelerate import export_accelerate
+from .checkpoint.tools.export_accelerate import needed_files as accelerate_files
+from .checkpoint.tools.pick import pick
+from .checkpoint.tools.prune import plan_pruning, prune
+from .checkpoint.tools.report import listing, listing_json, pruning, size
+from .checkpoint.tools.survey import check_folder, examine, is_one_checkpoint, leftovers, survey
 from .errors import CheckpointError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

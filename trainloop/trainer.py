@@ -27,14 +27,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from torch import nn
 
-from . import build, distributed
-from .control import Control
 from .errors import LossNoneWarning, NonFiniteGradientError, TrainingError
 from .evaluation import evaluate
 from .evaluation.totals import Reduce
-from .gradients import Gradients, no_contribution
 from .hook import BaseHook, CheckpointerHook
-from .launch import (
+from .ranks import collectives
+from .ranks.control import Control
+from .ranks.peers import ENDED, Peers, is_lost_contact
+from .records import Records, check_output, check_records, map_nested_tensor
+from .rng import derived_seed, load_rng_state, rng_state
+from .setup import factories
+from .setup.launch import (
     check_accelerator,
     check_fsdp_version,
     rehearse_fsdp2_on_cpu,
@@ -42,14 +45,12 @@ from .launch import (
     resolve_mixed_precision,
     without_parallelism_on_cpu,
 )
-from .non_finite import BufferKeeper, NonFiniteReport, clean_name, diagnose
-from .peers import ENDED, Peers, is_lost_contact
-from .records import Records, check_output, check_records, map_nested_tensor
-from .report import announce
-from .rng import derived_seed, load_rng_state, rng_state
-from .state import load_optimizer_state, optimizer_state
-from .step import StepInfo
-from .weights import loss_factors, weighted_loss
+from .setup.report import announce
+from .state.live import load_optimizer_state, optimizer_state
+from .step.gradients import Gradients, no_contribution
+from .step.info import StepInfo
+from .step.loss_weights import loss_factors, weighted_loss
+from .step.non_finite import BufferKeeper, NonFiniteReport, clean_name, diagnose
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
@@ -139,7 +140,7 @@ class BaseTrainer:
         seed: int | None = None,
         timeout: timedelta | float | None = None,
     ) -> None:
-        build.check_arguments(
+        factories.check_arguments(
             max_steps=max_steps,
             grad_clip=grad_clip,
             max_non_finite_grad_retries=max_non_finite_grad_retries,
@@ -161,15 +162,15 @@ class BaseTrainer:
         self.no_sync_accumulate = no_sync_accumulate
         self.state_dict_options = state_dict_options
         self.seed = seed
-        self.timeout = build.parse_timeout(timeout)
+        self.timeout = factories.parse_timeout(timeout)
         self.hooks: list[BaseHook] = []
-        wanted_device = build.parse_device(device)
+        wanted_device = factories.parse_device(device)
 
         self._forces_cpu = wanted_device is not None and wanted_device.type == "cpu"
         if accelerator is None:
             check_fsdp_version()
             self.gradient_accumulation_steps = resolve_accumulation(gradient_accumulation_steps)
-            self.accelerator = build.check_type(self.build_accelerator(), Accelerator, "build_accelerator")
+            self.accelerator = factories.check_type(self.build_accelerator(), Accelerator, "build_accelerator")
             rehearse_fsdp2_on_cpu(self.accelerator)
         else:
             self.accelerator = accelerator
@@ -183,9 +184,9 @@ class BaseTrainer:
             is_ours=is_ours,
         )
         if self.timeout is not None:
-            distributed.set_timeout(self.timeout)
+            collectives.set_timeout(self.timeout)
         self.mixed_precision = self.accelerator.mixed_precision
-        self.logger = logger if logger is not None else build.default_logger()
+        self.logger = logger if logger is not None else factories.default_logger()
 
         self._is_built = False
         self.checkpointers: list[CheckpointerHook] = []
@@ -333,14 +334,14 @@ class BaseTrainer:
         """The exception that leaves `train`: where a rank waited in vain, one that says for whom. What ends this rank
         alone is told to the others, which would see no more than that it is gone.
         """
-        if distributed.world_size() == 1:
+        if collectives.world_size() == 1:
             return exception
         if is_lost_contact(exception):
             resumes = " Started again, the run goes on from its last checkpoint." if self.checkpointers else ""
-            return TrainingError(self.peers.explain(distributed.timeout()) + resumes)
+            return TrainingError(self.peers.explain(collectives.timeout()) + resumes)
         if not isinstance(exception, TrainingError | SystemExit):  # those leave every rank alike
             fate = f"{ENDED} {type(exception).__name__}: {exception}"
-            self.peers.tell({distributed.rank(): fate})
+            self.peers.tell({collectives.rank(): fate})
         return exception
 
     def _run_step(self) -> None:
@@ -593,25 +594,25 @@ class BaseTrainer:
         self.peers.enter("building the run")
         accelerator = self.accelerator
         if self.seed is None:
-            self.seed = distributed.broadcast_object(int(torch.randint(2**31, ())))
+            self.seed = collectives.broadcast_object(int(torch.randint(2**31, ())))
         set_seed(self.seed)
         self.data_loader = self.build_data_loader()
-        self._feed = build.data_feed(self.data_loader, self.seed, accelerator)
+        self._feed = factories.data_feed(self.data_loader, self.seed, accelerator)
         self.eval_data_loader = self.build_eval_data_loader()
         set_seed(self.seed)  # the model doesn't depend on what building the data drew
-        self.model = build.check_model(self.build_model())
-        self.optimizer = build.check_type(self.build_optimizer(), torch.optim.Optimizer, "build_optimizer")
-        self.lr_scheduler = build.check_lr_scheduler(self.build_lr_scheduler())
+        self.model = factories.check_model(self.build_model())
+        self.optimizer = factories.check_type(self.build_optimizer(), torch.optim.Optimizer, "build_optimizer")
+        self.lr_scheduler = factories.check_lr_scheduler(self.build_lr_scheduler())
         scaler = self.build_grad_scaler()
         if scaler is not None:
-            accelerator.scaler = build.check_type(scaler, torch.amp.GradScaler, "build_grad_scaler")
+            accelerator.scaler = factories.check_type(scaler, torch.amp.GradScaler, "build_grad_scaler")
         self.grad_scaler = (
             accelerator.scaler if accelerator.scaler is not None and accelerator.scaler.is_enabled() else None
         )
-        self.model, self.optimizer = build.prepare(accelerator, self.model, self.optimizer)
-        self._raw_optimizer: Optimizer = build.raw_optimizer(self.optimizer)
-        build.check_optimizer_params(self._raw_optimizer, self.model)
-        self.hooks = build.check_hooks(self.build_hooks(), self.workspace)
+        self.model, self.optimizer = factories.prepare(accelerator, self.model, self.optimizer)
+        self._raw_optimizer: Optimizer = factories.raw_optimizer(self.optimizer)
+        factories.check_optimizer_params(self._raw_optimizer, self.model)
+        self.hooks = factories.check_hooks(self.build_hooks(), self.workspace)
         set_seed(self.seed, device_specific=True)  # from here on each rank draws its own noise
 
         self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
@@ -624,7 +625,7 @@ class BaseTrainer:
         self._is_restored = False
         self._is_built = True
         if self.timeout is not None:
-            distributed.set_timeout(self.timeout, self.model)
+            collectives.set_timeout(self.timeout, self.model)
         announce(self)
 
     def _has_batch_weight(self) -> bool:
@@ -643,7 +644,7 @@ class BaseTrainer:
                 hook.on_load_state_dict(self, state_dict)
 
     def _accumulation(self) -> AbstractContextManager[None]:
-        return build.accumulation_state(self.accelerator, self.gradient_accumulation_steps)
+        return factories.accumulation_state(self.accelerator, self.gradient_accumulation_steps)
 
     # ------------------------------------------------------------------ state
 

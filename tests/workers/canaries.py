@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trainloop import BaseTrainer
-from trainloop.gradients import Gradients
+from trainloop.step.gradients import Gradients
 
 
 class Trainer(BaseTrainer):

@@ -21,7 +21,7 @@ from torch import nn
 
 from trainloop import CheckpointError, distributed
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
-from trainloop.state import optimizer_state
+from trainloop.state.live import optimizer_state
 
 STEP = 7
 ABOUT: dict[str, Any] = {"run_id": "run"}

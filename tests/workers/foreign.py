@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from trainloop.launch import rehearse_fsdp2_on_cpu
+from trainloop.setup.launch import rehearse_fsdp2_on_cpu
 
 STEPS = 4
 STATE_DICT_TYPES = {

@@ -21,7 +21,7 @@ import torch.distributed.fsdp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import trainloop.checkpoint.saving as saving
+import trainloop.checkpoint.save.saving as saving
 from tests.launching import free_port
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EvaluationHook
 

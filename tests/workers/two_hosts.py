@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-import trainloop.checkpoint.saving as saving
+import trainloop.checkpoint.save.saving as saving
 from integrations.train import Trainer
 
 workspace, max_steps, *death = sys.argv[1:]

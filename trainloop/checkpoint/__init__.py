@@ -1,9 +1,9 @@
 """Checkpoints on the disk: whole or not there. Knows no trainer."""
 
 from .content import Content
-from .fs import FileSystem
-from .layout import Manifest, ManifestInfo
-from .reader import Checkpoint
+from .disk.fs import FileSystem
+from .format.layout import Manifest, ManifestInfo
+from .load.reader import Checkpoint
 from .retention import (
     BestK,
     EverySeconds,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from .. import distributed
 from ..errors import CheckpointError
+from ..ranks import collectives
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ class Ranks:
             timeout: Make a group of its own, so that a thread may use it, in which nobody waits longer than this. None:
                 use the run's host group; only the main thread may.
         """
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self._own_group: Any = None
         if timeout is not None and self.world_size > 1:
             import torch.distributed as dist
@@ -75,14 +75,14 @@ class Ranks:
 
     def close(self) -> None:
         """Give the own group back. Call on every rank."""
-        if self._own_group is not None and distributed.world_size() > 1:
+        if self._own_group is not None and collectives.world_size() > 1:
             import torch.distributed as dist
 
             dist.destroy_process_group(self._own_group)
         self._own_group = None
 
     def _group(self) -> Any:
-        return self._own_group if self._own_group is not None else distributed.host_group()
+        return self._own_group if self._own_group is not None else collectives.host_group()
 
     def _gather(self, value: T) -> list[T] | None:
         """Every rank's value, by rank, on rank 0; None on the others."""

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .layout import STATE
-from .tensorfile import check_storable, dtype_name
+from .format.layout import STATE
+from .format.tensorfile import check_storable, dtype_name
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 Described: TypeAlias = "dict[str, dict[str, tuple[str, tuple[int, ...], bool]]]"

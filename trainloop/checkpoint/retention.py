@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import check_int
-from .layout import ManifestInfo
+from .format.layout import ManifestInfo
 
 
 @runtime_checkable

@@ -12,18 +12,18 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .agreement import Ranks
-from .catalog import Catalog
 from .content import Content
-from .fs import FileSystem
-from .housekeeping import clean_up, discard, make_folder, point_latest
-from .integrity import VERIFY_LEVELS, Verify
-from .layout import ManifestInfo, step_name
-from .loading import find_explicit, find_latest
-from .lock import FolderLock, is_visible
-from .reader import Checkpoint
+from .disk.fs import FileSystem
+from .disk.housekeeping import clean_up, discard, make_folder, point_latest
+from .disk.lock import FolderLock, is_visible
+from .format.catalog import Catalog
+from .format.integrity import VERIFY_LEVELS, Verify
+from .format.layout import ManifestInfo, step_name
+from .load.loading import find_explicit, find_latest
+from .load.reader import Checkpoint
 from .retention import RetentionPolicy, describe_policies, to_delete
-from .saving import Saving
-from .snapshot import Buffers
+from .save.saving import Saving
+from .save.snapshot import Buffers
 
 
 class CheckpointStore:

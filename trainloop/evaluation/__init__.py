@@ -14,12 +14,12 @@ from accelerate.utils import find_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import distributed
 from ..errors import describe
-from ..non_finite import BufferKeeper
+from ..ranks import collectives
 from ..records import check_output, check_records, unflatten_nested_dict
 from ..rng import load_rng_state, rng_state
-from ..weights import host_weight
+from ..step.loss_weights import host_weight
+from ..step.non_finite import BufferKeeper
 from .batches import EvaluationBatches, seed_for
 from .totals import REDUCTIONS, Metrics, Reduce, Totals
 
@@ -77,7 +77,7 @@ def _evaluate_one(
             with metrics.muted(not is_counted):
                 loss, records = check_output(trainer.eval_forward(batch), "eval_forward")
             numbers = metrics.split(records, is_counted)
-            if index < distributed.world_size():
+            if index < collectives.world_size():
                 check_records(numbers)
             if is_counted:
                 if loss is not None:
@@ -122,12 +122,12 @@ def _untouched(trainer: BaseTrainer) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(load_rng_state, rng_state(device), device)
         stack.callback(_set_modes, [(module, module.training) for module in model.modules()])
-        stack.callback(distributed.reshard, model)
+        stack.callback(collectives.reshard, model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # A forward pass without gradients has DDP leave out its sharing of buffers at the next one.
             stack.callback(setattr, model, "require_forward_param_sync", model.require_forward_param_sync)
         stack.enter_context(BufferKeeper(trainer.unwrapped_model).kept())
-        distributed.share_rank_zero_buffers(trainer.unwrapped_model)
+        collectives.share_rank_zero_buffers(trainer.unwrapped_model)
         model.eval()
         trainer.optimizer.eval()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
         stack.callback(trainer.optimizer.train)  # type: ignore[attr-defined]

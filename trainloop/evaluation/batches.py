@@ -13,12 +13,12 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from .. import distributed
-from ..data import transfer
+from ..data.feed import transfer
+from ..data.sampling import batch_keys, order, sample_key, sampling_of
+from ..data.sources import with_sampler
 from ..errors import describe
+from ..ranks import collectives
 from ..rng import derived_seed, seed_all
-from ..sampling import batch_keys, order, sample_key, sampling_of
-from ..sources import with_sampler
 
 
 class EvaluationBatches:
@@ -43,7 +43,7 @@ class EvaluationBatches:
                 f" such, but is {describe(data)}."
             )
         self._data, self._seed, self._device = data, seed, device
-        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._rank, self._world_size = collectives.rank(), collectives.world_size()
         self._transfer = transfer(data, device) or (lambda batch: batch)
         is_prepared = isinstance(data, DataLoaderShard | DataLoaderDispatcher)
         is_torch = isinstance(data, DataLoader) and (is_prepared or type(data).__iter__ is DataLoader.__iter__)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from .. import distributed
+from ..ranks import collectives
 from ..records import flatten_nested_dict, key_average, read_rows, unflatten_nested_dict
 
 Reduce: TypeAlias = Literal["mean", "sum", "max", "min"]
@@ -40,7 +40,7 @@ class Totals:
         values, weights = read_rows([self._values, self._weights])
         totals: dict[Key, float] = {}
         total_weights: dict[Key, float] = {}
-        for rank_values, rank_weights in distributed.gather_objects((values, weights)):
+        for rank_values, rank_weights in collectives.gather_objects((values, weights)):
             for key, value in rank_values.items():
                 totals[key] = _combined(self._how(key), totals[key], value) if key in totals else value
             for key, weight in rank_weights.items():
@@ -120,7 +120,7 @@ class Metrics:
     def result(self) -> dict[Key, float]:
         """What each computes. Call on every rank."""
         names = ["/".join(map(str, key)) for key in sorted(self._metrics)]
-        by_rank = distributed.gather_objects(names)
+        by_rank = collectives.gather_objects(names)
         if any(other != by_rank[0] for other in by_rank):
             raise ValueError(
                 "The metric objects in the records of `eval_forward` must be the same on every rank, but are, by rank:"

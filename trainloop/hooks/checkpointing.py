@@ -10,15 +10,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import distributed
-from ..adoption import adopt
 from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
-from ..checkpoint.foreign import is_importable
+from ..checkpoint.format.foreign import is_importable
 from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
-from ..pretrained import config_text
+from ..ranks import collectives
 from ..records import Records, flatten_nested_dict, is_number
-from ..saved import content_of, read_state
+from ..state.adoption import adopt
+from ..state.pretrained import config_text
+from ..state.saved import content_of, read_state
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -128,7 +128,7 @@ class CheckpointingHook(CheckpointerHook):
         if self.load is not None:
             checkpoint = self._store.resolve(self.load, self.verify)
         if checkpoint is None:
-            self._run_id = distributed.broadcast_object(uuid.uuid4().hex)
+            self._run_id = collectives.broadcast_object(uuid.uuid4().hex)
             trainer.logger.info(f"No checkpoint is loaded from {self._store.path}: the run starts at step 0.")
             return None
         state_dict = read_state(trainer, checkpoint)
@@ -139,7 +139,7 @@ class CheckpointingHook(CheckpointerHook):
         if state_dict.get("rank") is None:
             trainer.logger.warning(
                 f"The checkpoint was saved by {checkpoint.manifest.world_size} processes, and there are now"
-                f" {distributed.world_size()}: model, optimizer and data go on exactly, the random generators of each"
+                f" {collectives.world_size()}: model, optimizer and data go on exactly, the random generators of each"
                 " rank are seeded anew."
             )
         return state_dict
@@ -147,7 +147,7 @@ class CheckpointingHook(CheckpointerHook):
     def _import(self, trainer: BaseTrainer, path: Path) -> dict[str, Any]:
         assert self._store is not None
         state_dict = adopt(trainer, path)
-        self._run_id = distributed.broadcast_object(uuid.uuid4().hex)
+        self._run_id = collectives.broadcast_object(uuid.uuid4().hex)
         own = self._store.checkpoints()
         if own:
             trainer.logger.warning(
@@ -173,7 +173,7 @@ class CheckpointingHook(CheckpointerHook):
 
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
-            self._store = CheckpointStore(self.saves_to(trainer), logger=trainer.logger, timeout=distributed.timeout())
+            self._store = CheckpointStore(self.saves_to(trainer), logger=trainer.logger, timeout=collectives.timeout())
             self._store.open()
 
     # ------------------------------------------------------------------ save
@@ -187,7 +187,7 @@ class CheckpointingHook(CheckpointerHook):
         is_asked = bool(trainer.control.take("checkpoint"))
         if is_final or is_asked or trainer.step % self.interval == 0:
             self._save(trainer, is_final)
-        elif self._is_overdue() and distributed.rank() == 0:
+        elif self._is_overdue() and collectives.rank() == 0:
             trainer.request_checkpoint()
         if exit_signal:
             self._exit(trainer, exit_signal)
@@ -201,7 +201,7 @@ class CheckpointingHook(CheckpointerHook):
             return
         assert self._store is not None
         runs_in_thread = self.async_save and not is_final
-        if runs_in_thread and self.on_busy == "skip" and any(distributed.gather_objects(self._store.busy())):
+        if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._store.busy())):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
         self._last_save = time.monotonic()
@@ -253,7 +253,7 @@ class CheckpointingHook(CheckpointerHook):
 
     def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
         """What was logged since the last commit is what the next one is judged by."""
-        if not dry_run and distributed.rank() == 0:
+        if not dry_run and collectives.rank() == 0:
             for key, value in flatten_nested_dict(records).items():
                 if is_number(value):
                     self._metrics["/".join(map(str, key))] = value
@@ -292,7 +292,7 @@ def _is_foreign(load: Any) -> bool:
     """Whether `load` names what another tool has saved: rank 0 looks. Call on every rank."""
     if not isinstance(load, str | Path) or load == "latest":
         return False
-    return distributed.broadcast_object(is_importable(Path(load)))
+    return collectives.broadcast_object(is_importable(Path(load)))
 
 
 def _signals(given: Any) -> list[int]:

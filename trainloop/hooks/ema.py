@@ -12,11 +12,11 @@ from torch import nn
 
 from ..checkpoint.content import is_dtensor
 from ..checkpoint.sharding import local_tensor
-from ..distributed import reshard
 from ..errors import check_int, describe
 from ..hook import BaseHook
-from ..non_finite import clean_name
-from ..state import like_param
+from ..ranks.collectives import reshard
+from ..state.live import like_param
+from ..step.non_finite import clean_name
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import FileSystem
-from ..checkpoint.layout import step_name
+from ..checkpoint.format.layout import step_name
 from ..errors import describe
 from ..hook import BaseHook
 from ..images import flatten_images, to_pil

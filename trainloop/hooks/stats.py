@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from .. import distributed
 from ..errors import check_int, describe
 from ..hook import BaseHook
+from ..ranks import collectives
 from ..records import flat_average, flatten_nested_dict, read_rows, unflatten_nested_dict
-from ..step import StepInfo, TrainingStats
+from ..step.info import StepInfo, TrainingStats
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -110,7 +110,7 @@ class _StatsHook(BaseHook):
         ranks have.
         """
         mine = (self._sums, self._retries, self._max_memory)
-        parts = distributed.gather_objects(mine) if self.sync else [mine]
+        parts = collectives.gather_objects(mine) if self.sync else [mine]
         sums: dict[Key, list[float]] = {}
         for part, _, _ in parts:
             for key, (total, count) in part.items():

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import distributed
 from ..errors import check_int, describe
 from ..hook import BaseHook
+from ..ranks import collectives
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -115,7 +115,7 @@ class ThroughputHook(BaseHook):
     def _measure(self) -> dict[str, float]:
         """The interval's numbers, the same on every rank. Call on every rank."""
         own = (self._num_micro_batches, self._step_time, self._data_time / self._step_time, self._own_time)
-        counts, step_times, data_shares, own_times = zip(*distributed.gather_objects(own), strict=True)
+        counts, step_times, data_shares, own_times = zip(*collectives.gather_objects(own), strict=True)
         seconds = max(step_times)
         measured = {}
         if self._batch_size is not None:

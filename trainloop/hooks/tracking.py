@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .. import distributed
-from ..checkpoint.writer import library_versions
+from ..checkpoint.save.writer import library_versions
 from ..errors import TrainingError, describe
+from ..ranks import collectives
 from ..records import Records, flatten_nested_dict, without_sequences
 
 if TYPE_CHECKING:
@@ -136,12 +136,12 @@ def on_rank_zero(work: Callable[[], T], failure: str) -> T:
     """
     error: Exception | None = None
     told, result = "", None
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         try:
             result = work()
         except Exception as ex:
             error, told = ex, f"{failure}: {type(ex).__name__}: {ex}"
-    told, result = distributed.broadcast_object((told, result))
+    told, result = collectives.broadcast_object((told, result))
     if told:
         raise TrainingError(told) from error
     return result  # type: ignore[return-value]

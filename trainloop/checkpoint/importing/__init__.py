@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ..foreign import describe_folder, foreign_kind
+from ..format.foreign import describe_folder, foreign_kind
 from .accelerate import open_accelerate
 from .content import Foreign, ForeignOptimizer, TensorSource
 from .origin import open_origin

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
+from ..format.tensorfile import CODES
 from ..sharding import local_box, local_tensor, slices
-from ..tensorfile import CODES
 from .content import Described, Foreign, TensorSource, check_whole, is_flat, load_pickle
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"

@@ -1,0 +1,158 @@
+"""One save, from the live tensors to the durable checkpoint.
+
+begin      the ranks compare what they are about to save; rank 0 looks for space and makes the temporary folder
+snapshot   this rank's part is copied to the CPU
+write      each rank writes and syncs its files
+commit     rank 0 checks that nothing is missing, writes the manifest, renames: the checkpoint exists
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ..agreement import Ranks
+from ..content import Content, Described
+from ..disk.fs import FileSystem
+from ..disk.housekeeping import publish, temporary_folder
+from ..format.catalog import Catalog
+from ..format.layout import MANIFEST, manifest_text
+from ..sharding import find_aliases
+from .snapshot import Buffers, Draft, Output, State, take_snapshot
+from .writer import Written, library_versions, make_manifest, write_draft, write_file
+
+_SPARE_BYTES = 2**20
+"""What manifest and folders take, about."""
+
+
+class Saving:
+    """A save on its way. `start` and `finish` are called on every rank; `finish` may be called by a thread.
+
+    Attributes:
+        step: Names the checkpoint.
+        token: Makes the names of what lies beside the checkpoint unique.
+    """
+
+    def __init__(self, fs: FileSystem, catalog: Catalog, step: int, about: Mapping[str, Any]) -> None:
+        """
+        Args:
+            fs: The disk.
+            catalog: Of the folder to save into.
+            step: Names the checkpoint.
+            about: Fields of the manifest that the caller knows.
+        """
+        self._fs, self._catalog, self._about = fs, catalog, dict(about)
+        self.step, self.token = step, ""
+        self.failure = f"The checkpoint of step {step} was not saved, earlier ones are untouched"
+
+    def start(self, content: Content, extra: Mapping[str, str], buffers: Buffers, ranks: Ranks, copy: bool) -> None:
+        """Begin and snapshot.
+
+        Args:
+            content: What to save; with `copy` it is not needed after the return.
+            extra: Texts to write besides, by path.
+            buffers: Hold the copies.
+            ranks: All of them.
+            copy: False: the live tensors do not change before `finish` has returned.
+
+        Raises:
+            CheckpointError: On every rank: it cannot be saved, and nothing was written.
+        """
+        self._described: Described = {}
+        state: State | None = None
+
+        def prepare() -> tuple[list[int], int]:
+            nonlocal state
+            state = State(content, ranks.rank)
+            self._described = content.describe()
+            each = [(group, *item) for group, tensors in self._described.items() for item in tensors.items()]
+            return [zlib.crc32(repr(item).encode()) for item in each], state.num_bytes()
+
+        def begin(prepared: list[tuple[list[int], int]]) -> tuple[str, int, dict[str, dict[str, str]]]:
+            self._compare([checksums for checksums, _ in prepared])
+            aliases = {group: find_aliases(tensors) for group, tensors in content.groups().items()}
+            self._look_for_space(content.num_bytes(aliases) + sum(num_bytes for _, num_bytes in prepared))
+            token = secrets.token_hex(4)
+            self._fs.make_dir(temporary_folder(self._catalog.root, self.step, token))
+            return token, self._catalog.next_seq(), aliases
+
+        self.token, self._seq, self._aliases = ranks.do(prepare, begin, self.failure)
+        assert state is not None
+        try:
+            self._draft = take_snapshot(content, state, self._aliases, buffers, ranks.rank, ranks.world_size, copy)
+            if ranks.rank == 0:
+                _add_extra(self._draft, extra)
+        except Exception as ex:
+            self._draft = Draft(error=ex)
+
+    def finish(self, ranks: Ranks, logger: logging.Logger) -> list[Path]:
+        """Write and commit.
+
+        Returns:
+            On rank 0: what it replaced, to be discarded.
+
+        Raises:
+            CheckpointError: On every rank, naming those that failed; the temporary folder is gone.
+        """
+        temporary = temporary_folder(self._catalog.root, self.step, self.token)
+        replaced: list[Path] = []
+
+        def commit(written: list[Written]) -> None:
+            manifest = make_manifest(
+                self._described,
+                self._aliases,
+                written,
+                **self._about,
+                step=self.step,
+                seq=self._seq,
+                world_size=ranks.world_size,
+                versions=library_versions(),
+            )
+            write_file(self._fs, temporary / MANIFEST, [manifest_text(manifest).encode()])
+            self._fs.sync_dir(temporary)
+            replaced.extend(publish(self._fs, temporary, self.step, self.token))
+
+        try:
+            ranks.do(lambda: write_draft(self._fs, temporary, self._draft), commit, self.failure)
+        except CheckpointError:
+            if ranks.rank == 0 and temporary.exists():
+                try:
+                    self._fs.remove_tree(temporary)
+                except OSError as ex:
+                    logger.warning(f"{temporary} is left over from a save that failed, and cannot be removed: {ex}")
+            raise
+        return replaced
+
+    def _compare(self, checksums: list[list[int]]) -> None:
+        """On rank 0: all ranks must save the same tensors, or gathering them would hang."""
+        own = [f"{group}/{name}" for group, tensors in self._described.items() for name in tensors]
+        for rank, other in enumerate(checksums):
+            if other != checksums[0]:
+                pairs = enumerate(zip(checksums[0], other, strict=False))
+                first = next((i for i, (a, b) in pairs if a != b), min(len(own), len(other)))
+                at = f"{own[first]}, as rank 0 has it" if first < len(own) else "one that rank 0 has not"
+                raise CheckpointError(
+                    f"names, shapes and dtypes of the tensors must be the same on every rank, but those of rank {rank}"
+                    f" differ, first in {at}"
+                )
+
+    def _look_for_space(self, num_bytes: int) -> None:
+        """On rank 0."""
+        needed, free = num_bytes + _SPARE_BYTES, self._fs.free_bytes(self._catalog.root)
+        if needed > free:
+            raise CheckpointError(
+                f"it needs {needed / 2**20:,.1f} MiB, but the disk of {self._catalog.root} has {free / 2**20:,.1f} MiB"
+                " free"
+            )
+
+
+def _add_extra(draft: Draft, extra: Mapping[str, str]) -> None:
+    for path, text in extra.items():
+        if path in draft.outputs or Path(path).is_absolute() or ".." in Path(path).parts or path == MANIFEST:
+            raise ValueError(f"`extra` must have free paths inside the checkpoint, but has {path}.")
+        draft.outputs[path] = Output(text=text.encode())

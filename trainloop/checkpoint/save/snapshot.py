@@ -1,0 +1,184 @@
+"""Takes what a rank will write out of the live tensors, so that training may go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from ..content import Content, is_dtensor
+from ..format.layout import Chunk, shard_file, state_file, tensors_beside, weight_file, weight_index, weight_index_file
+from ..format.nested import Json, encode
+from ..format.tensorfile import check_storable
+from ..sharding import is_first_replica, local_box, local_tensor, split_by_bytes
+
+Aliases: TypeAlias = Mapping[str, Mapping[str, str]]
+"""By group: the name of a tensor that is stored under another name, and that name."""
+
+
+@dataclass
+class Output:
+    """One file to write: text, or tensors on the CPU."""
+
+    text: bytes | None = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Draft:
+    """What one rank writes."""
+
+    outputs: dict[str, Output] = field(default_factory=dict)
+    """By path inside the checkpoint."""
+    chunks: dict[str, dict[str, Chunk]] = field(default_factory=dict)
+    """By group and name: where the rank writes what it has of the tensor."""
+    must_be_finite: list[torch.Tensor] = field(default_factory=list)
+    """What this rank writes of those tensors."""
+    error: Exception | None = None
+    """What made it incomplete. It is told when the ranks vote: one that left earlier would leave the others waiting."""
+
+
+class Buffers:
+    """Copies of tensors in CPU memory that the next snapshot uses again: fresh memory takes five times as long."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, torch.Tensor] = {}
+        self._spare: dict[Any, torch.Tensor] = {}
+        self._devices: set[torch.device] = set()
+
+    def start(self) -> None:
+        """Begin a snapshot: what was held is free to be overwritten."""
+        self._held, self._spare = {}, self._held
+
+    def hold(self, key: Any, tensor: torch.Tensor, copy: bool) -> torch.Tensor:
+        """`tensor` as a contiguous one on the CPU.
+
+        Args:
+            key: Under which the memory is found again.
+            tensor: Not to be changed before `finish`.
+            copy: False: if it is contiguous and on the CPU already, it is taken as it is.
+        """
+        on_cpu = tensor.device.type == "cpu"
+        if not copy and on_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            return tensor
+        buffer = self._spare.pop(key, None)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+        if not on_cpu:
+            self._devices.add(tensor.device)
+        self._held[key] = buffer
+        return buffer
+
+    def finish(self) -> None:
+        """End the snapshot: wait for copies from devices, and let go of memory that was not used again."""
+        for device in self._devices:
+            torch.get_device_module(device).synchronize(device)
+        self._devices.clear()
+        self._spare = {}
+
+
+class State:
+    """The nested state of this rank and of the run, encoded but with its tensors still live."""
+
+    def __init__(self, content: Content, rank: int) -> None:
+        """
+        Args:
+            content: Has the state.
+            rank: Rank 0 writes the state of the run as well.
+
+        Raises:
+            TypeError: The state holds what cannot be stored.
+        """
+        self.files: dict[str, tuple[Json, dict[str, torch.Tensor]]] = {state_file(rank): encode(content.rank_state)}
+        if rank == 0:
+            self.files[state_file(None)] = encode(content.global_state)
+        for path, (_, tensors) in self.files.items():
+            for name, tensor in tensors.items():
+                check_storable(f"{path}: {name}", tensor)
+
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.nbytes for _, tensors in self.files.values() for t in tensors.values())
+
+
+@torch.no_grad()
+def take_snapshot(
+    content: Content, state: State, aliases: Aliases, buffers: Buffers, rank: int, world_size: int, copy: bool
+) -> Draft:
+    """Make the draft of this rank. Call on every rank: DTensors among the weights are gathered, one at a time.
+
+    Args:
+        content: What is saved.
+        state: Its nested state.
+        aliases: Tensors that need not be stored, the same on each rank.
+        buffers: Hold the copies.
+        rank: This rank.
+        world_size: Number of ranks.
+        copy: Whether the live tensors may change before the draft is written.
+    """
+    draft = Draft()
+    buffers.start()
+
+    def hold(path: str, name: str, tensor: torch.Tensor, is_judged: bool = False) -> None:
+        if draft.error is None:
+            try:
+                if path not in draft.outputs:
+                    draft.outputs[path] = Output()
+                draft.outputs[path].tensors[name] = held = buffers.hold((path, name), tensor, copy)
+                if is_judged:
+                    draft.must_be_finite.append(held)
+            except Exception as ex:
+                draft.error = ex
+
+    for group, tensors in content.weights.items():
+        parts = _parts(tensors, aliases[group], world_size, content.of_rank_zero)
+        num_files = max(parts.values(), default=0) + 1
+        files = {name: weight_file(group, part, num_files) for name, part in parts.items()}
+        chunks = draft.chunks.setdefault(group, {})
+        for name, path in files.items():
+            tensor = tensors[name].detach()
+            # Gathering is a collective: it goes on when this rank has failed.
+            whole = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+            if parts[name] == rank:
+                hold(path, name, whole, f"{group}/{name}" in content.must_be_finite)
+                chunks[name] = Chunk(path, name, (0,) * whole.dim(), tuple(whole.shape))
+        if rank == 0 and len(set(files.values())) > 1:
+            sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in files}
+            draft.outputs[weight_index_file(group)] = Output(text=weight_index(files, sizes).encode())
+
+    for group, tensors in content.shards.items():
+        path = shard_file(group, rank)
+        parts = _parts({n: t for n, t in tensors.items() if not is_dtensor(t)}, aliases[group], world_size)
+        chunks = draft.chunks.setdefault(group, {})
+        for name, tensor in tensors.items():
+            is_mine = parts[name] == rank if name in parts else is_dtensor(tensor) and is_first_replica(tensor)
+            if is_mine and name not in aliases[group]:
+                offset, shape = local_box(tensor)
+                if 0 not in shape:
+                    hold(path, name, local_tensor(tensor))
+                    chunks[name] = Chunk(path, name, offset, shape)
+
+    for path, (value, state_tensors) in state.files.items():
+        draft.outputs[path] = Output(text=json.dumps(value, allow_nan=False).encode())
+        for name, tensor in state_tensors.items():
+            hold(tensors_beside(path), name, tensor.detach())
+    try:
+        buffers.finish()
+    except Exception as ex:
+        draft.error = draft.error or ex
+    return draft
+
+
+def _parts(
+    tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], num_parts: int, of_rank_zero: Collection[str] = ()
+) -> dict[str, int]:
+    """Which part each stored tensor goes to; part r is written by rank r."""
+    names = [name for name in tensors if name not in aliases]
+    shared = [name for name in names if name not in of_rank_zero]
+    sizes = [tensors[name].numel() * tensors[name].element_size() for name in shared]
+    parts = dict(zip(shared, split_by_bytes(sizes, num_parts), strict=True))
+    return {name: parts.get(name, 0) for name in names}

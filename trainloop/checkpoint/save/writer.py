@@ -1,0 +1,130 @@
+"""Writes a rank's part of a checkpoint, and makes the manifest of all parts."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ..content import Described
+from ..disk.fs import FileSystem
+from ..format.integrity import BackgroundCrc32, Buffer, all_finite
+from ..format.layout import Chunk, FileRecord, Manifest, TensorRecord
+from ..format.tensorfile import serialize
+from ..sharding import are_exact_cover
+from .snapshot import Aliases, Draft
+
+_METADATA = {"format": "pt"}  # transformers refuses a file without it
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one rank has on the disk."""
+
+    files: dict[str, FileRecord]
+    chunks: dict[str, dict[str, Chunk]]
+    is_healthy: bool
+
+
+def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
+    """Write and sync the files of one rank.
+
+    Args:
+        fs: The disk.
+        folder: The temporary folder, which all ranks share.
+        draft: What to write; its error, if it has one, is raised.
+    """
+    if draft.error is not None:
+        raise draft.error
+    parents = {(folder / path).parent for path in draft.outputs}
+    for parent in parents:
+        fs.make_dir(parent)
+    files = {}
+    for path, output in draft.outputs.items():
+        buffers = [output.text] if output.text is not None else serialize(output.tensors, _METADATA)
+        files[path] = write_file(fs, folder / path, buffers, sync=False)
+    is_healthy = all_finite(draft.must_be_finite)
+    for path in draft.outputs:  # when all are written: the disk then commits them together
+        fs.sync_path(folder / path)
+    for parent in parents:
+        fs.sync_dir(parent)
+    return Written(files, draft.chunks, is_healthy)
+
+
+def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool = True) -> FileRecord:
+    """Write a file, and take the checksum of what was meant to be written while the disk is busy."""
+    checksum = BackgroundCrc32(buffers)
+    try:
+        fs.write(path, buffers, sync)
+    except OSError as ex:
+        ex.filename = ex.filename or str(path)  # a full disk is not told with the name of the file
+        raise
+    finally:
+        crc32 = checksum.result()
+    return FileRecord(sum(map(len, buffers)), crc32)
+
+
+def make_manifest(
+    described: Described, aliases: Aliases, written: Sequence[Written], *, versions: Mapping[str, str], **fields: Any
+) -> Manifest:
+    """Describe a checkpoint that all ranks have written.
+
+    Args:
+        described: What was saved.
+        aliases: Tensors that were stored under another name.
+        written: By rank.
+        versions: Of the libraries.
+        **fields: What else a `Manifest` has, besides health, the time and the tables.
+
+    Raises:
+        CheckpointError: A file was written by two ranks, or a tensor not by exactly one of them.
+    """
+    files: dict[str, FileRecord] = {}
+    for rank, part in enumerate(written):
+        if twice := files.keys() & part.files.keys():
+            raise CheckpointError(f"{min(twice)} was written by rank {rank} and by one before it")
+        files |= part.files
+    tensors: dict[str, dict[str, TensorRecord]] = {group: {} for group in described}
+    for group, name, dtype, shape in _flat(described):
+        kept = aliases[group].get(name)
+        stored = kept or name
+        chunks = tuple(part.chunks[group][stored] for part in written if stored in part.chunks[group])
+        if not are_exact_cover([(chunk.offset, chunk.shape) for chunk in chunks], shape):
+            boxes = ", ".join(f"{list(chunk.shape)} at {list(chunk.offset)}" for chunk in chunks[:5])
+            raise CheckpointError(
+                f"what the ranks hold of {group}/{name} does not make up its shape {list(shape)}: {boxes or 'nothing'}"
+            )
+        tensors[group][name] = TensorRecord(dtype, shape, chunks, kept)
+    return Manifest(
+        **fields,
+        health=all(part.is_healthy for part in written),
+        time=time.time(),
+        num_bytes=sum(record.num_bytes for record in files.values()),
+        versions=versions,
+        files=files,
+        tensors=tensors,
+    )
+
+
+def _flat(described: Described) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    for group, tensors in described.items():
+        for name, (dtype, shape, _) in tensors.items():
+            yield group, name, dtype, shape
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of what a checkpoint may depend on."""
+    versions = {"python": platform.python_version()}
+    for name in ("trainloop-accelerate", "torch", "accelerate", "safetensors"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # run from a source tree
+    return versions

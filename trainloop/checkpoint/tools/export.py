@@ -1,0 +1,286 @@
+"""Takes a group of tensors out of a checkpoint: as one safetensors file, or as a folder for `from_pretrained`.
+
+Never is a whole tensor in memory, only a piece of it. What is written lies under a temporary name beside its
+target until it is complete and durable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...errors import CheckpointError
+from ..disk.fs import FileSystem
+from ..format.catalog import read_manifest
+from ..format.integrity import Buffer
+from ..format.layout import MANIFEST, FileRecord, Manifest, TensorRecord, parse_step_name, weight_file, weight_index
+from ..format.tensorfile import TensorFile, bytes_of, dtype_name, header
+from ..load.reader import Checkpoint
+from ..sharding import overlap, slices
+
+FILE_SUFFIX = ".safetensors"
+CONFIG = "config.json"
+"""What `from_pretrained` reads first; a checkpoint has it beside the weights if the run put it there."""
+
+_SAVED_CONFIG = f"model/{CONFIG}"
+_INDEX = f"model{FILE_SUFFIX}.index.json"
+_EXPORT_FILE = re.compile(
+    rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(_INDEX)}|{re.escape(CONFIG)}"
+    r"|(pytorch_model_fsdp|optimizer|scheduler)\.bin|scaler\.pt|random_states_\d+\.pkl"  # of `export_accelerate`
+)
+_PIECE_BYTES = 2**20  # larger ones are slower: they leave the processor's cache
+_SPARE_BYTES = 2**20
+"""What headers and index take, about."""
+_CAST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Floats of 8 bits stay: they mean nothing without their scales, which are tensors of their own."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    num_tensors: int
+    num_files: int
+    """Of tensors."""
+    num_bytes: int
+    """Of tensors."""
+
+
+def needed_files(manifest: Manifest, group: str) -> dict[str, FileRecord]:
+    """The files that an export of a group reads."""
+    records = manifest.tensors.get(group, {}).values()
+    paths = {_SAVED_CONFIG, *(chunk.file for record in records for chunk in record.chunks)}
+    return {path: record for path, record in manifest.files.items() if path in paths}
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse a path that must not be written to.
+
+    Args:
+        output: The path.
+        force: Whether what an export wrote there may be replaced.
+
+    Raises:
+        ValueError: It lies in a checkpoint, it exists, or its name is that of something else.
+    """
+    output = Path(os.path.abspath(output))
+    if around := [path for path in (output, *output.parents) if (path / MANIFEST).is_file()]:
+        raise ValueError(f"{output} lies in a checkpoint, {around[0]}, which must not change. Give another path.")
+    if parse_step_name(output.name) is not None:
+        raise ValueError(f"{output} has the name of a checkpoint. Give another path.")
+    if output.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise ValueError(f"{output} has a pickle's name. Give one that ends in {FILE_SUFFIX}, or a folder's.")
+    if not os.path.lexists(output):
+        return
+    wanted, found = ("a file" if output.suffix == FILE_SUFFIX else "a folder"), _kind(output)
+    if wanted != found:
+        raise ValueError(f"{output} is {found}, but {wanted} would be written. Give another path.")
+    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else [output.name]
+    if names and not force:
+        raise ValueError(f"{output} exists. Give another path, or --force to replace it.")
+    if others := [name for name in names if output.is_dir() and not _EXPORT_FILE.fullmatch(name)]:
+        raise ValueError(f"{output} holds what no export wrote: {', '.join(others[:5])}. Give another path.")
+
+
+def _kind(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+
+
+@torch.no_grad()
+def export(
+    checkpoint: Checkpoint,
+    group: str,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    force: bool = False,
+    fs: FileSystem | None = None,
+) -> Exported:
+    """Write the tensors of a group so that other software reads them.
+
+    A path that ends in .safetensors becomes one file, with tied tensors under each of their names, as a strict
+    `load_state_dict` wants them. Any other becomes a folder as `save_pretrained` makes it: the first name of tied
+    tensors only (transformers ties them itself), several files with an index beyond `max_shard_bytes`, and the
+    `config.json` of the checkpoint. A complex tensor is written as pairs of real numbers, as in the checkpoint.
+
+    Args:
+        checkpoint: Its `needed_files` have been verified.
+        group: "model", or any other group of the checkpoint.
+        output: The path; folders above it are made.
+        dtype: Floats of 16 bits and more are cast to it. None: they stay as they are.
+        max_shard_bytes: Of tensors in one file of a folder; a larger tensor has a file of its own.
+        force: Replace what is there. A folder is replaced only if an export could have written all that it holds.
+        fs: The disk.
+
+    Raises:
+        ValueError: `output` cannot be written to, or exists and `force` is False.
+        CheckpointError: The group does not exist, the disk has no space, or `dtype` cannot hold a finite value.
+    """
+    fs = fs if fs is not None else FileSystem()
+    output = Path(os.path.abspath(output))
+    check_output(output, force)
+    is_file = output.suffix == FILE_SUFFIX
+    records = {name: r for name, r in checkpoint.records(group).items() if is_file or r.alias_of is None}
+    described = {name: (_target_dtype(record, dtype), record.shape) for name, record in records.items()}
+    sizes = {name: math.prod(shape) * target.itemsize for name, (target, shape) in described.items()}
+    parts = [list(records)] if is_file else _split(sizes, max_shard_bytes)
+    metadata = {"format": "pt", "group": group, "step": str(checkpoint.manifest.step)}  # transformers wants the first
+
+    temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
+    fs.make_dir(output.parent)
+    look_for_space(fs, output.parent, sum(sizes.values()))
+    try:
+        with _opened(checkpoint, records) as (sources, config):
+            if not is_file:
+                fs.make_dir(temporary)
+            files: dict[str, str] = {}
+            for i, names in enumerate(parts):
+                part = weight_file(group, i, len(parts)).rpartition("/")[2]
+                begin, order = header({name: described[name] for name in names}, metadata)
+                buffers = _buffers(begin, {name: records[name] for name in order}, sources, described)
+                fs.write(temporary if is_file else temporary / part, buffers)
+                files.update(dict.fromkeys(names, part))
+        if not is_file:
+            if len(parts) > 1:
+                fs.write(temporary / _INDEX, [weight_index(files, sizes).encode()])
+            if config is not None:
+                fs.write(temporary / CONFIG, [_config(config, dtype)])
+            fs.sync_dir(temporary)
+        put_in_place(fs, temporary, output)
+    except BaseException:
+        if os.path.lexists(temporary):
+            fs.remove_tree(temporary)
+        raise
+    return Exported(output, len(records), len(parts), sum(sizes.values()))
+
+
+# ---------------------------------------------------------------------- the tensors
+
+
+def _target_dtype(record: TensorRecord, dtype: torch.dtype | None) -> torch.dtype:
+    stored: torch.dtype = getattr(torch, record.dtype)
+    return dtype if dtype is not None and stored in _CAST else stored
+
+
+def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in their order, such that each part has at most `max_bytes` or a single tensor."""
+    parts: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if parts[-1] and total + size > max_bytes:
+            parts.append([])
+            total = 0
+        parts[-1].append(name)
+        total += size
+    return parts
+
+
+@contextmanager
+def _opened(
+    checkpoint: Checkpoint, records: Mapping[str, TensorRecord]
+) -> Iterator[tuple[dict[str, TensorFile], bytes | None]]:
+    """All files of tensors at once, and the text of the configuration if there is one. What is open can be read to the
+    end, also when the run lets go of the checkpoint.
+    """
+    folder, sources = checkpoint.folder, {}
+    with ExitStack() as stack:
+        try:
+            for path in sorted({chunk.file for record in records.values() for chunk in record.chunks}):
+                file = stack.enter_context(open(folder / path, "rb"))
+                sources[path] = TensorFile(file)
+            config = (folder / _SAVED_CONFIG).read_bytes() if _SAVED_CONFIG in checkpoint.manifest.files else None
+            is_same = read_manifest(folder) == checkpoint.manifest
+        except (FileNotFoundError, CheckpointError):
+            is_same = False
+        if not is_same:
+            raise CheckpointError(f"{folder} was removed or saved again while it was read, by its run. Try again")
+        yield sources, config
+
+
+def _buffers(
+    begin: bytes,
+    records: Mapping[str, TensorRecord],
+    sources: Mapping[str, TensorFile],
+    described: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+) -> Iterator[Buffer]:
+    """The bytes of a file. A buffer is valid until the next one is asked for."""
+    yield begin
+    for name, record in records.items():
+        for piece in _pieces(record, sources):
+            cast = piece.to(described[name][0])
+            finite = cast.isfinite() if cast is not piece else None
+            if finite is not None and not finite.all() and not torch.equal(finite, piece.isfinite()):
+                raise CheckpointError(f"{name} has values that {dtype_name(cast.dtype)} cannot hold: they would be inf")
+            yield bytes_of(cast)
+
+
+def _pieces(record: TensorRecord, sources: Mapping[str, TensorFile]) -> Iterator[torch.Tensor]:
+    """A tensor from its first row to its last, in pieces of `_PIECE_BYTES`, or of one row if that is more."""
+    dtype: torch.dtype = getattr(torch, record.dtype)
+    shape = record.shape or (1,)
+    if 0 in shape:
+        return
+    num_rows = max(1, _PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+    for first in range(0, shape[0], num_rows):
+        box = ((first, *(0 for _ in shape[1:])), (min(num_rows, shape[0] - first), *shape[1:]))
+        piece = torch.empty(box[1], dtype=dtype)
+        for chunk in record.chunks:
+            stored = (chunk.offset or (0,), chunk.shape or (1,))
+            wanted = overlap(stored, box)
+            if wanted is not None:
+                target = piece[slices(wanted, box[0])]
+                rows = target if target.is_contiguous() else torch.empty(wanted[1], dtype=dtype)
+                skipped = (wanted[0][0] - stored[0][0]) * math.prod(stored[1][1:]) * dtype.itemsize
+                sources[chunk.file].read_into(chunk.key, skipped, bytes_of(rows))
+                if rows is not target:
+                    target.copy_(rows)
+        yield piece
+
+
+def _config(text: bytes, dtype: torch.dtype | None) -> bytes:
+    """The model's configuration; it must not claim another dtype than the weights have."""
+    if dtype is None:
+        return text
+    config = json.loads(text)
+    config.update({key: dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in config})
+    return json.dumps(config, indent=2).encode()
+
+
+# ---------------------------------------------------------------------- the target
+
+
+def look_for_space(fs: FileSystem, folder: Path, num_bytes: int) -> None:
+    """Raise if the disk cannot hold so many bytes of tensors."""
+    needed, free = num_bytes + _SPARE_BYTES, fs.free_bytes(folder)
+    if needed > free:
+        raise CheckpointError(
+            f"It needs {needed / 2**20:,.1f} MiB, but the disk of {folder} has {free / 2**20:,.1f} MiB free"
+        )
+
+
+def put_in_place(fs: FileSystem, temporary: Path, output: Path) -> None:
+    """Give what was written its name, durably."""
+    replaced = None
+    if output.is_dir():  # a file is replaced by the rename itself
+        replaced = output.with_name(f"{temporary.name}-replaced")
+        fs.rename(output, replaced)
+    try:
+        fs.rename(temporary, output)
+    except OSError:
+        if replaced is not None:
+            fs.rename(replaced, output)
+        raise
+    fs.sync_dir(output.parent)
+    if replaced is not None:
+        fs.remove_tree(replaced)

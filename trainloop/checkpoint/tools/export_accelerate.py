@@ -1,0 +1,126 @@
+"""Writes a checkpoint as a folder that `accelerator.load_state` reads, for those who have to go back.
+
+Unlike the weights alone, this is mostly pickles, which is the form that Accelerate has; model and optimizer are in
+memory once while they are written.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..disk.fs import FileSystem
+from ..format.layout import STATE, FileRecord, Manifest
+from ..format.tensorfile import serialize
+from ..load.reader import Checkpoint
+from .export import Exported, check_output, look_for_space, put_in_place
+
+_GROUPS = ("model", "optim", STATE)
+
+
+def needed_files(manifest: Manifest) -> dict[str, FileRecord]:
+    """The files that an export to Accelerate reads."""
+    return {path: record for path, record in manifest.files.items() if path.split("/")[0] in _GROUPS}
+
+
+@torch.no_grad()
+def export_accelerate(
+    checkpoint: Checkpoint, output: Path, *, fsdp2: bool = False, force: bool = False, fs: FileSystem | None = None
+) -> Exported:
+    """Write model, optimizer, schedule, loss scale and the random generators of the CPU.
+
+    What Accelerate has no place for is left out: the step, the position in the data, averages of the weights and what
+    other hooks keep. Those of the random generators that belong to a device are left out as well, since Accelerate
+    wants them of all devices of a process.
+
+    Args:
+        checkpoint: Its `needed_files` have been verified.
+        output: A folder; folders above it are made.
+        fsdp2: For a script that runs under FSDP2, whose files are others; it must have FULL_STATE_DICT as its state
+            dict type. Else for one process or DDP.
+        force: Replace what is there. A folder is replaced only if an export could have written all that it holds.
+        fs: The disk.
+
+    Raises:
+        ValueError: `output` cannot be written to, or exists and `force` is False.
+        CheckpointError: The disk has no space, or the checkpoint cannot be read.
+    """
+    fs = fs if fs is not None else FileSystem()
+    output = Path(os.path.abspath(output))
+    if output.suffix == ".safetensors":
+        raise ValueError(f"{output} has a file's name, but `accelerator.load_state` reads a folder. Give another path.")
+    check_output(output, force)
+    records = checkpoint.records("model")
+    model, state = _read(checkpoint, "model"), checkpoint.global_state()
+    if not fsdp2:  # Accelerate reads it with safetensors' `load_model`, which takes one of tied tensors only
+        model = {name: model[name] for name, record in records.items() if record.alias_of is None}
+    optimizer = _optimizer(checkpoint, state["optimizer"], by_name=fsdp2)
+    state_tensors = [v for values in optimizer["state"].values() for v in values.values() if hasattr(v, "nbytes")]
+    num_bytes = sum(tensor.nbytes for tensor in (*model.values(), *state_tensors))
+
+    temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
+    fs.make_dir(output.parent)
+    look_for_space(fs, output.parent, num_bytes)
+    try:
+        fs.make_dir(temporary)
+        if fsdp2:
+            _save(fs, temporary / "pytorch_model_fsdp.bin", model)
+        else:
+            fs.write(temporary / "model.safetensors", serialize(model, {"format": "pt"}))
+        _save(fs, temporary / "optimizer.bin", optimizer)
+        for name, part in (("scheduler.bin", state["lr_scheduler"]), ("scaler.pt", state["grad_scaler"])):
+            if part is not None:
+                _save(fs, temporary / name, part)
+        for rank in range(checkpoint.manifest.world_size):
+            rng = checkpoint.saved_rank_state(rank)["rng"]
+            _save(fs, temporary / f"random_states_{rank}.pkl", _random_states(rng))
+        fs.sync_dir(temporary)
+        put_in_place(fs, temporary, output)
+    except BaseException:
+        if os.path.lexists(temporary):
+            fs.remove_tree(temporary)
+        raise
+    return Exported(output, len(model), 1, num_bytes)
+
+
+def _read(checkpoint: Checkpoint, group: str) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors(group).items()}
+    checkpoint.read_into(group, tensors)
+    return tensors
+
+
+def _optimizer(checkpoint: Checkpoint, saved: Mapping[str, Any], by_name: bool) -> dict[str, Any]:
+    """What `Optimizer.state_dict` gives, or torch's `get_optimizer_state_dict`, which names the parameters."""
+    names = [name for group in saved["param_groups"] for name in group["params"]]
+    keys: dict[str, Any] = {name: name if by_name else place for place, name in enumerate(names)}
+    state: dict[Any, dict[str, Any]] = {keys[name]: dict(values) for name, values in saved["state"].items()}
+    for full_name, tensor in _read(checkpoint, "optim").items():
+        name, key = full_name.rsplit("/", 1)
+        state[keys[name]][key] = tensor
+    groups = []
+    for group in saved["param_groups"]:
+        # JSON made lists of the tuples that torch has here ("betas").
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+        groups.append({**values, "params": [keys[name] for name in group["params"]]})
+    return {"state": state, "param_groups": groups}
+
+
+def _random_states(rng: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the CPU, in Accelerate's form; its "step" counts micro-batches of the window that is open, and none is."""
+    version, internal, gauss = rng["python"]
+    states: dict[str, Any] = {"step": 0, "random_state": (version, tuple(internal), gauss)}
+    if "numpy" in rng:
+        kind, keys, position, has_gauss, cached = rng["numpy"]
+        states["numpy_random_seed"] = (kind, keys.numpy().astype("uint32"), position, has_gauss, cached)
+    return {**states, "torch_manual_seed": rng["torch"]}
+
+
+def _save(fs: FileSystem, path: Path, value: Any) -> None:
+    with open(path, "xb") as file:
+        torch.save(value, file)
+        fs.sync_file(file)

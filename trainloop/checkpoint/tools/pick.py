@@ -1,0 +1,62 @@
+"""Picks the checkpoint that something is to be taken out of, without a lock and without looking at all of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ...errors import CheckpointError
+from ..format.catalog import Catalog
+from ..load.loading import list_damaged, tell_choice
+from ..load.reader import Checkpoint
+from .survey import Select, is_one_checkpoint, look_into
+
+_PATIENCE = 3  # how often a run may remove what is just being verified
+
+
+def pick(path: Path, step: int | None, select: Select, logger: logging.Logger) -> Checkpoint:
+    """Find a checkpoint and verify the files that are needed of it, every byte.
+
+    Args:
+        path: A folder of checkpoints, or a checkpoint.
+        step: None: the newest healthy one whose files are whole; if none is healthy, the newest.
+        select: The files that are needed.
+        logger: Hears what the user may not expect of the choice.
+
+    Raises:
+        CheckpointError: There is none, or the one that was asked for is damaged.
+    """
+    catalog = Catalog(path)
+    if step is not None or is_one_checkpoint(path):
+        folder = catalog.explicit(path.resolve() if step is None else step)  # the link `latest` may move meanwhile
+        seen = look_into(folder, "full", select)
+        if seen is None:
+            raise CheckpointError(f"{folder} was removed while it was verified, by its run")
+        manifest, problems = seen
+        if manifest is None or problems:
+            raise CheckpointError(f"{folder} is damaged: {'; '.join(problems[:3])}")
+        return Checkpoint(folder, manifest)
+    for _ in range(_PATIENCE):
+        entries = catalog.latest()
+        damaged = {entry.folder: entry.problem for entry in entries if entry.info is None and entry.folder.exists()}
+        for entry in entries:
+            if entry.info is None:
+                continue
+            seen = look_into(entry.folder, "full", select)
+            if seen is None:
+                break  # its run has let go of it, so there is a newer one
+            manifest, problems = seen
+            if manifest is not None and not problems:
+                checkpoint = Checkpoint(entry.folder, manifest)
+                tell_choice(checkpoint, damaged, entries, logger)
+                return checkpoint
+            damaged[entry.folder] = "; ".join(problems[:3])
+        else:
+            raise CheckpointError(
+                f"All checkpoints in {path} are damaged: {list_damaged(damaged)}"
+                if damaged
+                else f"{path} has no checkpoint"
+            )
+    raise CheckpointError(
+        f"{path} loses its checkpoints to its run faster than they can be verified. Give another step"
+    )

@@ -1,0 +1,131 @@
+"""Removes checkpoints that no policy wants, outside of a run and under its lock."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import CheckpointError
+from ..disk.fs import FileSystem
+from ..disk.housekeeping import clean_up, discard, point_latest
+from ..disk.lock import FolderLock
+from ..format.integrity import Verify
+from ..format.layout import LATEST, ManifestInfo
+from ..retention import BestK, RetentionPolicy, read_policies, reasons_to_keep
+from .survey import Finding, Leftover, examine, leftovers, run_retention, survey
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pruning does."""
+
+    policies: Sequence[RetentionPolicy]
+    reasons: dict[int, list[str]]
+    """Why each whole checkpoint stays, by step, in the order of the commits; an empty list: it goes."""
+    stay: Sequence[Finding]
+    go: Sequence[Finding]
+    damaged: Sequence[Finding]
+    """Neither counted nor removed."""
+    leftovers: Sequence[Leftover]
+    """Go as well."""
+
+
+def plan_pruning(
+    root: Path, policies: Sequence[RetentionPolicy] | None, *, verify: Verify = "full", with_damaged: bool = False
+) -> Plan:
+    """Decide what goes. Changes nothing.
+
+    Args:
+        root: A folder of checkpoints.
+        policies: What to keep besides the newest and the newest healthy. None: what the run itself keeps, as its newest
+            manifest says.
+        verify: How deep those are looked at that are to stay: a damaged one must not take a sound one's place.
+        with_damaged: Damaged ones go, too.
+
+    Raises:
+        CheckpointError: No checkpoint is whole, or what the run keeps cannot be told.
+        ValueError: No checkpoint has the metric that one of `policies` looks at.
+    """
+    findings = {finding.folder: finding for finding in survey(root, "size")}
+    verified: set[Path] = set()
+    while True:
+        whole = {f.info.step: f for f in findings.values() if f.info is not None and not f.problems}
+        damaged = [f for f in findings.values() if f.info is None or f.problems]
+        if damaged and not whole:
+            told = f"{damaged[-1].folder.name}: {damaged[-1].problems[0]}"
+            raise CheckpointError(f"No checkpoint in {root} is whole, so none is removed: {told}")
+        infos = [finding.info for finding in whole.values() if finding.info is not None]
+        wanted = policies if policies is not None else _policies_of_run(root, list(findings.values()))
+        _check_metrics(policies or (), infos)
+        reasons = reasons_to_keep(infos, wanted)
+        doubtful = {whole[step].folder for step, why in reasons.items() if why} - verified
+        if not doubtful:
+            break
+        for folder in doubtful:
+            finding = examine(folder, verify)
+            if finding is None:
+                del findings[folder]
+            else:
+                findings[folder] = finding
+        verified |= doubtful
+    stay = [whole[step] for step, why in reasons.items() if why]
+    go = [whole[step] for step, why in reasons.items() if not why]
+    if with_damaged:
+        go, damaged = [*damaged, *go], []
+    return Plan(wanted, reasons, stay, go, damaged, leftovers(root))
+
+
+def prune(
+    root: Path,
+    policies: Sequence[RetentionPolicy] | None,
+    *,
+    verify: Verify = "full",
+    with_damaged: bool = False,
+    fs: FileSystem | None = None,
+    logger: logging.Logger | None = None,
+) -> Plan:
+    """Carry out what `plan_pruning` decides. What a run left behind that died is cleared away first.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: A run holds the folder; or as `plan_pruning`, and no checkpoint was removed.
+    """
+    fs = fs if fs is not None else FileSystem()
+    lock = FolderLock(root, remedy="It removes by its own policies; wait for its end to remove by others")
+    try:
+        remains = leftovers(root)
+        clean_up(fs, root, logger if logger is not None else logging.getLogger("trainloop"))
+        plan = plan_pruning(root, policies, verify=verify, with_damaged=with_damaged)
+        plan = replace(plan, leftovers=[leftover for leftover in remains if not os.path.lexists(leftover.path)])
+        discard(fs, [finding.folder for finding in plan.go], lock.token)
+        latest = root / LATEST
+        if plan.reasons and latest.is_symlink() and not latest.exists():
+            point_latest(fs, root, list(plan.reasons)[-1], lock.token)
+    finally:
+        lock.release()
+    return plan
+
+
+def _policies_of_run(root: Path, findings: Sequence[Finding]) -> list[RetentionPolicy]:
+    described = run_retention(findings)
+    if described is None and findings:
+        raise CheckpointError(f"The newest checkpoint in {root} does not say what its run keeps. Give policies")
+    policies, unknown = read_policies(described or ())
+    if unknown:
+        raise CheckpointError(
+            f"The run keeps what {', '.join(unknown)} wants, which can only be asked in the run itself. Give policies"
+        )
+    return policies
+
+
+def _check_metrics(policies: Sequence[RetentionPolicy], infos: Sequence[ManifestInfo]) -> None:
+    """A name that is misspelt would keep nothing."""
+    there = sorted({name for info in infos for name in info.metrics})
+    for policy in policies:
+        if isinstance(policy, BestK) and infos and policy.metric not in there:
+            raise ValueError(f"No checkpoint has the metric {policy.metric!r}, only: {', '.join(there) or 'none'}")

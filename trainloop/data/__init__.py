@@ -1,0 +1,6 @@
+"""Where the run stands in its data.
+
+In: whatever `build_data_loader` returns, the seed, and the number of processes.
+Out: an endless stream of this rank's micro-batches on its device, each sample once an epoch, and the position in it,
+which a checkpoint keeps.
+"""

@@ -1,0 +1,121 @@
+"""Where the run stands in its data: each rank's batches, without end, on the device, at a position that can be saved.
+
+What kinds of data there are, and how each goes to a position, is in `sources.py`. torch's own loader fetches
+everywhere, and nothing runs ahead of what it has yielded but its workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from ..errors import describe
+from ..records import map_nested
+from .sources import IndexedSource, IterableSource, SampledSource, Source, with_workers
+
+
+class DataFeed:
+    """Iterator over this rank's batches, on the device, epoch after epoch without end.
+
+    Use it as a context manager: leaving it ends the loader's workers.
+
+    Args:
+        loader: The user's data.
+        seed: Of the order, in [0, 2^31).
+        rank: This rank.
+        world_size: Number of ranks.
+        device: Where the batches go.
+
+    Raises:
+        TypeError: `loader` is not iterable.
+        ValueError: It is empty.
+    """
+
+    def __init__(self, loader: Any, *, seed: int, rank: int, world_size: int, device: torch.device) -> None:
+        self._source = _source(loader, seed, rank, world_size)
+        self._next: Any = None
+        is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
+        self._transfer = None if is_prepared and loader.device is not None else transfer(loader, device)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the run is in, from 0."""
+        return self._source.epoch
+
+    def start(self) -> None:
+        """Make the iterator, at the current position. After it the random generators may be restored."""
+        self._next = self._source.open().__next__
+
+    def __next__(self) -> Any:
+        batch = self._next()
+        return batch if self._transfer is None else self._transfer(batch)
+
+    def close(self) -> None:
+        """End the iterator and its workers; `start` goes on where it stood."""
+        self._next = None
+        self._source.close()
+
+    def __enter__(self) -> DataFeed:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on all ranks."""
+        return self._source.state_dict()
+
+    def rank_state_dict(self) -> dict[str, Any] | None:
+        """What belongs to this rank only, if anything."""
+        return self._source.rank_state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
+        """Go to a saved position; `rank_state` is None if it was saved at another number of processes."""
+        if state["kind"] != type(self._source).__name__:
+            raise ValueError(
+                f"The data position was saved by a {state['kind']}, but `build_data_loader` now gives a"
+                f" {type(self._source).__name__}. Resume with the same kind of data."
+            )
+        self._source.load_state_dict(state, rank_state)
+
+
+def transfer(loader: Any, device: torch.device) -> Callable[[Any], Any] | None:
+    """What moves a batch of this loader to the device; None: it is there already."""
+    if device.type == "cpu":
+        return None
+    # Asynchronous where the user's loader has pinned the batch; from pageable memory the copy waits anyway.
+    send = partial(send_to_device, device=device, non_blocking=bool(getattr(loader, "pin_memory", False)))
+    return partial(map_nested, send, is_leaf=lambda value: hasattr(value, "to"))
+
+
+def _source(loader: Any, seed: int, rank: int, world_size: int) -> Source:
+    if not isinstance(loader, Iterable):
+        raise TypeError(
+            f"`build_data_loader` must return a DataLoader or another iterable of batches, but returned"
+            f" {describe(loader)}."
+        )
+    if isinstance(loader, str | bytes | dict):
+        raise TypeError(f"`build_data_loader` must return an iterable of batches, but returned {describe(loader)}.")
+    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
+        if not isinstance(loader.dataset, IterableDataset):
+            return IndexedSource(loader, seed, rank, world_size)
+        if loader.num_workers == 0:
+            return SampledSource(loader, rank, world_size)
+        return IterableSource(with_workers(loader, rank, world_size), is_first=rank == 0)
+    is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
+    shards_itself = is_prepared or isinstance(getattr(loader, "sampler", None), DistributedSampler)
+    if world_size > 1 and isinstance(loader, DataLoader) and not shards_itself:
+        raise ValueError(
+            f"{type(loader).__name__} iterates in a way of its own, so it can't be sharded over {world_size}"
+            " processes: each would train on the same batches. Return a torch DataLoader, one that"
+            " `accelerator.prepare` has sharded, or one with a DistributedSampler."
+        )
+    if isinstance(loader, Sequence):
+        return IndexedSource(loader, seed, rank, world_size)
+    return IterableSource(loader, is_first=rank == 0)

@@ -1,0 +1,79 @@
+"""What the ranks tell one another once a window, besides the gradient: one small vector of host integers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from ..errors import RankDisagreementError
+from . import collectives
+
+REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed")
+"""What any rank may ask of all: a signal number, 1 for the others; 0: nothing."""
+
+
+class Control:
+    """Requests that any rank makes and all ranks act on after the same step.
+
+    `ask` is local and may come from a signal handler; `start` and `finish` are where all ranks learn of it; `agreed`
+    keeps it until it was acted on. A single process goes the same way, so that a run ends at the same step at any
+    number of processes.
+    """
+
+    def __init__(self) -> None:
+        self._asked = dict.fromkeys(REQUESTS, 0)
+        self.agreed = dict.fromkeys(REQUESTS, 0)
+
+    def ask(self, request: str, value: int = 1) -> None:
+        """Make a request on this rank; it is agreed on with the next exchange. The first value that is asked for
+        stays: of several signals the first decides.
+        """
+        self._asked[request] = self._asked[request] or value
+
+    def take(self, request: str) -> int:
+        """What was agreed on, which is thereby done with; 0: nothing."""
+        value, self.agreed[request] = self.agreed[request], 0
+        return value
+
+    def agree_on_exit(self) -> bool:
+        """Whether any rank was sent an exit signal, told at once. Call on every rank; for long work between two
+        windows, which must not keep the run from ending in time.
+        """
+        own = self.agreed["exit_signal"] or self._asked["exit_signal"]
+        self.agreed["exit_signal"] = max(signal for (signal,) in collectives.start_gather([own])())
+        return bool(self.agreed["exit_signal"])
+
+    def start(self, skipped: Sequence[int]) -> None:
+        """Tell the others, without waiting for them. Call on every rank once a window, when its work is queued: the
+        exchange of host values over gloo then runs while the device computes.
+
+        Args:
+            skipped: Which draws of the window gave no loss on this rank; must be the same on all.
+        """
+        # Exchanged for new ones before they are read: a signal may come between any two lines, and must not be lost.
+        asked, self._asked = self._asked, dict.fromkeys(REQUESTS, 0)
+        values = [asked[request] for request in REQUESTS]
+        self._skipped = list(skipped)
+        pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
+        self._finish = collectives.start_gather([*values, pattern])
+
+    def finish(self, step: int) -> None:
+        """Hear from the others. Call on every rank, after `start`.
+
+        Raises:
+            RankDisagreementError: On every rank, naming what each has skipped.
+        """
+        by_rank = self._finish()
+        if not any(map(any, by_rank)):
+            return  # nobody asks for anything, and nobody has skipped anything: nearly always
+        *by_request, patterns = zip(*by_rank, strict=True)
+        if len(set(patterns)) > 1:
+            skipped = collectives.gather_objects(self._skipped)
+            told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(skipped))
+            raise RankDisagreementError(
+                f"Step {step}: `forward` returned None for different micro-batches on different ranks (draws of the"
+                f" window, from 0: {told}). Return None for the same micro-batch on every rank, or override"
+                " `batch_weight` and return 0 for a micro-batch that one rank alone wants to drop."
+            )
+        for request, values in zip(REQUESTS, by_request, strict=True):
+            self.agreed[request] = self.agreed[request] or max(values)

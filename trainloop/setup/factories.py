@@ -1,0 +1,232 @@
+"""What the trainer does before its loop: checking what it was given, and preparing it through Accelerate."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import convert_to_fp32
+from torch import nn
+
+from ..data.feed import DataFeed
+from ..errors import check_int, describe
+from ..hook import BaseHook
+from ..ranks import collectives
+from .launch import choose_fsdp2_precision
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def check_arguments(
+    *,
+    max_steps: Any,
+    grad_clip: Any,
+    max_non_finite_grad_retries: Any,
+    mixed_precision: Any,
+    gradient_accumulation_steps: Any,
+    no_sync_accumulate: Any,
+    state_dict_options: Any,
+    accelerator: Any,
+    seed: Any,
+) -> None:
+    """Raise for arguments of `BaseTrainer` that cannot be meant."""
+    check_int("max_steps", max_steps, 0)
+    check_int("max_non_finite_grad_retries", max_non_finite_grad_retries, 0, optional=True)
+    check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
+    check_int("seed", seed, 0, optional=True)
+    if seed is not None and seed >= 2**31:
+        raise ValueError(f"`seed` must be below 2**31, but is {seed}.")
+    if grad_clip is not None:
+        if isinstance(grad_clip, bool) or not isinstance(grad_clip, int | float):
+            raise TypeError(f"`grad_clip` must be a number or None, but is {describe(grad_clip)}.")
+        if not (math.isfinite(grad_clip) and grad_clip > 0):
+            raise ValueError(f"`grad_clip` must be positive and finite, but is {grad_clip}. None turns clipping off.")
+    choices = ("no", "fp16", "bf16", "fp8")
+    if mixed_precision is not None and mixed_precision not in choices:
+        raise ValueError(f"`mixed_precision` must be one of {choices} or None, but is {mixed_precision!r}.")
+    if not isinstance(no_sync_accumulate, bool):
+        raise TypeError(f"`no_sync_accumulate` must be True or False, but is {describe(no_sync_accumulate)}.")
+    if accelerator is not None and not isinstance(accelerator, Accelerator):
+        raise TypeError(f"`accelerator` must be an accelerate.Accelerator, but is {describe(accelerator)}.")
+    if state_dict_options is not None and type(state_dict_options).__name__ != "StateDictOptions":
+        raise TypeError(
+            "`state_dict_options` must be torch.distributed.checkpoint.state_dict.StateDictOptions, but is"
+            f" {describe(state_dict_options)}."
+        )
+
+
+def parse_device(device: torch.device | str | int | None) -> torch.device | None:
+    """The `device` argument as a `torch.device`."""
+    if device is None:
+        return None
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as ex:
+        raise ValueError(f"`device` must name a torch device, for example 'cpu' or 'cuda', but is {device!r}.") from ex
+
+
+def parse_timeout(timeout: timedelta | float | None) -> timedelta | None:
+    """The `timeout` argument as a `timedelta`."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, timedelta | int | float):
+        raise TypeError(f"`timeout` must be a timedelta, seconds or None, but is {describe(timeout)}.")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"`timeout` must be positive and finite, but is {timeout}.")
+    return timedelta(seconds=seconds)
+
+
+def default_logger() -> logging.Logger:
+    """The logger "trainloop", which speaks on rank 0 only. Where logging is not configured it gets a handler, or the
+    first user would see nothing of his run.
+    """
+    own = logging.getLogger("trainloop")
+    if not own.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        own.addHandler(handler)
+    if own.level == logging.NOTSET and own.handlers:
+        own.setLevel(logging.INFO)
+    adapter: Any = get_logger("trainloop")
+    return adapter  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------- what the factories returned
+
+
+def check_type(value: Any, wanted: type[T], factory: str) -> T:
+    """What the factory of that name returned, if it is a `wanted`."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"`{factory}` must return a {wanted.__name__}, but returned {describe(value)}.")
+    return value
+
+
+def check_model(model: Any) -> nn.Module:
+    """`model`, if it is one that can be prepared and trained."""
+    checked: nn.Module = check_type(model, nn.Module, "build_model")
+    on_meta = [name for name, p in checked.named_parameters() if p.is_meta]
+    if on_meta:
+        raise ValueError(
+            f"`build_model` must return a model with real weights, but {len(on_meta)} parameters are on the meta device"
+            f" (first: {on_meta[0]}): Accelerate would give all of the optimizer's slots to one parameter. Build it on"
+            " the CPU on every rank, or call `model.to_empty(device='cpu')` and initialise it."
+        )
+    if not any(p.requires_grad for p in checked.parameters()):
+        raise ValueError("`build_model` must return a model with at least one parameter that requires grad.")
+    return checked
+
+
+def check_lr_scheduler(scheduler: Any) -> Any:
+    """The raw scheduler: a prepared one would step once for each process."""
+    if isinstance(scheduler, AcceleratedScheduler):
+        scheduler = scheduler.scheduler
+    if scheduler is None or (callable(getattr(scheduler, "step", None)) and hasattr(scheduler, "state_dict")):
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise TypeError(
+                "`build_lr_scheduler` must return a scheduler that steps without a metric, but returned"
+                " ReduceLROnPlateau. Step it in a hook, with the metric that it watches."
+            )
+        return scheduler
+    raise TypeError(f"`build_lr_scheduler` must return a scheduler or None, but returned {describe(scheduler)}.")
+
+
+def check_hooks(hooks: Any, workspace: Path | None) -> list[BaseHook]:
+    """The hooks as a list, if each is one and has the workspace that it needs."""
+    if not isinstance(hooks, Iterable):
+        raise TypeError(f"`build_hooks` must return a list of hooks, but returned {describe(hooks)}.")
+    checked = list(hooks)
+    for hook in checked:
+        if not isinstance(hook, BaseHook):
+            raise TypeError(f"`build_hooks` must return objects of BaseHook, but one is {describe(hook)}.")
+        if workspace is None and getattr(hook, "needs_workspace", False):
+            raise ValueError(
+                f"{type(hook).__name__} writes to `workspace`, but it is None. Pass a folder to the trainer."
+            )
+    return checked
+
+
+def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise if the optimizer updates what the model doesn't hold: it would be neither reduced nor saved."""
+    own = set(model.parameters())
+    foreign = sum(p not in own for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ValueError(
+            f"`build_optimizer` must return an optimizer of `self.model`'s parameters, but {foreign} of its parameters"
+            " are not in the model. Make them part of the model that `build_model` returns."
+        )
+
+
+def raw_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's wrapper."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+# ---------------------------------------------------------------------- Accelerate
+
+
+def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
+    """The stream of this rank's batches."""
+    return DataFeed(
+        loader,
+        seed=seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+    )
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+    """Prepare model and optimizer together. What is prepared already is used as it is."""
+    if getattr(model, "_is_accelerate_prepared", False) and isinstance(optimizer, AcceleratedOptimizer):
+        return model, optimizer
+    check_optimizer_params(raw_optimizer(optimizer), model)
+    returns_fp32 = False
+    if accelerator.is_fsdp2:
+        returns_fp32 = choose_fsdp2_precision(accelerator)
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.cpu_ram_efficient_loading and _has_persistent_buffers(model):
+            plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours follows
+        if not plugin.cpu_ram_efficient_loading:
+            collectives.share_rank_zero_weights(model, accelerator.device)
+    prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
+    if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
+        prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))
+    return prepared
+
+
+def _has_persistent_buffers(model: nn.Module) -> bool:
+    return bool(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+
+
+@contextmanager
+def accumulation_state(accelerator: Accelerator, num_micro_steps: int) -> Iterator[None]:
+    """Accelerate's accumulation settings, which are shared by the whole process, as this run needs them; left behind
+    usable by the next trainer, also after an exception in mid-window.
+    """
+    state = accelerator.gradient_state
+    before = dict(state.plugin_kwargs)
+    state.plugin_kwargs.update(num_steps=num_micro_steps, sync_with_dataloader=False)
+    accelerator.sync_gradients = True
+    try:
+        yield
+    finally:
+        state.plugin_kwargs.clear()
+        state.plugin_kwargs.update(before)
+        accelerator.sync_gradients = True

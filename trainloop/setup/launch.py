@@ -1,0 +1,226 @@
+"""What `accelerate launch` asked for, held against what the script asked for.
+
+Accelerate lets an argument beat the environment here and the environment beat an argument there, and trains on in
+silence where it cannot do what it was asked for. Each such case is an error here, or is made to work.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ..errors import TrainloopWarning
+
+_PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
+_FSDP1 = (
+    "The launch configuration asks for FSDP version 1, which trainloop does not support. Use FSDP2: `--fsdp_version 2`,"
+    " or `fsdp_version: 2` under `fsdp_config`."
+)
+_STRATEGIES = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_HPU,
+    DistributedType.MULTI_SDAA,
+    DistributedType.MULTI_NEURON,
+    DistributedType.FSDP,
+}
+
+
+def launched_mixed_precision() -> str | None:
+    """The launch's mixed precision, or `None`. The launcher says "no" also where nobody was asked, so that "no" binds
+    nobody.
+    """
+    value = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return None if value == "no" else value
+
+
+def resolve_mixed_precision(argument: str | None) -> str | None:
+    """What to pass to `Accelerator`: the argument, after it was held against the launch."""
+    launched = launched_mixed_precision()
+    if argument is not None and launched is not None and argument != launched:
+        raise ValueError(
+            f"`mixed_precision` is {argument!r}, but the launch configuration says {launched!r}. Give it in one place:"
+            f" drop the argument, or launch with `--mixed_precision {argument}`."
+        )
+    return argument
+
+
+def resolve_accumulation(argument: int | None) -> int:
+    """Micro-batches a step: the argument, or the launch's, or 1. Both, and different, is an error: Accelerate would
+    follow the environment and ignore the script.
+    """
+    text = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if text is None:
+        return argument if argument is not None else 1
+    try:
+        launched = int(text)
+    except ValueError as ex:
+        raise ValueError(f"`ACCELERATE_GRADIENT_ACCUMULATION_STEPS` must be a number, but is {text!r}.") from ex
+    if launched < 1:
+        raise ValueError(f"`ACCELERATE_GRADIENT_ACCUMULATION_STEPS` must be at least 1, but is {launched}.")
+    if argument is not None and argument != launched:
+        raise ValueError(
+            f"`gradient_accumulation_steps` is {argument}, but the launch configuration says {launched}. Give it in one"
+            " place: drop the argument, or make both equal."
+        )
+    return launched
+
+
+def check_fsdp_version() -> None:
+    """Raise for FSDP version 1 before an `Accelerator` is built, which fails on it for another reason without a GPU."""
+    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(_FSDP1)
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def check_accelerator(
+    accelerator: Accelerator,
+    *,
+    mixed_precision: str | None,
+    gradient_accumulation_steps: int | None,
+    device: torch.device | None,
+    is_ours: bool,
+) -> None:
+    """Raise where the `Accelerator` that the run got is not what was asked for.
+
+    Args:
+        accelerator: What the run will use.
+        mixed_precision: The trainer's argument.
+        gradient_accumulation_steps: The trainer's argument.
+        device: The trainer's argument.
+        is_ours: Built by `BaseTrainer.build_accelerator` itself, not by the user.
+
+    Raises:
+        ValueError: Naming the argument, what it asks for and what the run would do.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"{launched} processes were launched, but each believes that it is alone, because no device was found that"
+            " they could share. To run them on the CPU, set `ACCELERATE_USE_CPU=true` before `accelerate launch`."
+        )
+    if accelerator.distributed_type not in _STRATEGIES:
+        raise ValueError(
+            f"trainloop does not support {accelerator.distributed_type} yet, which the launch configuration asks for."
+            " Use one process, DDP (`--multi_gpu`) or FSDP2 (`--use_fsdp --fsdp_version 2`)."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(_FSDP1)
+    parallelism = accelerator.parallelism_config
+    for kind in ("tp", "cp", "sp"):
+        size = getattr(parallelism, f"{kind}_size", 1)
+        if size > 1:
+            raise ValueError(
+                f"The launch configuration asks for {kind}_size {size}, which trainloop does not support yet: every"
+                " rank draws data of its own. Use dp_replicate_size and dp_shard_size."
+            )
+    wanted = mixed_precision if mixed_precision is not None or not is_ours else launched_mixed_precision() or "no"
+    if wanted is not None and accelerator.mixed_precision != wanted:
+        raise ValueError(
+            f"`mixed_precision` should be {wanted!r}, but this process's Accelerator runs with"
+            f" {accelerator.mixed_precision!r}. Accelerate keeps one mixed precision for a whole process: give all"
+            " trainers of it the same, or start a process for each."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "`mixed_precision` 'fp16' needs a GPU: on the CPU Accelerate would train in fp32 without saying so. Use"
+            " 'bf16' or 'no'."
+        )
+    if not is_ours and gradient_accumulation_steps is not None:
+        own = accelerator.gradient_accumulation_steps
+        if own not in (1, gradient_accumulation_steps):
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {gradient_accumulation_steps}, but the `Accelerator` was built with"
+                f" {own}. Give it in one place."
+            )
+    if device is not None:
+        own_index = accelerator.device.index if device.index is not None else None
+        if (device.type, device.index) != (accelerator.device.type, own_index):
+            raise ValueError(
+                f"`device` is '{device}', but Accelerate runs this process on '{accelerator.device}'. Choose devices at"
+                " launch (`--gpu_ids`, `CUDA_VISIBLE_DEVICES`), or pass 'cpu' before any other trainer is built."
+            )
+
+
+@contextmanager
+def without_parallelism_on_cpu() -> Iterator[None]:
+    """Within it, an `Accelerator` can be built for a rehearsal of HSDP: it refuses a `ParallelismConfig` for what it
+    takes to be plain CPU processes. `rehearse_fsdp2_on_cpu` gives it back.
+    """
+    rehearses = _is_set("ACCELERATE_USE_CPU") and _is_set("ACCELERATE_USE_FSDP")
+    hidden = os.environ.pop(_PARALLELISM, None) if rehearses else None
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ[_PARALLELISM] = hidden
+
+
+def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
+    """Make FSDP2 on CPU processes what the launch asked for; Accelerate turns it into DDP in silence.
+
+    People debug a multi-node configuration on a laptop with it. Sets the state that Accelerate itself sets on a GPU
+    (`AcceleratorState.__init__`), which a canary test watches.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+    from torch.distributed.fsdp import OffloadPolicy
+
+    if not _is_set("ACCELERATE_USE_FSDP") or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version == 2:
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        plugin.cpu_offload = OffloadPolicy()  # the parameters are on the CPU as it is
+        accelerator.state.fsdp_plugin = plugin
+        if accelerator.is_main_process:
+            warnings.warn(
+                "FSDP2 runs on CPU processes: right for rehearsing a launch configuration, far too slow for training.",
+                TrainloopWarning,
+                stacklevel=3,
+            )
+    else:
+        accelerator.state.fsdp_plugin = plugin  # refused with its remedy by `check_accelerator`
+    if _is_set(_PARALLELISM):
+        config = ParallelismConfig()
+        accelerator.state.parallelism_config = config
+        accelerator.state.device_mesh = config.get_device_mesh("cpu")
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def choose_fsdp2_precision(accelerator: Accelerator) -> bool:
+    """Reduce FSDP2's gradients in fp32 where Accelerate's default policy is in force, and say whether it is.
+
+    Accelerate reduces in bf16 and hands out a bf16 loss; DDP with autocast does neither. A policy that the user set is
+    left alone. The model's output is for the caller to cast: the policy's `output_dtype` holds for every wrapped layer,
+    and a layer that returns fp32 breaks the next one, whose weights are bf16.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    policy = plugin.mixed_precision_policy
+    if low is None or policy is None or (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) != (low,) * 3:
+        return False
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=low,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=policy.cast_forward_inputs,
+    )
+    return True

@@ -1,0 +1,274 @@
+"""Begins a run with what another tool has saved: weights, optimizer, schedule and step, under any strategy.
+
+checkpoint/importing gives names and tensors; here they are held against the run's own model and optimizer, all of them
+before anything is touched, and each rank reads the parts that it holds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import set_seed
+
+from ..checkpoint.agreement import Ranks
+from ..checkpoint.importing import Foreign, ForeignOptimizer, open_foreign
+from ..checkpoint.sharding import find_aliases
+from ..errors import CheckpointError
+from ..ranks import collectives
+from ..rng import derived_seed
+from ..setup.factories import raw_optimizer
+from ..step.non_finite import clean_name
+from .live import empty_like_param, load_optimizer_state, optimizer_state
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+_NUM_TOLD = 5  # names in an error
+_DDP = "module."
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where each tensor of a checkpoint goes, after all names and shapes were checked."""
+
+    foreign: Foreign
+    targets: Mapping[str, Mapping[str, torch.Tensor]]
+    """By group and name in the file."""
+    average_names: Mapping[str, Mapping[str, str]]
+    """By group: name in the file -> parameter's name."""
+    optimizer: dict[str, Any] | None
+    """In the form of `optimizer_state`, with memory to be filled."""
+    optimizer_targets: Mapping[str, torch.Tensor]
+    cast: str
+    """What is cast on the way; empty: nothing."""
+
+
+def adopt(trainer: BaseTrainer, path: Path) -> dict[str, Any]:
+    """Load a foreign checkpoint into a trainer that is built. Call on every rank.
+
+    Returns:
+        What the hooks' `on_load_state_dict` gets.
+
+    Raises:
+        CheckpointError: On every rank. It cannot be read, or is not of this model and optimizer, and nothing was
+            changed.
+    """
+    live, ranks, plans = trainer.live_model_state(), Ranks(), []
+    ranks.do(lambda: plans.append(_plan(trainer, live, open_foreign(path))), _nothing, f"{path} cannot be imported")
+    plan = plans[0]
+    ranks.do(lambda: _read(plan), _nothing, f"{path} cannot be imported")
+    foreign = plan.foreign
+    trainer.step, how = _step(foreign, plan.optimizer)
+    taken, notes = ["the weights"], [*foreign.left]
+    saved_groups = _place_schedule(trainer, foreign, taken, notes)
+    if plan.optimizer is not None:
+        optimizer = raw_optimizer(trainer.optimizer)
+        groups = plan.optimizer["param_groups"]
+        if not saved_groups:
+            groups = optimizer_state(trainer.unwrapped_model, optimizer)["param_groups"]
+        load_optimizer_state(trainer.unwrapped_model, optimizer, {**plan.optimizer, "param_groups": groups})
+        taken.append("the optimizer's state" + (" and parameter groups" if saved_groups else ""))
+    if trainer.grad_scaler is not None and foreign.grad_scaler is not None:
+        trainer.grad_scaler.load_state_dict(foreign.grad_scaler)
+        taken.append("the loss scale")
+    if trainer.step:
+        assert trainer.seed is not None, "the trainer is built"
+        set_seed(derived_seed(trainer.seed, trainer.step, collectives.rank()))
+    averages = {
+        group: {name: plan.targets[group][key] for key, name in names.items()}
+        for group, names in plan.average_names.items()
+    }
+    taken += [f"the average {group!r}, for an `EmaHook` of that name" for group in averages]
+    trainer.logger.info(
+        f"{path} is {foreign.what}. Taken from it: {', '.join(taken)}. The run goes on after step {trainer.step}"
+        f" ({how})."
+    )
+    trainer.logger.warning(
+        f"{path}: not taken from it: {'; '.join(notes)}. The data begins at its first epoch.{plan.cast}"
+    )
+    return {"model": live, **foreign.hooks, **averages}
+
+
+# ---------------------------------------------------------------------- what goes where
+
+
+def _plan(trainer: BaseTrainer, live: dict[str, torch.Tensor], foreign: Foreign) -> _Plan:
+    params = trainer.named_parameters()
+    described = foreign.weights["model"].described()
+    names = _clean_names(described, live)
+    _check_weights(foreign.path, described, names, live)
+    targets: dict[str, dict[str, torch.Tensor]] = {"model": {key: live[name] for key, name in names.items()}}
+    average_names: dict[str, dict[str, str]] = {}
+    for group, source in foreign.weights.items():
+        if group != "model":
+            described = source.described()
+            average_names[group] = _clean_names(described, live)
+            targets[group] = {
+                key: empty_like_param(params.get(name), *described[key], on_host=False)
+                for key, name in average_names[group].items()
+            }
+    optimizer: dict[str, Any] | None = None
+    optimizer_targets: dict[str, torch.Tensor] = {}
+    if foreign.optimizer is not None:
+        optimizer, optimizer_targets = _plan_optimizer(trainer, foreign.path, foreign.optimizer)
+    dtypes = {(dtype, live[names[key]].dtype) for key, (_, dtype) in foreign.weights["model"].described().items()}
+    casts = sorted(f"{saved} to {own}" for saved, own in dtypes if saved != own)
+    cast = f" Weights were cast: {', '.join(casts).replace('torch.', '')}." if casts else ""
+    return _Plan(foreign, targets, average_names, optimizer, optimizer_targets, cast)
+
+
+def _clean_names(names: Iterable[str], live: Mapping[str, Any]) -> dict[str, str]:
+    """The model's name of each name in a file, which may have been written by a wrapped model."""
+    clean = {name: clean_name(name) for name in names}
+    while clean and not live.keys() & set(clean.values()) and all(name.startswith(_DDP) for name in clean.values()):
+        clean = {key: name.removeprefix(_DDP) for key, name in clean.items()}
+    return clean
+
+
+def _check_weights(path: Path, described: Mapping[str, Any], names: Mapping[str, str], live: Mapping[str, Any]) -> None:
+    found = set(names.values())
+    first_names = find_aliases(live)
+    held = {first_names.get(name, name) for name in found}  # of tied tensors a file may have any one
+    complaints = [
+        _told("not in the file", sorted(name for name in live if first_names.get(name, name) not in held)),
+        _told("not in the model", sorted(found - live.keys())),
+        _told(
+            "of another shape",
+            [
+                f"{name} is {list(described[key][0])} there, but {list(live[name].shape)} here"
+                for key, name in names.items()
+                if name in live and described[key][0] != tuple(live[name].shape)
+            ],
+        ),
+    ]
+    if any(complaints):
+        raise CheckpointError(
+            f"The weights in {path} are not those of this run's model; nothing was changed."
+            f" {' '.join(filter(None, complaints))} What fits only in part, load in `build_model`"
+        )
+
+
+def _plan_optimizer(
+    trainer: BaseTrainer, path: Path, source: ForeignOptimizer
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    params = trainer.named_parameters()
+    own = optimizer_state(trainer.unwrapped_model, raw_optimizer(trainer.optimizer))["param_groups"]
+    names, groups = _match_groups(path, source.param_groups, own)
+    state: dict[str, dict[str, Any]] = {names[key]: dict(values) for key, values in source.values.items()}
+    targets = {}
+    for full_name, (shape, dtype) in source.tensors.described().items():
+        key, value_name = full_name.rsplit("/", 1)
+        name = names.get(key, names.get(int(key)) if key.isdecimal() else None)
+        if name is None:
+            raise CheckpointError(f"{path} holds optimizer state of {key}, which is in none of its parameter groups")
+        _check_shape(path, name, value_name, shape, tuple(params[name].shape))
+        group = next(group for group in own if name in group["params"])
+        on_host = not shape and not (group.get("fused") or group.get("capturable"))
+        targets[full_name] = state.setdefault(name, {})[value_name] = empty_like_param(
+            params[name], shape, dtype, on_host=on_host
+        )
+    return {"state": state, "param_groups": groups}, targets
+
+
+def _match_groups(
+    path: Path, saved: list[dict[str, Any]], own: list[dict[str, Any]]
+) -> tuple[dict[int | str, str], list[dict[str, Any]]]:
+    """The parameter of each key, by its name or by its place; and the saved groups with the run's names."""
+    remedy = "To take nothing but the weights, name their file"
+    if len(saved) != len(own):
+        raise CheckpointError(
+            f"The optimizer in {path} has {len(saved)} parameter groups, here it has {len(own)}. {remedy}"
+        )
+    names: dict[int | str, str] = {}
+    for i, (saved_group, own_group) in enumerate(zip(saved, own, strict=True)):
+        keys, own_names = saved_group["params"], own_group["params"]
+        by_name = {clean_name(key): key for key in keys if isinstance(key, str)}
+        if by_name and (difference := sorted(set(by_name) ^ set(own_names))):
+            raise CheckpointError(
+                f"Parameter group {i} of the optimizer in {path} holds other parameters than here."
+                f" {_told('differ', difference)} {remedy}"
+            )
+        if len(keys) != len(own_names):
+            raise CheckpointError(
+                f"Parameter group {i} of the optimizer in {path} holds {len(keys)} parameters, here {len(own_names)}."
+                f" {remedy}"
+            )
+        pairs = ((by_name[name], name) for name in own_names) if by_name else zip(keys, own_names, strict=True)
+        names.update(pairs)
+    return names, [{**s, "params": o["params"]} for s, o in zip(saved, own, strict=True)]
+
+
+def _check_shape(path: Path, name: str, value_name: str, shape: tuple[int, ...], own: tuple[int, ...]) -> None:
+    """A factored second moment has fewer dimensions, or some of size 1; anything else must be as the parameter."""
+    if len(shape) == len(own) and any(n not in (1, m) for n, m in zip(shape, own, strict=True)):
+        raise CheckpointError(
+            f"The optimizer's {value_name} of {name} in {path} is {list(shape)}, but the parameter is {list(own)}: it"
+            " was saved with another order of the parameters, or of another model"
+        )
+
+
+def _told(what: str, names: list[str]) -> str:
+    """A sentence that names the first few; empty if there are none."""
+    more = f", and {len(names) - _NUM_TOLD} more" if len(names) > _NUM_TOLD else ""
+    return f"{len(names)} {what}: {', '.join(names[:_NUM_TOLD])}{more}." if names else ""
+
+
+# ---------------------------------------------------------------------- putting it there
+
+
+def _read(plan: _Plan) -> None:
+    for group, targets in plan.targets.items():
+        plan.foreign.weights[group].read_into(targets)
+    if plan.foreign.optimizer is not None:
+        plan.foreign.optimizer.tensors.read_into(plan.optimizer_targets)
+
+
+def _step(foreign: Foreign, optimizer: dict[str, Any] | None) -> tuple[int, str]:
+    """The step that the run goes on after, and how that is known."""
+    if foreign.step is not None:
+        return foreign.step, "the checkpoint says it"
+    states = optimizer["state"].values() if optimizer is not None else ()
+    counters = [int(state["step"]) for state in states if "step" in state]
+    if counters:
+        return max(counters), "by the optimizer's step counters"
+    position = (foreign.lr_scheduler or {}).get("last_epoch")
+    if isinstance(position, int) and position > 0 and position % foreign.num_processes == 0:
+        # SGD counts nothing. A prepared schedule moves once a step for each process.
+        step, each = position // foreign.num_processes, foreign.num_processes
+        how = f"by its schedule alone, which stood at {position}: {each} a step"
+        return step, f"{how}; if it moved otherwise, set `trainer.step` in a hook's `on_before_train`"
+    return 0, "nothing in it counts steps"
+
+
+def _place_schedule(trainer: BaseTrainer, foreign: Foreign, taken: list[str], notes: list[str]) -> bool:
+    """Bring the learning rate to the step. Returns whether the saved parameter groups, which hold it, are in force."""
+    own, saved, step = trainer.lr_scheduler, foreign.lr_scheduler, trainer.step
+    if own is None:
+        if saved is not None:
+            notes.append("the learning rate schedule, since this run has none")
+        return True
+    if saved is not None and saved.get("last_epoch") == step:
+        own.load_state_dict(saved)
+        taken.append("the learning rate schedule")
+        return True
+    if saved is not None:
+        notes.append(
+            f"the learning rate schedule, which stood at {saved.get('last_epoch')} after {step} steps (a prepared one"
+            " moves once for each process)"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another process took
+        for _ in range(step):
+            own.step()
+    if step:
+        notes.append(f"the parameter groups' hyperparameters: this run's own schedule was moved to step {step}")
+    return not step
+
+
+def _nothing(*_: Any) -> None:
+    return None

@@ -1,0 +1,169 @@
+"""The gradient of the whole model: its norm, its clipping, and how it is dropped.
+
+The same numbers, bit for bit, as `accelerator.clip_grad_norm_` gives, which cannot be used as it is: it clips before
+anybody has looked at the norm, so a norm that overflowed would already have destroyed gradients that are finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ..ranks import collectives
+
+_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_ divides by norm + 1e-6
+
+
+class Gradients:
+    """The gradients of `model`'s parameters, which are already reduced over the ranks.
+
+    Which way to the norm is open is decided once, here: one fused call where all parameters are plain tensors of one
+    dtype on one device, torch's own functions otherwise.
+
+    Args:
+        model: The prepared model.
+        max_norm: Limit of the 2-norm; `None`: nothing is clipped.
+        scaler: An enabled grad scaler, whose scale `norm` takes out of the gradients first; or `None`.
+        optimizer: The raw optimizer, for the scaler.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self._max_norm = max_norm
+        self._scaler = scaler
+        self._optimizer = optimizer
+        self._params = list(model.parameters())
+        self._grads: list[torch.Tensor] = []  # of the plain way: read out once a step, for norm and clipping
+        meshes = [getattr(p, "device_mesh", None) for p in self._params]
+        self._groups: list[list[nn.Parameter]] = [
+            [p for p, own in zip(self._params, meshes, strict=True) if own == mesh] for mesh in dict.fromkeys(meshes)
+        ]
+        self._is_plain = not any(meshes) and len({(p.dtype, p.device) for p in self._params}) <= 1
+
+    def norm(self) -> torch.Tensor:
+        """2-norm over all parameters and all shards: 0-dim plain tensor on the device, the same on every rank. Call on
+        every rank (FSDP2 reduces it), once a window.
+        """
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        if self._is_plain:
+            self._grads = [grad for p in self._params if (grad := p.grad) is not None]
+            if self._grads:
+                norms = torch._foreach_norm(self._grads, 2.0)
+                norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+                return norm
+        return self._norm()
+
+    def largest(self) -> float:
+        """Largest magnitude of any element, read by the host; not finite if any element isn't. Call on every rank.
+
+        Not from torch's infinity norm, which refuses the empty shards that small parameters have on some ranks.
+        """
+        grads = [p.grad for p in self._params if p.grad is not None]
+        local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+        peaks = [grad.abs().max().double() for grad in local if grad.numel()]
+        own = torch.stack(peaks).max().item() if peaks else 0.0
+        by_rank = collectives.gather_objects(own)
+        return math.nan if any(map(math.isnan, by_rank)) else max(by_rank)
+
+    def clip(self, norm: torch.Tensor, norm_value: float) -> None:
+        """Scale the gradient that `norm` was taken of down to the limit, if it is above. `norm_value` is `norm`, read
+        by the host.
+        """
+        if self._max_norm is None or norm_value < self._max_norm * 0.999 - _EPS:
+            return  # torch would multiply by exactly 1; the margin leaves the rounding at the limit to it
+        if self._is_plain:
+            # torch's own clamp(max_norm / (norm + eps), max=1), to the bit, without the detours of its operators.
+            coefficient = (norm + _EPS).reciprocal_().mul_(self._max_norm).clamp_(max=1.0)
+            torch._foreach_mul_(self._grads, coefficient)
+            return
+        for group in self._groups:
+            mesh = getattr(group[0], "device_mesh", None)
+            if mesh is None:
+                torch.nn.utils.clip_grads_with_norm_(group, self._max_norm, norm)
+            else:
+                from torch.distributed.tensor import DTensor
+
+                torch.nn.utils.clip_grads_with_norm_(group, self._max_norm, DTensor.from_local(norm, mesh))
+
+    def clip_overflown(self, largest: float) -> float:
+        """Norm of a finite gradient whose squares overflow, and its clipping. Call on every rank.
+
+        Args:
+            largest: From `largest`; finite.
+
+        Returns:
+            The 2-norm, in double precision.
+        """
+        scale = 2.0 ** math.frexp(largest)[1]  # a power of two, so that the division is exact
+        grads = [p.grad for p in self._params if p.grad is not None]
+        with self._replaced(torch._foreach_div(grads, scale)):
+            norm = self._norm().double().item() * scale
+        if self._max_norm is not None and norm > self._max_norm:
+            torch._foreach_mul_(grads, self._max_norm / norm)
+        return norm
+
+    def drop(self) -> None:
+        """Forget all gradients: what `zero_grad(set_to_none=True)` does, on every parameter of the model."""
+        self._grads = []
+        for param in self._params:
+            param.grad = None
+
+    def _norm(self) -> torch.Tensor:
+        norms = []
+        for group in self._groups:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), 2.0)
+
+    @contextmanager
+    def _replaced(self, grads: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> Iterator[None]:
+        holders = [p for p in self._params if p.grad is not None]
+        originals = [p.grad for p in holders]
+        try:
+            for param, grad in zip(holders, grads, strict=True):
+                param.grad = grad
+            yield
+        finally:
+            for param, original in zip(holders, originals, strict=True):
+                param.grad = original
+
+
+@contextmanager
+def no_contribution(model: nn.Module) -> Iterator[None]:
+    """Within it, forward and backward run with all their collectives, and add exactly zero to every gradient.
+
+    Multiplying the loss by 0 isn't enough: 0 * inf and 0 * NaN are NaN. Each parameter's incoming gradient is replaced
+    by zeros before it is accumulated and reduced. FSDP2's parameters exist only while they are gathered, so there the
+    replacement is put in place after each unit's gathering.
+    """
+    with ExitStack() as stack:
+        seen: set[int] = set()
+
+        def silence(params: Iterator[nn.Parameter]) -> None:
+            for param in params:
+                if param.requires_grad and id(param) not in seen and not hasattr(param, "device_mesh"):
+                    seen.add(id(param))
+                    stack.callback(param.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
+
+        silence(model.parameters())
+        if any(hasattr(p, "device_mesh") for p in model.parameters()):
+            from torch.distributed.fsdp import FSDPModule
+
+            def after_gathering(module: nn.Module, args: object) -> None:
+                silence(module.parameters())
+
+            hook: Callable[..., None] = after_gathering
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
