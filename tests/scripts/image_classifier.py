@@ -1,4 +1,5 @@
-# A residual image classifier the way one finds it in tutorials, on scikit-learn's digits.
+"""A residual image classifier the way one finds it in tutorials, on scikit-learn's digits."""
+
 import argparse
 import os
 

@@ -1,4 +1,5 @@
-# Next-character prediction on the Zen of Python, after the usual minimal GPT scripts.
+"""Next-character prediction on the Zen of Python, after the usual minimal GPT scripts."""
+
 import codecs
 import contextlib
 import io
