@@ -29,13 +29,13 @@ from trainloop.checkpoint import (
     KeepSteps,
     ManifestInfo,
     RetentionPolicy,
-    layout,
-    lock,
-    survey,
 )
+from trainloop.checkpoint.disk import lock
 from trainloop.checkpoint.disk.lock import FolderLock
+from trainloop.checkpoint.format import layout
 from trainloop.checkpoint.format.layout import manifest_text, parse_manifest
 from trainloop.checkpoint.retention import describe_policies, read_policies, to_delete
+from trainloop.checkpoint.tools import survey
 
 from .folders import PREFIX, Quick, contents, flip, once, run, saved, steps_in, truncate
 from .launching import REPOSITORY, environment, launch

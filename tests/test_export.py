@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from trainloop.checkpoint import CheckpointStore, Content, FileSystem, export, pick
+from trainloop.checkpoint import CheckpointStore, Content, FileSystem
+from trainloop.checkpoint.tools import export, pick
 
 from .folders import PREFIX, Quick, contents, flip, once, run, saved, steps_in
 from .launching import environment

@@ -14,7 +14,8 @@ import pytest
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from trainloop import BaseHook, CheckpointingHook, distributed
+from trainloop import BaseHook, CheckpointingHook
+from trainloop.ranks import collectives
 from trainloop.ranks.peers import is_lost_contact
 
 from .launching import REPOSITORY, environment, free_port
@@ -131,18 +132,18 @@ def test_the_timeout_reaches_every_group(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     dist.init_process_group("gloo")
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     try:
         accelerator = Accelerator(cpu=True)
-        assert distributed.timeout() == timedelta(minutes=30)
+        assert collectives.timeout() == timedelta(minutes=30)
         SmallTrainer(accelerator=accelerator, timeout=600)
-        assert distributed.timeout() == timedelta(minutes=10)
-        assert limits(distributed.host_group()) == [timedelta(minutes=10)]
+        assert collectives.timeout() == timedelta(minutes=10)
+        assert limits(collectives.host_group()) == [timedelta(minutes=10)]
         SmallTrainer(accelerator=accelerator, timeout=timedelta(minutes=3))
-        assert limits(dist.group.WORLD, distributed.host_group()) == [timedelta(minutes=3)] * 2
+        assert limits(dist.group.WORLD, collectives.host_group()) == [timedelta(minutes=3)] * 2
     finally:
         dist.destroy_process_group()
-        distributed._host_groups.clear()  # a process that another test forks would wait for its threads, in vain
+        collectives._host_groups.clear()  # a process that another test forks would wait for its threads, in vain
 
 
 def test_a_hook_that_fails_at_the_end_hides_neither_the_error_nor_the_other_hooks(

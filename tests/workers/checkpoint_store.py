@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainloop import CheckpointError, distributed
+from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
+from trainloop.ranks import collectives
 from trainloop.state.live import optimizer_state
 
 STEP = 7
@@ -112,7 +113,7 @@ def mesh_of(form: str) -> Any:
 
     if form == "hsdp2x2":
         return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh("cpu", (distributed.world_size(),))
+    return init_device_mesh("cpu", (collectives.world_size(),))
 
 
 def sharded_otherwise(form: str) -> dict[str, torch.Tensor]:
@@ -140,7 +141,7 @@ def save(folder: Path, form: str) -> None:
         for name, tensor in tensors.items():
             put(tensor, value(canonical(name), tensor))
     content = Content(
-        {"model": model}, {"optim": optim}, {"saved by": form}, {"rank": distributed.rank(), "x": torch.arange(3)}
+        {"model": model}, {"optim": optim}, {"saved by": form}, {"rank": collectives.rank(), "x": torch.arange(3)}
     )
     store = CheckpointStore(folder / form)
     store.open()
@@ -168,9 +169,9 @@ def load(folder: Path, form: str) -> None:
                     got = whole(tensor)
                     assert bits(got) == bits(value(canonical(name), got)), (saved_by, form, step, group, name)
             assert checkpoint.global_state() == {"saved by": saved_by}
-            rank_state = checkpoint.rank_state(distributed.rank())
-            if checkpoint.manifest.world_size == distributed.world_size():
-                assert rank_state["rank"] == distributed.rank()
+            rank_state = checkpoint.rank_state(collectives.rank())
+            if checkpoint.manifest.world_size == collectives.world_size():
+                assert rank_state["rank"] == collectives.rank()
                 assert rank_state["x"].tolist() == [0, 1, 2]
             else:
                 assert rank_state is None
@@ -252,7 +253,7 @@ def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:
     checkpoint.read_into("model", tensors)
     assert all(bool((tensor == step).all()) for tensor in tensors.values())
     assert checkpoint.global_state() == {"step": step}
-    assert checkpoint.rank_state(distributed.rank()) == [step]
+    assert checkpoint.rank_state(collectives.rank()) == [step]
 
 
 # ---------------------------------------------------------------------- failures
@@ -291,7 +292,7 @@ def message_of(action: Callable[[], Any]) -> str:
     try:
         action()
     except CheckpointError as ex:
-        messages = distributed.gather_objects(str(ex))
+        messages = collectives.gather_objects(str(ex))
         assert len(set(messages)) == 1, messages
         return messages[0]
     raise AssertionError("nothing was raised")
@@ -299,12 +300,12 @@ def message_of(action: Callable[[], Any]) -> str:
 
 def meet() -> None:
     """Wait for the other ranks."""
-    distributed.gather_objects(None)
+    collectives.gather_objects(None)
 
 
 def failures(folder: Path, form: str) -> dict[str, Any]:
     """What the ranks say when one of them fails, by scenario."""
-    rank, last = distributed.rank(), distributed.world_size() - 1
+    rank, last = collectives.rank(), collectives.world_size() - 1
     told: dict[str, Any] = {}
     fs = Failing()
     store = CheckpointStore(folder / "store", fs=fs)
@@ -314,7 +315,7 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
     def expect(name: str, action: Callable[[], Any]) -> None:
         told[name] = message_of(action)
         assert_holds(store.resolve("latest"), 1)
-        assert distributed.broadcast_object(sorted(p.name for p in store.path.glob(".tmp*"))) == []
+        assert collectives.broadcast_object(sorted(p.name for p in store.path.glob(".tmp*"))) == []
 
     # A limit on the size of files is met like a full disk: in the middle of a write.
     for where in (0, last):
@@ -349,7 +350,7 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
     for where in (0, last):
         fs.count, fs.at = 0, -1
         store.save(1, small(1), **ABOUT)
-        total = distributed.gather_objects(fs.count)[where]
+        total = collectives.gather_objects(fs.count)[where]
         outcomes = []
         for at in range(1, total + 1):
             fs.count, fs.at = 0, at if rank == where else -1
@@ -358,7 +359,7 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
                 outcome = "saved"
             except CheckpointError as ex:
                 outcome = str(ex)
-            assert len(set(distributed.gather_objects(outcome))) == 1
+            assert len(set(collectives.gather_objects(outcome))) == 1
             outcomes.append(outcome)
             fs.at = -1
             assert_holds(store.resolve("latest"), 1)
@@ -407,7 +408,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     if what == "failures":
         told = failures(folder, form)
-        if distributed.rank() == 0:
+        if collectives.rank() == 0:
             (folder / "told.json").write_text(json.dumps(told))
     else:
         {"save": save, "load": load}[what](folder, form)

@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MaxMetric, MeanSquaredError
 
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, EvaluationHook, distributed
+from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, EvaluationHook
+from trainloop.ranks import collectives
 from trainloop.testing.comparison import differences, flat
 
 NUM_SAMPLES = 27  # seven batches of four: divisible by neither two nor three, and the last one is not full
@@ -309,7 +310,7 @@ if __name__ == "__main__":
         atexit.register(tell_the_end, Path(folder, f"{name}.{rank}.exit"), ours)  # first, so called last
         accelerator = Accelerator()
         before = threads()
-        distributed.host_group()
+        collectives.host_group()
         ours |= threads() - before
         found = loaded(Path(folder))
         found.pop(name, None)
