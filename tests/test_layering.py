@@ -29,6 +29,8 @@ LAYERS = [
     "checkpoint.__init__",
     "checkpoint.tools",
     "data.__init__ data.sampling",
+    "data.loaders",
+    "data.indexed data.iterable",
     "data.sources",
     "data.feed",
     "step.__init__ step.gradients step.loss_weights step.non_finite",

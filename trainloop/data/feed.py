@@ -1,23 +1,21 @@
 """Where the run stands in its data: each rank's batches, without end, on the device, at a position that can be saved.
 
-What kinds of data there are, and how each goes to a position, is in `sources.py`. torch's own loader fetches
-everywhere, and nothing runs ahead of what it has yielded but its workers.
+`sources.py` chooses the source for each kind of data. torch's own loader fetches the data everywhere, and only its
+workers prefetch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from ..errors import describe
 from ..records import map_nested
-from .sources import IndexedSource, IterableSource, SampledSource, Source, with_workers
+from .sources import source_of
 
 
 class DataFeed:
@@ -38,7 +36,7 @@ class DataFeed:
     """
 
     def __init__(self, loader: Any, *, seed: int, rank: int, world_size: int, device: torch.device) -> None:
-        self._source = _source(loader, seed, rank, world_size)
+        self._source = source_of(loader, seed, rank, world_size)
         self._next: Any = None
         is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
         self._transfer = None if is_prepared and loader.device is not None else transfer(loader, device)
@@ -92,30 +90,3 @@ def transfer(loader: Any, device: torch.device) -> Callable[[Any], Any] | None:
     # Asynchronous where the user's loader has pinned the batch; from pageable memory the copy waits anyway.
     send = partial(send_to_device, device=device, non_blocking=bool(getattr(loader, "pin_memory", False)))
     return partial(map_nested, send, is_leaf=lambda value: hasattr(value, "to"))
-
-
-def _source(loader: Any, seed: int, rank: int, world_size: int) -> Source:
-    if not isinstance(loader, Iterable):
-        raise TypeError(
-            f"`build_data_loader` must return a DataLoader or another iterable of batches, but returned"
-            f" {describe(loader)}."
-        )
-    if isinstance(loader, str | bytes | dict):
-        raise TypeError(f"`build_data_loader` must return an iterable of batches, but returned {describe(loader)}.")
-    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
-        if not isinstance(loader.dataset, IterableDataset):
-            return IndexedSource(loader, seed, rank, world_size)
-        if loader.num_workers == 0:
-            return SampledSource(loader, rank, world_size)
-        return IterableSource(with_workers(loader, rank, world_size), is_first=rank == 0)
-    is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
-    shards_itself = is_prepared or isinstance(getattr(loader, "sampler", None), DistributedSampler)
-    if world_size > 1 and isinstance(loader, DataLoader) and not shards_itself:
-        raise ValueError(
-            f"{type(loader).__name__} iterates in a way of its own, so it can't be sharded over {world_size}"
-            " processes: each would train on the same batches. Return a torch DataLoader, one that"
-            " `accelerator.prepare` has sharded, or one with a DistributedSampler."
-        )
-    if isinstance(loader, Sequence):
-        return IndexedSource(loader, seed, rank, world_size)
-    return IterableSource(loader, is_first=rank == 0)

@@ -14,8 +14,8 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..data.feed import transfer
+from ..data.loaders import with_sampler
 from ..data.sampling import batch_keys, order, sample_key, sampling_of
-from ..data.sources import with_sampler
 from ..errors import describe
 from ..ranks import collectives
 from ..rng import derived_seed, seed_all

@@ -1,0 +1,72 @@
+"""A user's `DataLoader` made anew: with a sampler of ours, or with one rank's part of an `IterableDataset`.
+
+Everything else about it stays as the user set it: collate function, workers, pinning, timeout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import DataLoader
+
+from .sampling import SeededDataset
+
+
+def with_workers(loader: DataLoader[Any], rank: int, world_size: int) -> DataLoader[Any]:
+    """Limit a loader of an `IterableDataset` to this rank's part. Each worker has its own copy of the data set."""
+    dataset: Any = loader.dataset
+    if world_size > 1:
+        dataset = IterableDatasetShard(
+            dataset, loader.batch_size or 1, loader.drop_last, num_processes=world_size, process_index=rank
+        )
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Iterable[Any], seed: int) -> DataLoader[Any]:
+    """Give a loader of a map-style data set another sampler, of batches or of items, whichever its own one yields.
+
+    The loader also gets its own generator. Otherwise each new iterator would draw from the process's generator, and a
+    resumed run makes one iterator more. With workers, the sampler must yield keys of `SeededDataset`.
+    """
+    if loader.batch_sampler is None:
+        sampling: dict[str, Any] = {"batch_size": None, "sampler": sampler}
+    else:
+        sampling = {"batch_sampler": sampler}
+    return DataLoader(
+        loader.dataset if loader.num_workers == 0 else SeededDataset(loader.dataset),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator().manual_seed(seed),
+        prefetch_factor=loader.prefetch_factor,
+        **sampling,
+    )
+
+
+def end_workers(iterator: Any) -> None:
+    """End the worker processes of a loader's iterator now.
+
+    torch ends them when the iterator is garbage-collected, but the traceback of an exception from a worker keeps the
+    iterator alive. torch has no public method for this.
+    """
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
