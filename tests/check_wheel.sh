@@ -22,6 +22,7 @@ import trainloop
 path = pathlib.Path(trainloop.__file__).resolve()
 assert path.is_relative_to(pathlib.Path(sys.argv[1]).resolve()), f"imported {path}, which is not the wheel"
 assert (path.parent / "py.typed").is_file(), "py.typed is missing from the wheel"
+assert trainloop.__version__ == importlib.metadata.version("trainloop-accelerate"), trainloop.__version__
 for name in trainloop.__all__:
     getattr(trainloop, name)
 files = importlib.metadata.files("trainloop-accelerate")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+import pytest
 
 import trainloop
+from trainloop.version import find_version
 
 from .file_map import HEADING, REPOSITORY, file_map
 
@@ -31,6 +36,26 @@ def test_the_public_surface_is_sorted_and_there() -> None:
     """`__all__` lists each public name once, in order, and nothing that isn't there."""
     assert trainloop.__all__ == sorted(set(trainloop.__all__))
     assert [name for name in trainloop.__all__ if not hasattr(trainloop, name)] == []
+
+
+def test_the_version_is_that_of_pyproject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout says its own version even if another one is installed; a copy that is in neither says "0+unknown"."""
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    assert trainloop.__version__ == version
+    installed = tmp_path / "site-packages"
+    metadata = installed / "trainloop_accelerate-7.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.4\nName: trainloop-accelerate\nVersion: 7.0\n")
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    monkeypatch.setattr(sys, "path", [])
+    assert find_version(installed / "trainloop") == "0+unknown"
+    monkeypatch.setattr(sys, "path", [str(installed)])
+    assert find_version(installed / "trainloop") == "7.0"
+    (checkout / "pyproject.toml").write_text('[project]\nname = "trainloop-accelerate"\nversion = "8.0"\n')
+    assert find_version(checkout / "trainloop") == "8.0"
+    (checkout / "pyproject.toml").write_text('[project]\nname = "theirs"\nversion = "8.0"\n')
+    assert find_version(checkout / "trainloop") == "7.0", "the project that contains a copy of ours has its own version"
 
 
 def test_the_readme_shows_the_example_as_it_is() -> None:

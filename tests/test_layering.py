@@ -13,7 +13,7 @@ import trainloop
 
 PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
-    "errors",
+    "errors version",
     "records rng images",
     "ranks.__init__ ranks.collectives",
     "ranks.control ranks.peers",

@@ -24,6 +24,7 @@ from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
 from .step.info import StepInfo, TrainingStats
 from .trainer import BaseTrainer
+from .version import __version__ as __version__
 
 __all__ = [
     "BaseHook",

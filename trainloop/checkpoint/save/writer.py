@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...version import DISTRIBUTION, __version__
 from ..content import Described
 from ..disk.fs import FileSystem
 from ..format.integrity import BackgroundCrc32, Buffer, all_finite
@@ -121,10 +122,10 @@ def _flat(described: Described) -> Iterator[tuple[str, str, str, tuple[int, ...]
 @functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of what a checkpoint may depend on."""
-    versions = {"python": platform.python_version()}
-    for name in ("trainloop-accelerate", "torch", "accelerate", "safetensors"):
+    versions = {"python": platform.python_version(), DISTRIBUTION: __version__}
+    for name in ("torch", "accelerate", "safetensors"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # run from a source tree
+            continue  # a copy without metadata
     return versions
