@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAUNCH := ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help install demo test test-slow check bench bench-full bench-check docs clean
+.PHONY: help install demo test test-slow test-pythons check bench bench-full bench-check docs clean
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed  ## Create .venv and install the package with everything that tests need
 
@@ -26,6 +26,9 @@ test: install  ## Run the tests
 test-slow: install  ## Run the tests that take minutes as well
 	$(BIN)/pytest -n 2 -q -m 'not gpu'
 
+test-pythons:  ## Check the wheel and run a few tests on each Python from 3.11 to 3.14 that is found
+	sh tests/pythons.sh
+
 check: install  ## Lint, format, types, the order of imports, and the wheel from outside the repository
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -39,7 +42,10 @@ bench: install  ## Measure a step, and what goes with it, beside plain loops: a 
 bench-full: .venv/.installed-bench  ## Measure everything, beside the peers too, and write it into benchmarks/README.md
 	$(BIN)/python -m benchmarks --full
 
-bench-check: install  ## The benchmark's one-minute form: equality and host reads, and never a time
+bench-test-pythons:  ## Check the wheel and run a few tests on each Python from 3.11 to 3.14 that is found
+	sh tests/pythons.sh
+
+check: install  ## The benchmark's one-minute form: equality and host reads, and never a time
 	$(BIN)/python -m benchmarks --check
 
 .venv/.installed-bench: .venv/.installed
@@ -51,4 +57,4 @@ docs: install  ## Build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
