@@ -101,7 +101,7 @@ def test_the_plain_way_is_accelerates(num_micro: int, grad_clip: float | None) -
 
     class ByAccelerate(BaseHook):
         def on_before_train(self, trainer: Any) -> None:
-            trainer._is_plain = trainer._gradients._is_plain = False
+            trainer._window._is_plain = trainer._gradients._is_plain = False
             trainer._raw_optimizer = trainer.optimizer
 
     class Norms(BaseHook):

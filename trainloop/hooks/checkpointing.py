@@ -19,6 +19,7 @@ from ..records import Records, flatten_nested_dict, is_number
 from ..state.adoption import adopt
 from ..state.pretrained import config_text
 from ..state.saved import content_of, read_state
+from ..state.training import load_run_state
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -132,7 +133,7 @@ class CheckpointingHook(CheckpointerHook):
             trainer.logger.info(f"No checkpoint is loaded from {self._store.path}: the run starts at step 0.")
             return None
         state_dict = read_state(trainer, checkpoint)
-        trainer.load_training_state(state_dict)
+        load_run_state(trainer, state_dict)
         self._run_id = checkpoint.manifest.run_id
         self._saved_step = trainer.step
         trainer.logger.info(f"Resumed from {checkpoint.folder}: the run goes on after step {trainer.step}.")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,47 +25,41 @@ from ..hook import BaseHook
 from ..ranks import collectives
 from .launch import choose_fsdp2_precision
 
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
 T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------- arguments
 
 
-def check_arguments(
-    *,
-    max_steps: Any,
-    grad_clip: Any,
-    max_non_finite_grad_retries: Any,
-    mixed_precision: Any,
-    gradient_accumulation_steps: Any,
-    no_sync_accumulate: Any,
-    state_dict_options: Any,
-    accelerator: Any,
-    seed: Any,
-) -> None:
-    """Raise for arguments of `BaseTrainer` that cannot be meant."""
-    check_int("max_steps", max_steps, 0)
-    check_int("max_non_finite_grad_retries", max_non_finite_grad_retries, 0, optional=True)
+def check_arguments(trainer: BaseTrainer, accelerator: Any, gradient_accumulation_steps: Any) -> None:
+    """Raise for arguments of `BaseTrainer` that cannot be meant: those that `trainer` holds already, and these two."""
+    check_int("max_steps", trainer.max_steps, 0)
+    check_int("max_non_finite_grad_retries", trainer.max_non_finite_grad_retries, 0, optional=True)
     check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
-    check_int("seed", seed, 0, optional=True)
-    if seed is not None and seed >= 2**31:
-        raise ValueError(f"`seed` must be below 2**31, but is {seed}.")
-    if grad_clip is not None:
-        if isinstance(grad_clip, bool) or not isinstance(grad_clip, int | float):
-            raise TypeError(f"`grad_clip` must be a number or None, but is {describe(grad_clip)}.")
-        if not (math.isfinite(grad_clip) and grad_clip > 0):
-            raise ValueError(f"`grad_clip` must be positive and finite, but is {grad_clip}. None turns clipping off.")
+    check_int("seed", trainer.seed, 0, optional=True)
+    if trainer.seed is not None and trainer.seed >= 2**31:
+        raise ValueError(f"`seed` must be below 2**31, but is {trainer.seed}.")
+    if trainer.grad_clip is not None:
+        if isinstance(trainer.grad_clip, bool) or not isinstance(trainer.grad_clip, int | float):
+            raise TypeError(f"`grad_clip` must be a number or None, but is {describe(trainer.grad_clip)}.")
+        if not (math.isfinite(trainer.grad_clip) and trainer.grad_clip > 0):
+            raise ValueError(
+                f"`grad_clip` must be positive and finite, but is {trainer.grad_clip}. None turns clipping off."
+            )
     choices = ("no", "fp16", "bf16", "fp8")
-    if mixed_precision is not None and mixed_precision not in choices:
-        raise ValueError(f"`mixed_precision` must be one of {choices} or None, but is {mixed_precision!r}.")
-    if not isinstance(no_sync_accumulate, bool):
-        raise TypeError(f"`no_sync_accumulate` must be True or False, but is {describe(no_sync_accumulate)}.")
+    if trainer.mixed_precision is not None and trainer.mixed_precision not in choices:
+        raise ValueError(f"`mixed_precision` must be one of {choices} or None, but is {trainer.mixed_precision!r}.")
+    if not isinstance(trainer.no_sync_accumulate, bool):
+        raise TypeError(f"`no_sync_accumulate` must be True or False, but is {describe(trainer.no_sync_accumulate)}.")
     if accelerator is not None and not isinstance(accelerator, Accelerator):
         raise TypeError(f"`accelerator` must be an accelerate.Accelerator, but is {describe(accelerator)}.")
-    if state_dict_options is not None and type(state_dict_options).__name__ != "StateDictOptions":
+    if trainer.state_dict_options is not None and type(trainer.state_dict_options).__name__ != "StateDictOptions":
         raise TypeError(
             "`state_dict_options` must be torch.distributed.checkpoint.state_dict.StateDictOptions, but is"
-            f" {describe(state_dict_options)}."
+            f" {describe(trainer.state_dict_options)}."
         )
 
 
@@ -169,6 +163,16 @@ def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -
             f"`build_optimizer` must return an optimizer of `self.model`'s parameters, but {foreign} of its parameters"
             " are not in the model. Make them part of the model that `build_model` returns."
         )
+
+
+def choose_grad_scaler(accelerator: Accelerator, scaler: Any) -> torch.amp.GradScaler | None:
+    """The grad scaler in force: what `build_grad_scaler` returned, else Accelerate's own; None: there is none, or it is
+    switched off. Call before `prepare`.
+    """
+    if scaler is not None:
+        accelerator.scaler = check_type(scaler, torch.amp.GradScaler, "build_grad_scaler")
+    chosen: torch.amp.GradScaler | None = accelerator.scaler
+    return chosen if chosen is not None and chosen.is_enabled() else None
 
 
 def raw_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

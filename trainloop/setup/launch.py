@@ -10,12 +10,17 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
-from ..errors import TrainloopWarning
+from ..errors import TrainloopWarning, describe
+from ..ranks import collectives
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
 
 _PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _FSDP1 = (
@@ -156,6 +161,65 @@ def check_accelerator(
             )
 
 
+def choose_accelerator(
+    trainer: BaseTrainer,
+    given: Accelerator | None,
+    gradient_accumulation_steps: int | None,
+    device: torch.device | None,
+    is_default: bool,
+) -> None:
+    """Give `trainer` its accelerator, and with it the settings that the launch may decide. Sets `accelerator`,
+    `gradient_accumulation_steps`, `mixed_precision` and the timeout of the process groups.
+
+    Args:
+        trainer: The trainer, with the settings that its arguments ask for.
+        given: The argument `accelerator`.
+        gradient_accumulation_steps: The argument of that name.
+        device: The argument of that name.
+        is_default: Whether the trainer's class leaves `build_accelerator` alone.
+
+    Raises:
+        TypeError: `build_accelerator` returned something else.
+        ValueError: The launch, the accelerator and the arguments contradict each other.
+    """
+    trainer._forces_cpu = device is not None and device.type == "cpu"
+    if given is None:
+        check_fsdp_version()
+        trainer.gradient_accumulation_steps = resolve_accumulation(gradient_accumulation_steps)
+        built: Any = trainer.build_accelerator()
+        if not isinstance(built, Accelerator):
+            raise TypeError(f"`build_accelerator` must return an Accelerator, but returned {describe(built)}.")
+        trainer.accelerator = built
+        rehearse_fsdp2_on_cpu(built)
+    else:
+        trainer.accelerator = given
+        trainer.gradient_accumulation_steps = gradient_accumulation_steps or given.gradient_accumulation_steps
+    check_accelerator(
+        trainer.accelerator,
+        mixed_precision=trainer.mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        device=device,
+        is_ours=given is None and is_default,
+    )
+    if trainer.timeout is not None:
+        collectives.set_timeout(trainer.timeout)
+    trainer.mixed_precision = trainer.accelerator.mixed_precision
+
+
+def default_accelerator(trainer: BaseTrainer) -> Accelerator:
+    """The accelerator for the trainer's arguments and the launch's environment."""
+    timeout = [InitProcessGroupKwargs(timeout=trainer.timeout)] if trainer.timeout is not None else []
+    with without_parallelism_on_cpu():
+        return Accelerator(
+            cpu=trainer._forces_cpu,
+            mixed_precision=trainer.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=trainer.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            kwargs_handlers=timeout,
+        )
+
+
 @contextmanager
 def without_parallelism_on_cpu() -> Iterator[None]:
     """Within it, an `Accelerator` can be built for a rehearsal of HSDP: it refuses a `ParallelismConfig` for what it
@@ -192,7 +256,7 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
             warnings.warn(
                 "FSDP2 runs on CPU processes: right for rehearsing a launch configuration, far too slow for training.",
                 TrainloopWarning,
-                stacklevel=3,
+                stacklevel=4,  # who makes the trainer
             )
     else:
         accelerator.state.fsdp_plugin = plugin  # refused with its remedy by `check_accelerator`

@@ -6,12 +6,36 @@ number of processes. Tensors are the live ones: copy them before the next step c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..step.non_finite import clean_name
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and DDP's wrappers. Changes neither."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+def model_state(model: nn.Module, options: StateDictOptions | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a prepared model by clean name; without `options` the live ones. Call on every rank."""
+    if options is None:  # as torch's function returns them, which takes half a second to load and more for each name
+        return {clean_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

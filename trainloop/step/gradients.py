@@ -63,7 +63,7 @@ class Gradients:
                 return norm
         return self._norm()
 
-    def largest(self) -> float:
+    def _largest(self) -> float:
         """Largest magnitude of any element, read by the host; not finite if any element isn't. Call on every rank.
 
         Not from torch's infinity norm, which refuses the empty shards that small parameters have on some ranks.
@@ -95,15 +95,15 @@ class Gradients:
 
                 torch.nn.utils.clip_grads_with_norm_(group, self._max_norm, DTensor.from_local(norm, mesh))
 
-    def clip_overflown(self, largest: float) -> float:
-        """Norm of a finite gradient whose squares overflow, and its clipping. Call on every rank.
-
-        Args:
-            largest: From `largest`; finite.
+    def clip_overflown(self) -> float | None:
+        """Clip a gradient whose norm is not finite, if only the sum of the squares overflowed. Call on every rank.
 
         Returns:
-            The 2-norm, in double precision.
+            The 2-norm, in double precision. None: some gradient is not finite, and none was changed.
         """
+        largest = self._largest()
+        if not math.isfinite(largest):
+            return None
         scale = 2.0 ** math.frexp(largest)[1]  # a power of two, so that the division is exact
         grads = [p.grad for p in self._params if p.grad is not None]
         with self._replaced(torch._foreach_div(grads, scale)):

@@ -1,0 +1,99 @@
+"""What a subclass of `BaseTrainer` writes: the factories, `forward`, and what a micro-batch weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .hook import BaseHook
+from .records import Records
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+class Recipe:
+    """The part of `BaseTrainer` that a subclass overrides. The factories are called once, in the order of this class,
+    on every rank.
+    """
+
+    def build_data_loader(self) -> Iterable[Any]:
+        """Return the training data: a `DataLoader` for one process (it is sharded over the ranks), or any iterable of
+        batches. Required.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `build_data_loader`.")
+
+    def build_eval_data_loader(self) -> Any:
+        """Return the data that `evaluate` takes by default: a `DataLoader` for one process (it is sharded over the
+        ranks such that each sample counts once), any iterable of batches, a mapping from names to such; or None.
+        """
+        return None
+
+    def build_model(self) -> nn.Module:
+        """Return the plain model; it is moved and wrapped by Accelerate. Required."""
+        raise NotImplementedError(f"{type(self).__name__} must define `build_model`.")
+
+    def build_optimizer(self) -> Optimizer:
+        """Return the optimizer of `self.model`'s parameters. Required."""
+        raise NotImplementedError(f"{type(self).__name__} must define `build_optimizer`.")
+
+    def build_lr_scheduler(self) -> LRScheduler | None:
+        """Return a scheduler of `self.optimizer` that moves once per applied update, or None."""
+        return None
+
+    def build_grad_scaler(self) -> torch.amp.GradScaler | None:
+        """Return a grad scaler to use instead of Accelerate's own, or None."""
+        return None
+
+    def build_hooks(self) -> list[BaseHook]:
+        """Return the hooks, called in this order."""
+        return []
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
+        """Compute the loss of one micro-batch. Required.
+
+        Args:
+            batch: What the data loader yields, on the device.
+
+        Returns:
+            The loss, a 0-dim tensor that requires grad, and nested records of numbers or 0-dim tensors to be averaged
+            and logged (pass tensors: reading them is left to the log interval). A loss of None skips the micro-batch
+            and draws another; on several ranks all must do so alike, without having called `self.model`. What one rank
+            alone wants to drop gets a `batch_weight` of 0 instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `forward`.")
+
+    def eval_forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
+        """Compute loss and records of one batch of the evaluation data; the model is in eval mode, without gradients.
+        By default `forward`.
+
+        Args:
+            batch: What the evaluation's data loader yields, on the device.
+
+        Returns:
+            As `forward`. The records may also hold objects with `update`, which was called with this batch, `compute`,
+            which reduces over the ranks, and `reset`, as torchmetrics has them: the same ones for every batch.
+        """
+        return self.forward(batch)
+
+    def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
+        """How much this micro-batch weighs in the step's mean loss, for example its number of target tokens.
+
+        With it the step's loss is the exact weighted mean over the window and all ranks, if `forward` returns the mean
+        over the micro-batch. A weight of 0 drops the micro-batch: it runs, and adds exactly nothing, NaN included.
+
+        Args:
+            batch: What the data loader yields, on the device.
+
+        Returns:
+            A number >= 0 or a 0-dim tensor; None: all weigh the same. A number or a CPU tensor is best: of a weight on
+            an accelerator only the loss can be masked when it is 0, since reading it would cost a sync.
+        """
+        return None
+
+    def _has_batch_weight(self) -> bool:
+        return type(self).batch_weight is not Recipe.batch_weight

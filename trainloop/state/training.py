@@ -1,0 +1,65 @@
+"""The whole state of a run as one nested dict, as `BaseTrainer.state_dict` returns it, and the way back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import set_seed
+
+from ..rng import derived_seed, load_rng_state, rng_state
+from .live import load_optimizer_state, optimizer_state
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+
+def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The state of the run around the model's tensors, the hooks' part included. Call on every rank."""
+    scheduler, scaler = trainer.lr_scheduler, trainer.grad_scaler
+    state_dict: dict[str, Any] = {
+        "model": model,
+        "training_state": {
+            "step": trainer.step,
+            "seed": trainer.seed,
+            "optimizer": optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer),
+            "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "grad_scaler": scaler.state_dict() if scaler is not None else None,
+            "data": trainer._feed.state_dict(),
+        },
+        "rank": {"rng": rng_state(trainer.device), "data": trainer._feed.rank_state_dict()},
+    }
+    for hook in trainer.hooks:
+        hook.on_state_dict(trainer, state_dict)
+    return state_dict
+
+
+def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+    """Put back everything but the model, which a resume reads in place, and the hooks' part. Call on every rank.
+
+    Args:
+        trainer: The trainer; it is built.
+        state_dict: As for `BaseTrainer.load_state_dict`; `"model"` isn't looked at. Without `"rank"` the random
+            generators are derived anew from seed, step and rank.
+
+    Raises:
+        ValueError: The state is not that of this optimizer, schedule, scaler or data.
+    """
+    state, rank_state = state_dict["training_state"], state_dict.get("rank")
+    scheduler, scaler = trainer.lr_scheduler, trainer.grad_scaler
+    for name, own in (("lr_scheduler", scheduler), ("grad_scaler", scaler)):
+        if (state[name] is None) != (own is None):
+            has, had = ("no", "one") if own is None else ("one", "none")
+            raise ValueError(f"`build_{name}` gives this run {has} {name}, but the saved one had {had}.")
+    load_optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer, state["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler is not None:
+        scaler.load_state_dict(state["grad_scaler"])
+    trainer.step, trainer.seed = state["step"], state["seed"]
+    trainer._feed.load_state_dict(state["data"], rank_state["data"] if rank_state is not None else None)
+    if rank_state is None:
+        set_seed(derived_seed(state["seed"], trainer.step, trainer.accelerator.process_index))
+    else:
+        trainer._restored_rng = rank_state["rng"]  # and once more when the data's iterator exists
+        load_rng_state(rank_state["rng"], trainer.device)

@@ -1,0 +1,226 @@
+"""One window: N micro-batches forward and backward on every rank, and how a window is discarded.
+
+run ─► draw ─► forward ─► backward     x N   (the gradient is reduced with the last one)
+discard                                      gradients dropped, buffers put back, the batches stay consumed
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from ..errors import LossNoneWarning, NonFiniteGradientError, TrainingError
+from ..records import Records, check_output, check_records, map_nested_tensor
+from .gradients import Gradients, no_contribution
+from .loss_weights import loss_factors, weighted_loss
+from .non_finite import BufferKeeper, NonFiniteReport, diagnose
+
+if TYPE_CHECKING:
+    from ..data.feed import DataFeed
+    from ..trainer import BaseTrainer
+
+_NOTHING = nullcontext()
+_MIN_LOSS_SCALE = 2.0**-14  # thirty halvings of the initial 2^16: no loss needs less, the gradient is broken
+
+
+class Window:
+    """Runs the windows of a trainer, one after another.
+
+    Every rank runs a window to its end, whatever it finds: a rank that left early would leave the others waiting, and
+    under FSDP2 a backward pass that is missing corrupts the next window.
+
+    Args:
+        trainer: The trainer; it is built.
+        feed: Where the batches come from.
+        gradients: Of the trainer's model.
+    """
+
+    def __init__(self, trainer: BaseTrainer, feed: DataFeed, gradients: Gradients) -> None:
+        self.skipped: list[int] = []
+        """Which draws of the window gave no loss, counted from 0."""
+        accelerator = trainer.accelerator
+        self._trainer = trainer
+        self._feed = feed
+        self._gradients = gradients
+        self._buffers = BufferKeeper(trainer.unwrapped_model)
+        self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
+        self._is_weighted = trainer._has_batch_weight()
+        self._defers_reduction = trainer.no_sync_accumulate and accelerator.num_processes > 1
+        self._checked_step = -1
+        self._first_epoch_without_loss = 0
+
+    def run(self) -> None:
+        """Draw N micro-batches and run them forward and backward. Fills the trainer's `step_info`. Call on every rank.
+
+        Raises:
+            TrainingError: A whole epoch gave no loss.
+            TypeError: `forward` returned something else than a loss and records.
+            ValueError: The loss does not require grad, or it is None although the window's weights are agreed on.
+        """
+        trainer, info = self._trainer, self._trainer.step_info
+        num_micro_steps = trainer.gradient_accumulation_steps
+        start = time.perf_counter()
+        info.losses, info.records, info.loss_factors = [], [], None
+        self.skipped = []
+        self._buffers.remember()
+        batches = self._draw_weighted(num_micro_steps) if self._is_weighted else None
+        micro_step = num_drawn = 0
+        while micro_step < num_micro_steps:
+            is_last = micro_step == num_micro_steps - 1
+            if num_micro_steps > 1:
+                trainer.accelerator.sync_gradients = is_last
+            batch = self._next_batch() if batches is None else batches[micro_step]
+            factor = None if info.loss_factors is None else info.loss_factors[micro_step]
+            with self._micro_batch_context(is_last, factor):
+                loss, records = self._check(trainer.forward(batch))
+                if loss is None:
+                    self._skip(num_drawn)
+                else:
+                    info.losses.append(loss.detach())
+                    info.records.append(map_nested_tensor(torch.Tensor.detach, records) if records else records)
+                    if is_last:
+                        info.own_time = time.perf_counter() - start
+                    self._backward(loss if factor is None else weighted_loss(loss, factor), num_micro_steps)
+                    micro_step += 1
+            num_drawn += 1
+
+    def discard(self) -> bool:
+        """Undo the window, which every rank has run to its end. Call on every rank.
+
+        Returns:
+            Whether it counts as a retry. A loss scale that was too high doesn't.
+
+        Raises:
+            NonFiniteGradientError: Another try is no use.
+        """
+        trainer, info = self._trainer, self._trainer.step_info
+        self._buffers.restore()
+        report = diagnose(trainer.unwrapped_model, info.losses)
+        self._gradients.drop()
+        if report.parameters:
+            raise NonFiniteGradientError(self._final_report("the parameters themselves are non-finite", report))
+        if trainer.grad_scaler is not None:
+            self._lower_loss_scale(trainer.grad_scaler, report)
+            return False
+        retry, limit = info.non_finite_grad_retry_count + 1, trainer.max_non_finite_grad_retries
+        if limit is not None and retry > limit:
+            raise NonFiniteGradientError(self._final_report(f"{limit} retries are used up", report))
+        info.non_finite_grad_retry_count = retry
+        trainer.logger.warning(
+            f"Step {trainer.step}: the gradient is not finite. The window is discarded and a new one is drawn (retry"
+            f" {retry}{'' if limit is None else f' of {limit}'}). {report}"
+        )
+        return True
+
+    # ------------------------------------------------------------------ drawing
+
+    def _next_batch(self) -> Any:
+        start = time.perf_counter()
+        batch = next(self._feed)
+        self._trainer.step_info.data_time += time.perf_counter() - start
+        return batch
+
+    def _draw_weighted(self, num_micro_steps: int) -> list[Any]:
+        """Draw the window before its first backward, because each micro-batch's factor depends on all the weights."""
+        trainer, info = self._trainer, self._trainer.step_info
+        while True:
+            batches = [self._next_batch() for _ in range(num_micro_steps)]
+            factors, total = loss_factors([trainer.batch_weight(batch) for batch in batches], trainer.device)
+            if factors != []:
+                info.loss_factors, info.total_weight = factors, total
+                return batches
+            info.skipped_micro_batch_count += len(batches)  # every weight is 0 on every rank: draw another window
+            self._check_progress()
+
+    def _skip(self, draw: int) -> None:
+        self.skipped.append(draw)
+        self._trainer.step_info.skipped_micro_batch_count += 1
+        if self._is_weighted:
+            raise ValueError(
+                "`forward` returned None for the loss, but the window's weights are already agreed on, because"
+                " `batch_weight` is overridden. Return 0 from `batch_weight` for a micro-batch to be dropped."
+            )
+        if self._trainer.accelerator.num_processes > 1:
+            warnings.warn(
+                "`forward` returned None for the loss. Every rank must do so for the same micro-batch, and without"
+                " having called the model. To drop a micro-batch on one rank only, return 0 from `batch_weight`.",
+                LossNoneWarning,
+                stacklevel=4,
+            )
+        self._check_progress()
+
+    def _check_progress(self) -> None:
+        """End a run whose data gives no loss: it would draw for ever."""
+        trainer, info = self._trainer, self._trainer.step_info
+        if info.losses:
+            return
+        if info.skipped_micro_batch_count == 1:
+            self._first_epoch_without_loss = self._feed.epoch
+        if self._feed.epoch > self._first_epoch_without_loss + 1:
+            raise TrainingError(
+                f"Step {trainer.step}: no micro-batch of a whole epoch gave a loss. `forward` returned None, or"
+                " `batch_weight` returned 0, for each of them."
+            )
+
+    # ------------------------------------------------------------------ forward and backward
+
+    def _micro_batch_context(self, is_last: bool, factor: Any) -> AbstractContextManager[Any]:
+        """The context of one micro-batch. Before the last one nothing is reduced. A micro-batch of weight 0 leaves
+        neither a gradient nor a change in the buffers. A weight on the device isn't read by the host: there only
+        `weighted_loss` masks the loss.
+        """
+        is_deferred = self._defers_reduction and not is_last
+        is_dropped = isinstance(factor, float) and factor == 0.0
+        if not (is_deferred or is_dropped):
+            return _NOTHING
+        trainer, stack = self._trainer, ExitStack()
+        if is_deferred:
+            stack.enter_context(trainer.accelerator.no_sync(trainer.model))
+        if is_dropped:
+            stack.enter_context(no_contribution(trainer.model))
+            stack.enter_context(BufferKeeper(trainer.unwrapped_model).kept())
+        return stack
+
+    def _check(self, output: Any) -> tuple[torch.Tensor | None, Records]:
+        loss, records = check_output(output, "forward")
+        if loss is not None and not loss.requires_grad:
+            raise ValueError(
+                "The loss that `forward` returns does not require grad: it was detached, computed under"
+                " `torch.no_grad()`, or doesn't depend on the model."
+            )
+        if self._trainer.step != self._checked_step:  # once a step is enough to catch it early, and costs nothing
+            self._checked_step = self._trainer.step
+            check_records(records)
+        return loss, records
+
+    def _backward(self, loss: torch.Tensor, num_micro_steps: int) -> None:
+        if self._is_plain:  # what `accelerator.backward` does here, without its detours
+            share = loss if num_micro_steps == 1 else loss / num_micro_steps
+            share.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._trainer.accelerator.backward(loss)
+
+    # ------------------------------------------------------------------ discarding
+
+    def _lower_loss_scale(self, scaler: torch.amp.GradScaler, report: NonFiniteReport) -> None:
+        trainer = self._trainer
+        scaler.update()  # what unscaling found lowers the scale
+        trainer.step_info.overflow_count += 1
+        scale = scaler.get_scale()
+        if scale < _MIN_LOSS_SCALE:
+            raise NonFiniteGradientError(self._final_report(f"the loss scale collapsed to {scale:.3g}", report))
+        trainer.logger.warning(
+            f"Step {trainer.step}: gradient overflow, loss scale lowered to {scale:g}; trying again."
+        )
+
+    def _final_report(self, reason: str, report: NonFiniteReport) -> str:
+        trainer = self._trainer
+        return (
+            f"Step {trainer.step}: the gradient is not finite and {reason} (retries so far:"
+            f" {trainer.step_info.non_finite_grad_retry_count}). {report}. {report.advice}"
+        )
