@@ -126,7 +126,7 @@ def test_a_norm_that_overflows_is_no_non_finite_gradient(results: Results) -> No
     log = results[0]["huge-0.5"]["log"]
     assert len(log) == 1
     assert "the gradient norm overflowed" in log[0]
-    assert "the step is taken, clipped." in log[0]
+    assert "The step is taken, clipped." in log[0]
 
 
 def test_an_overflow_under_a_scaler_lowers_the_scale_and_is_not_counted(results: Results) -> None:

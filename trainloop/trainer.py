@@ -5,9 +5,8 @@
                        ─► finite: clip ─► update ─► learning rate
                           not finite: window.discard, and a new window
 
-Accelerate owns devices, wrapping, mixed precision and the grad scaler. This file owns the order of things. The ranks
-decide from the gradient norm, which is the same on all of them, or from the control message that they exchange once a
-window.
+Accelerate owns devices, wrapping, mixed precision and the grad scaler. This file owns the order of things. What all
+ranks must do alike follows from the gradient norm or from the control message that they exchange once a window.
 """
 
 from __future__ import annotations
@@ -74,10 +73,9 @@ class BaseTrainer(Recipe):
         accelerator: One that the script already has. None: `build_accelerator` makes it.
         seed: In [0, 2^31): the initial model (same on all ranks), the order of the data, and each rank's random
             generators. None: drawn from torch's global generator on rank 0.
-        timeout: How long a collective waits for another rank before the run ends with an error, as a timedelta or in
-            seconds; for all process groups of the process, those of a given `accelerator` too. A rank that dies is
-            noticed at once, so it only limits ranks that hang or are slow. None: as Accelerate has it, 10 minutes with
-            NCCL and 30 with gloo.
+        timeout: How long a collective waits for a rank that hangs or is slow, as a timedelta or in seconds, in all
+            process groups of the process. A rank that dies is noticed at once. None: Accelerate's default, 10 minutes
+            with NCCL and 30 with gloo.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -213,8 +211,7 @@ class BaseTrainer(Recipe):
         Raises:
             NonFiniteGradientError: See `max_non_finite_grad_retries`.
             RankDisagreementError: `forward` skipped micro-batches on some ranks only.
-            TrainingError: `forward` has returned no loss for a whole epoch; or another rank is gone or hangs, which the
-                message names.
+            TrainingError: `forward` returned no loss for a whole epoch. Or a rank is gone or hangs, and is named.
         """
         with reported_failure(self):
             self._build()
@@ -273,10 +270,9 @@ class BaseTrainer(Recipe):
         if overflown is None:
             return False
         self.step_info.grad_norm = overflown
-        self.logger.warning(
-            f"Step {self.step}: the gradient norm overflowed ({overflown:.3g}), but every gradient is finite. The step"
-            f" is taken{', clipped' if self.grad_clip is not None else ''}."
-        )
+        clipped = ", clipped" if self.grad_clip is not None else ""
+        text = f"the gradient norm overflowed ({overflown:.3g}), but every gradient is finite."
+        self.logger.warning(f"Step {self.step}: {text} The step is taken{clipped}.")
         return True
 
     # ------------------------------------------------------------------ evaluation
@@ -284,11 +280,10 @@ class BaseTrainer(Recipe):
     def evaluate(self, data_loader: Any = None, *, reduce: Mapping[str, Reduce] | None = None) -> dict[str, Any]:
         """Run `eval_forward` over held-out data. Call on every rank, between steps; logs nothing.
 
-        Each sample counts exactly once, whatever the number of ranks and the size of the last batch: records and loss
-        are averaged over the batches by their number of samples, or by `batch_weight` if it is overridden. Each batch
-        draws the same noise at every evaluation. Modes, buffers, random generators and position of the training run are
-        as before, bit for bit; BatchNorm has rank 0's statistics everywhere. Before `train` it evaluates the model as
-        it was built; after it, or after `load_state_dict`, as it was trained.
+        Each sample counts exactly once, at any number of ranks. Loss and records are averaged over the batches by their
+        number of samples, or by `batch_weight` if it is overridden. Each batch draws the same noise at every
+        evaluation. The training run's modes, buffers, random generators and position stay the same, bit for bit.
+        BatchNorm uses rank 0's statistics everywhere.
 
         Args:
             data_loader: As `build_eval_data_loader` returns it. None: what that returned.
@@ -379,7 +374,7 @@ class BaseTrainer(Recipe):
         return run_state(self, model_state(self.model, self.state_dict_options))
 
     def live_state_dict(self) -> dict[str, Any]:
-        """`state_dict` with the live tensors, whatever `state_dict_options` says: what a checkpoint is made of."""
+        """`state_dict` with the live tensors, whatever `state_dict_options` says. Checkpoints are made of it."""
         return run_state(self, self.live_model_state())
 
     def live_model_state(self) -> dict[str, torch.Tensor]:
@@ -427,7 +422,7 @@ class BaseTrainer(Recipe):
 
         Args:
             records: Nested images: Pillow's, tensors or numpy arrays, H x W or C x H x W, or batches N x C x H x W.
-            dry_run: The hooks say what they would write, and write nothing.
+            dry_run: As for `log`.
         """
         for hook in self.hooks:
             hook.on_log_images(self, records, dry_run)
@@ -435,8 +430,8 @@ class BaseTrainer(Recipe):
     def request_stop(self) -> None:
         """End the run early, on all ranks after the same step. Call on any rank.
 
-        The ranks agree once a window, before the update: asked for in `forward` or before, the run ends with this step;
-        asked for later (`on_after_step`), with the next one. It is so at any number of processes, one included.
+        The ranks agree once a window, before the update. A request made in `forward` or earlier ends the run with this
+        step; a later one (`on_after_step`) ends it with the next step. One process does the same.
         """
         self.control.ask("stop")
 
