@@ -93,24 +93,25 @@ class Trainer(BaseTrainer):
         self.strike("evaluation")
         return super().eval_forward(batch)
 
-    def _run_window(self) -> None:
-        super()._run_window()
-        self.strike("control")
-
 
 def rank_main(name: str, out: Path, strategy: str) -> None:
     if strategy == "fsdp2":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
         os.environ |= {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "50"}
     trainer = Trainer(name, out)
-    write = saving.write_draft
+    write, start = saving.write_draft, trainer.control.start
 
     def write_or_die(*args: Any) -> Any:
         trainer.strike("write")
         trainer.strike("thread")
         return write(*args)
 
+    def start_or_die(*args: Any, **kwargs: Any) -> None:
+        trainer.strike("control")
+        start(*args, **kwargs)
+
     saving.write_draft = write_or_die
+    trainer.control.start = start_or_die  # type: ignore[method-assign]
     try:
         trainer.train()
     except Exception as ex:
