@@ -36,7 +36,7 @@ LAYERS = [
     "data.feed",
     "step.__init__ step.gradients step.loss_weights step.non_finite",
     "step.info",
-    "step.window",
+    "step.window step.agreement",
     "hook",
     "setup.__init__ setup.launch setup.report",
     "setup.factories",

@@ -39,6 +39,7 @@ from .setup import factories, launch
 from .setup.report import announce
 from .state.live import model_state, unwrap
 from .state.training import load_run_state, run_state
+from .step.agreement import Agreement
 from .step.gradients import Gradients
 from .step.info import StepInfo
 from .step.non_finite import clean_name
@@ -154,6 +155,7 @@ class BaseTrainer(Recipe):
     _feed: DataFeed
     _gradients: Gradients
     _window: Window
+    _agreement: Agreement
     _is_built: bool
     _is_restored: bool
     _restored_rng: dict[str, Any] | None
@@ -210,7 +212,8 @@ class BaseTrainer(Recipe):
 
         Raises:
             NonFiniteGradientError: See `max_non_finite_grad_retries`.
-            RankDisagreementError: `forward` skipped micro-batches on some ranks only.
+            RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the ranks have come to train
+                different models.
             TrainingError: `forward` returned no loss for a whole epoch. Or a rank is gone or hangs, and is named.
         """
         with reported_failure(self):
@@ -223,6 +226,7 @@ class BaseTrainer(Recipe):
                     self.peers.enter("saving a checkpoint")
                     for checkpointer in self.checkpointers:  # after every hook, so that their order doesn't matter
                         checkpointer.save_if_due(self)
+                self._agreement.check()
             self.control.take("stop")
             for hook in self.hooks:
                 hook.on_after_train(self)
@@ -258,22 +262,16 @@ class BaseTrainer(Recipe):
         """Run one window and clip its gradient; returns whether the gradient can be applied."""
         self.peers.enter("forward and backward")
         self._window.run()
-        self.control.start(self._window.skipped)
+        self.control.start(self._window.skipped, self._agreement.checksum())
         norm = self._gradients.norm()
         self.peers.enter("waiting for the other ranks' messages")
-        self.control.finish(self.step)  # before the host waits for the device, which may wait for a rank that died
-        self.step_info.grad_norm = norm.item()  # the step's one device-to-host sync
+        # Before the host waits for the device, which may wait for a rank that died.
+        self.control.finish(self.step, self._agreement.explain)
+        self.step_info.grad_norm = self._agreement.read_norm(norm)  # the step's one device-to-host sync
         if math.isfinite(self.step_info.grad_norm):
             self._gradients.clip(norm, self.step_info.grad_norm)
             return True
-        overflown = self._gradients.clip_overflown()
-        if overflown is None:
-            return False
-        self.step_info.grad_norm = overflown
-        clipped = ", clipped" if self.grad_clip is not None else ""
-        text = f"the gradient norm overflowed ({overflown:.3g}), but every gradient is finite."
-        self.logger.warning(f"Step {self.step}: {text} The step is taken{clipped}.")
-        return True
+        return self._window.clip_overflown()
 
     # ------------------------------------------------------------------ evaluation
 
@@ -335,6 +333,7 @@ class BaseTrainer(Recipe):
         set_seed(self.seed, device_specific=True)  # from here on each rank draws its own noise
         self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
         self._window = Window(self, self._feed, self._gradients)
+        self._agreement = Agreement(self, self._feed)
         self._is_built = True
         if self.timeout is not None:
             collectives.set_timeout(self.timeout, self.model)

@@ -46,6 +46,11 @@ class DataFeed:
         """The epoch that the run is in, from 0."""
         return self._source.epoch
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch and consumed samples of it; (0, 0) for data of which each rank has its own."""
+        return self._source.position
+
     def start(self) -> None:
         """Make the iterator, at the current position. After it the random generators may be restored."""
         self._next = self._source.open().__next__

@@ -41,6 +41,10 @@ class IndexedSource:
     def epoch(self) -> int:
         return self._sampler.epoch
 
+    @property
+    def position(self) -> tuple[int, int]:
+        return self._sampler.epoch, self._sampler.position
+
     def open(self) -> Iterator[Any]:
         # Iterators made here, and not in the generator, so that `close` can end them.
         self._iterator = iter(self._loader()) if isinstance(self._data, DataLoader) else None

@@ -51,6 +51,10 @@ class SampledSource:
     def epoch(self) -> int:
         return self._shard.epoch
 
+    @property
+    def position(self) -> tuple[int, int]:
+        return self._shard.epoch, self._shard.position
+
     def open(self) -> Iterator[Any]:
         if self._iterator is None:
             self._shard.seek()
@@ -147,6 +151,10 @@ class IterableSource:
     @property
     def epoch(self) -> int:
         return self._epoch
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return 0, 0  # the ranks may have unequally many batches an epoch
 
     def open(self) -> Iterator[Any]:
         if self._iterator is None:

@@ -25,6 +25,10 @@ class Source(Protocol):
     def epoch(self) -> int:
         """The epoch of the batch that was yielded last, from 0."""
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch and consumed samples of it, the same on all ranks; (0, 0) if each rank reads its own data."""
+
     def open(self) -> Iterator[Any]:
         """Batches without end, from the current position on."""
 

@@ -150,7 +150,7 @@ def share_rank_zero_weights(model: torch.nn.Module, device: torch.device) -> boo
     by a checksum, so the usual case moves no weights.
     """
     tensors = [t.detach() for t in [*model.parameters(), *model.buffers()]]
-    checksums = gather_objects([_checksum(t) for t in tensors])
+    checksums = gather_objects([checksum(t) for t in tensors])
     if all(other == checksums[0] for other in checksums):
         return False
     for tensor in tensors:
@@ -183,7 +183,7 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def _checksum(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
+def checksum(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
     """Shape, dtype and a sum of the bytes that depends on their order; exact, in integers."""
     raw = tensor.contiguous().reshape(-1).view(torch.uint8)
     pieces = [raw[start : start + 2**22] for start in range(0, raw.numel(), 2**22)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import RankDisagreementError
 from . import collectives
 
 REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed")
 """What any rank may ask of all: a signal number, 1 for the others; 0: nothing."""
+
+_NOTHING = [0] * (len(REQUESTS) + 1)
 
 
 class Control:
@@ -43,30 +45,36 @@ class Control:
         self.agreed["exit_signal"] = max(signal for (signal,) in collectives.start_gather([own])())
         return bool(self.agreed["exit_signal"])
 
-    def start(self, skipped: Sequence[int]) -> None:
+    def start(self, skipped: Sequence[int], checksum: int = 0) -> None:
         """Tell the others, without waiting for them. Call on every rank once a window, when its work is queued: the
         exchange of host values over gloo then runs while the device computes.
 
         Args:
             skipped: Which draws of the window gave no loss on this rank; must be the same on all.
+            checksum: Of everything else that must be the same on all ranks.
         """
         # Exchanged for new ones before they are read: a signal may come between any two lines, and must not be lost.
         asked, self._asked = self._asked, dict.fromkeys(REQUESTS, 0)
         values = [asked[request] for request in REQUESTS]
         self._skipped = list(skipped)
         pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
-        self._finish = collectives.start_gather([*values, pattern])
+        self._usual = [*_NOTHING, checksum]
+        self._finish = collectives.start_gather([*values, pattern, checksum])
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int, explain: Callable[[], None] = lambda: None) -> None:
         """Hear from the others. Call on every rank, after `start`.
+
+        Args:
+            step: The step, for the error.
+            explain: Called on every rank if the checksums differ; raises the error that says what differs.
 
         Raises:
             RankDisagreementError: On every rank, naming what each has skipped.
         """
         by_rank = self._finish()
-        if not any(map(any, by_rank)):
-            return  # nobody asks for anything, and nobody has skipped anything: nearly always
-        *by_request, patterns = zip(*by_rank, strict=True)
+        if by_rank.count(self._usual) == len(by_rank):
+            return  # nobody asks for anything, nobody has skipped anything, and all agree: nearly always
+        *by_request, patterns, checksums = zip(*by_rank, strict=True)
         if len(set(patterns)) > 1:
             skipped = collectives.gather_objects(self._skipped)
             told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(skipped))
@@ -75,5 +83,7 @@ class Control:
                 f" window, from 0: {told}). Return None for the same micro-batch on every rank, or override"
                 " `batch_weight` and return 0 for a micro-batch that one rank alone wants to drop."
             )
+        if len(set(checksums)) > 1:
+            explain()
         for request, values in zip(REQUESTS, by_request, strict=True):
             self.agreed[request] = self.agreed[request] or max(values)

@@ -117,6 +117,22 @@ class Window:
         )
         return True
 
+    def clip_overflown(self) -> bool:
+        """Clip a gradient whose norm is not finite, if each of its elements is. Call on every rank.
+
+        Returns:
+            Whether the gradient can be applied.
+        """
+        trainer = self._trainer
+        overflown = self._gradients.clip_overflown()
+        if overflown is None:
+            return False
+        trainer.step_info.grad_norm = overflown
+        clipped = ", clipped" if trainer.grad_clip is not None else ""
+        text = f"the gradient norm overflowed ({overflown:.3g}), but every gradient is finite."
+        trainer.logger.warning(f"Step {trainer.step}: {text} The step is taken{clipped}.")
+        return True
+
     # ------------------------------------------------------------------ drawing
 
     def _next_batch(self) -> Any:

@@ -1,0 +1,140 @@
+"""Runs in which the ranks come to differ, one after another in one launch, and writes what each rank was told.
+
+Usage: accelerate launch agreement.py OUT scenario...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trainloop import BaseHook, BaseTrainer
+
+STEPS = 6
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 1)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x).tanh()
+        return y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.encode(x))
+        return y
+
+
+class Trainer(BaseTrainer):
+    hook: BaseHook | None = None
+    bypasses = False
+    scale = 0.0
+
+    def build_data_loader(self) -> Any:
+        return DataLoader(TensorDataset(torch.randn(48, 6)), batch_size=2)
+
+    def build_model(self) -> nn.Module:
+        model = Encoder()
+        model.inner.requires_grad_(not isinstance(self.hook, Unfreeze))
+        return model
+
+    def build_optimizer(self) -> Any:
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+
+    def build_grad_scaler(self) -> Any:
+        return torch.amp.GradScaler("cpu", init_scale=self.scale) if self.scale else None
+
+    def build_hooks(self) -> list[BaseHook]:
+        return [] if self.hook is None else [self.hook]
+
+    def forward(self, batch: Any) -> Any:
+        model = self.unwrapped_model
+        assert isinstance(model, Encoder)
+        y = model.head(model.encode(batch[0])) if self.bypasses else self.model(batch[0])
+        return (y - batch[0].sum(1, keepdim=True)).pow(2).mean(), {}
+
+
+class AtStepThree(BaseHook):
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        if trainer.step == 3:
+            self.act(trainer)
+
+    def act(self, trainer: BaseTrainer) -> None:
+        raise NotImplementedError
+
+
+class Unfreeze(AtStepThree):
+    def act(self, trainer: BaseTrainer) -> None:
+        trainer.unwrapped_model.inner.requires_grad_(True)  # type: ignore[operator, union-attr]
+
+
+class OtherRate(AtStepThree):
+    def act(self, trainer: BaseTrainer) -> None:
+        if trainer.accelerator.process_index == 1:
+            trainer.optimizer.param_groups[0]["lr"] = 0.5
+
+
+class OtherData(AtStepThree):
+    def act(self, trainer: BaseTrainer) -> None:
+        if trainer.accelerator.process_index == 1:
+            next(trainer._feed)
+
+
+class AfterTheLastStep(BaseHook):
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        if trainer.step == STEPS and trainer.accelerator.process_index == 1:
+            trainer.optimizer.param_groups[0]["lr"] = 0.5
+
+
+def bypassed(trainer: Trainer) -> None:
+    trainer.bypasses = True
+
+
+def with_hook(cls: type[BaseHook]) -> Callable[[Trainer], None]:
+    def prepare(trainer: Trainer) -> None:
+        trainer.hook = cls()
+
+    return prepare
+
+
+def other_scale(trainer: Trainer) -> None:
+    trainer.scale = 8.0 if trainer.accelerator.process_index else 16.0
+
+
+SCENARIOS: dict[str, Callable[[Trainer], None]] = {
+    "bypass": bypassed,
+    "unfreeze": with_hook(Unfreeze),
+    "rate": with_hook(OtherRate),
+    "data": with_hook(OtherData),
+    "last": with_hook(AfterTheLastStep),
+    "scale": other_scale,
+    "none": lambda trainer: None,
+}
+
+
+def main() -> None:
+    out, *names = sys.argv[1:]
+    for name in names:
+        trainer = Trainer(STEPS, seed=3)
+        SCENARIOS[name](trainer)
+        error = None
+        try:
+            trainer.train()
+        except Exception as ex:
+            error = f"{type(ex).__name__}: {ex}"
+        result = {"error": error, "step": trainer.step}
+        Path(out, f"{name}.{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Checks that the ranks still train the same model: numbers that must be equal travel as a checksum with each window.
+
+DDP reduces the gradients of what went through its `forward`, and nothing else. If a part of the model is trained past
+it, or one rank changes a learning rate, the weights of the ranks drift apart and nothing fails. The gradient norm shows
+it, because every rank computes it from its own copy.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import RankDisagreementError
+from ..ranks import collectives
+
+if TYPE_CHECKING:
+    from ..data.feed import DataFeed
+    from ..trainer import BaseTrainer
+
+_NUM_SHOWN = 4  # ranks or parameters that an error names
+_ADVICE = {
+    "gradient norm": (
+        "Look for a part of the model that `forward` does not call through `self.model` (DDP does not reduce its"
+        " gradients), for parameters whose `requires_grad` has changed since the model was built, and for a hook that"
+        " changes weights or gradients on some ranks only."
+    ),
+    "loss scale": "Look for a `build_grad_scaler` that depends on the rank.",
+    "learning rates": "Look for a hook or a schedule that sets them on some ranks only, or from numbers of one rank.",
+    "data position": "Look for data that has another length or order on some ranks.",
+    "step": "Look for a hook that loads a state on some ranks only.",
+}
+
+
+class Agreement:
+    """What every rank must have the same of: step, data position, gradient norm, loss scale and learning rates.
+
+    Costs one CRC over a few dozen bytes a window, and no communication of its own.
+
+    Args:
+        trainer: The trainer; it is built.
+        feed: Where the batches come from.
+    """
+
+    def __init__(self, trainer: BaseTrainer, feed: DataFeed) -> None:
+        self._trainer, self._feed = trainer, feed
+        self._optimizer = trainer._raw_optimizer
+        self._is_alone = collectives.world_size() == 1
+        self._norm = self._scale = 0.0
+
+    def read_norm(self, norm: torch.Tensor) -> float:
+        """Read the gradient norm from the device, and the loss scale with it, if there is one: one sync for both."""
+        scaler = self._trainer.grad_scaler
+        if scaler is None:
+            value: float = norm.item()
+        else:
+            # `get_scale` would be a sync of its own. Under FSDP2 the norm alone doesn't show that the scales differ.
+            scale: Any = scaler._scale
+            value, self._scale = torch.stack((norm, scale.to(norm))).tolist()
+        self._norm = value if value == value else math.nan  # one NaN of the many that there are
+        return value
+
+    def checksum(self) -> int:
+        """Checksum for the control message; 0 in a single process. Reads nothing from the device."""
+        if self._is_alone:
+            return 0
+        rates = self._learning_rates()
+        numbers = struct.pack(f"3q{len(rates) + 2}d", *self._position(), self._norm, self._scale, *rates)
+        return zlib.crc32(numbers)
+
+    def check(self) -> None:
+        """Compare the checksums at once, for the last window of a run. Call on every rank."""
+        by_rank = collectives.start_gather([self.checksum()])()
+        if by_rank.count(by_rank[0]) != len(by_rank):
+            self.explain()
+
+    def explain(self) -> None:
+        """Find out what differs, and raise. Call on every rank.
+
+        Raises:
+            RankDisagreementError: On every rank. Names the quantity, its values by rank, and the first parameters whose
+                weights or gradients differ from rank 0's.
+        """
+        step, epoch, position = self._position()
+        own = {
+            "gradient norm": self._norm,
+            "loss scale": self._scale,
+            "learning rates": self._learning_rates(),
+            "data position": (epoch, position),
+            "step": step,
+        }
+        by_rank = collectives.gather_objects(own)
+        texts = {name: [repr(values[name]) for values in by_rank] for name in own}
+        differing = {name: _by_value(values) for name, values in texts.items() if len(set(values)) > 1}
+        tensors = collectives.gather_objects(self._differing_from_rank_zero())
+        found = [
+            f" {kind} differ from rank 0's in {_by_rank([names[kind] for names in tensors])}."
+            for kind in ("Weights", "Gradients")
+            if any(names[kind] for names in tensors)
+        ]
+        quantities = " and the ".join(f"{name} ({values})" for name, values in differing.items())
+        raise RankDisagreementError(
+            f"Step {step}: the ranks do not agree on the {quantities}, so they would no longer train the same"
+            f" model.{''.join(found)} {_ADVICE[next(iter(differing))]}"
+        )
+
+    def _position(self) -> tuple[int, int, int]:
+        return (self._trainer.step, *self._feed.position)
+
+    def _learning_rates(self) -> list[float]:
+        rates = [group.get("lr", 0.0) for group in self._optimizer.param_groups]
+        # One that is a tensor on an accelerator can't be read without a sync.
+        return [0.0 if isinstance(rate, torch.Tensor) and rate.device.type != "cpu" else float(rate) for rate in rates]
+
+    @torch.no_grad()
+    def _differing_from_rank_zero(self) -> Mapping[str, list[str]]:
+        """Names of the replicated parameters whose weights or gradients are not those of rank 0. Call on every rank.
+        Shards of FSDP2 differ by nature.
+        """
+        own = {
+            name: (collectives.checksum(param), None if param.grad is None else collectives.checksum(param.grad))
+            for name, param in self._trainer.named_parameters().items()
+            if not hasattr(param, "device_mesh")
+        }
+        first = collectives.broadcast_object(own)
+        return {
+            kind: [name for name, sums in own.items() if name not in first or sums[i] != first[name][i]]
+            for i, kind in enumerate(("Weights", "Gradients"))
+        }
+
+
+def _by_value(values: Sequence[str]) -> str:
+    """For example: rank 0: 1.5; ranks 1, 2: 1.25."""
+    parts = []
+    for value in dict.fromkeys(values):
+        ranks = [rank for rank, other in enumerate(values) if other == value]
+        parts.append(f"{_ranks(ranks)}: {value}")
+    return "; ".join(parts[:_NUM_SHOWN]) + ("; …" if len(parts) > _NUM_SHOWN else "")
+
+
+def _by_rank(names_by_rank: Sequence[Sequence[str]]) -> str:
+    """For example: 2 parameters: a.weight, a.bias (rank 1)."""
+    texts = [
+        f"{len(names)} parameters: {', '.join(names[:_NUM_SHOWN])}{', …' if len(names) > _NUM_SHOWN else ''}"
+        for names in names_by_rank
+    ]
+    groups = {text: [rank for rank, other in enumerate(texts) if other == text] for text in dict.fromkeys(texts)}
+    shown = [f"{text} ({_ranks(ranks)})" for text, ranks in groups.items() if names_by_rank[ranks[0]]]
+    return "; ".join(shown[:_NUM_SHOWN]) + ("; …" if len(shown) > _NUM_SHOWN else "")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    more = ", …" if len(ranks) > _NUM_SHOWN else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:_NUM_SHOWN]))}{more}"
