@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -17,14 +16,13 @@ from ..hook import BaseHook, CheckpointerHook
 from ..images import flatten_images, to_pil
 from ..records import Records, check_records
 from .tracking import Guard, arguments_of, launch_of, numbers_by_name, on_rank_zero, read_config
-from .wandb_files import files_of, is_empty, rows
+from .wandb_files import STEP, last_step_of
+from .wandb_run_file import find_killed_run, note_run
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
-_STEP = "trainer/step"
 _STATE_KEY = "wandb"
-_RUN_FILE = "wandb-run.json"
 _FORMATS = ("png", "jpg", "jpeg", "bmp")
 _NUM_RECENT = 500  # rows that are kept; a killed wandb loses those of its last 15 s, or of a buffer of 32 KiB
 
@@ -144,8 +142,8 @@ class WandbHook(BaseHook):
         import wandb
 
         config = self.config if self.config is not None else arguments_of(trainer)
-        if self._run_id is None and self._can_resume:
-            self._run_id = self._left_behind(trainer, config)
+        if self._run_id is None and self._can_resume and trainer.workspace is not None:
+            self._run_id = find_killed_run(trainer.workspace, config, trainer.logger)
         known_id = self._run_id
         launch = {} if self.config is not None else {"launch": launch_of(trainer)}
         arguments: dict[str, Any] = {"config": {**config, **launch}, **self._arguments}
@@ -161,16 +159,17 @@ class WandbHook(BaseHook):
         self.run = run = wandb.init(**arguments)
         if run.disabled:
             return -1
-        run.define_metric(_STEP)
-        run.define_metric("*", step_metric=_STEP)
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
         self._run_id = run.id
-        self._note(trainer, config)
+        if trainer.workspace is not None:
+            note_run(trainer.workspace, run.id, config)
         if run.id != known_id:
             return -1
         if self._is_complete:  # not read from the file, which wandb may still be writing
             self._is_complete = False
             return max((row.step for row in self._recent), default=-1)
-        last_step = _last_step(run)
+        last_step = last_step_of(run)
         for row in self._recent:
             row.is_sent = row.is_sent and row.step <= last_step
         trainer.logger.info(
@@ -197,8 +196,8 @@ class WandbHook(BaseHook):
             if is_preempted:
                 run.mark_preempting()
             run.finish(exit_code=exit_code)
-            if not run.disabled:
-                self._note(trainer, None)
+            if not run.disabled and trainer.workspace is not None:
+                note_run(trainer.workspace, run.id, None)
             self._is_complete = not unsent
         except Exception as ex:
             trainer.logger.error(f"The W&B run could not be finished. {type(ex).__name__}: {ex}")
@@ -262,7 +261,7 @@ class WandbHook(BaseHook):
         for row in self._recent:
             if not row.is_sent:
                 images = row.images or _images_again(row.files)
-                self.run.log({**row.numbers, **images, _STEP: row.step})
+                self.run.log({**row.numbers, **images, STEP: row.step})
                 row.files = {key: str(image._path) for key, image in images.items()}
                 row.is_sent, row.images = True, {}
 
@@ -291,45 +290,6 @@ class WandbHook(BaseHook):
             self._is_complete = False
             self._recent.clear()
             self._recent.extend(_Row(step, numbers, files, is_sent=True) for step, numbers, files in state["rows"])
-
-    def _note(self, trainer: BaseTrainer, config: dict[str, Any] | None) -> None:
-        """Write down which run is on; with None, that it has ended."""
-        if trainer.workspace is not None:
-            file = trainer.workspace / _RUN_FILE
-            beside = file.with_suffix(".tmp")
-            beside.write_text(json.dumps({"run_id": self._run_id, "is_on": config is not None, "config": config}))
-            beside.replace(file)
-
-    def _left_behind(self, trainer: BaseTrainer, config: dict[str, Any]) -> str | None:
-        """The id of the run that was killed in this workspace before its first checkpoint, with the same config."""
-        file = trainer.workspace / _RUN_FILE if trainer.workspace is not None else None
-        if file is None or not file.exists():
-            return None
-        try:
-            noted = json.loads(file.read_text())
-            run_id: str | None = noted["run_id"] if noted["is_on"] and noted["config"] == config else None
-        except (OSError, ValueError, KeyError, TypeError) as ex:
-            trainer.logger.warning(f"{file} cannot be read, so a new W&B run begins: {type(ex).__name__}: {ex}")
-            return None
-        if run_id is not None:
-            trainer.logger.info(f"{file} says that W&B run {run_id} was killed. Remove it to begin a new run.")
-        return run_id
-
-
-def _last_step(run: Any) -> int:
-    """The last step that W&B has of a run that goes on; -1: none."""
-    if not run.offline:
-        return int(run.summary.get(_STEP, -1))  # from the server
-    own = Path(run.dir).parent
-    last_step = -1
-    for file in files_of(own.parent, run.id):
-        if file.parent == own:
-            continue
-        if is_empty(file):
-            file.rename(file.with_suffix(".empty"))  # `wandb sync` would stop at it
-        elif last_step < 0:
-            last_step = max((int(row[_STEP]) for row in rows(file) if _STEP in row), default=-1)
-    return last_step
 
 
 def _images_again(files: dict[str, str]) -> dict[str, Any]:

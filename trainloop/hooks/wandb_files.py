@@ -15,11 +15,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+STEP = "trainer/step"
+"""The name of the step in each row."""
 _FILE_HEADER = b":W&B"
 _FILE_HEADER_BYTES = 7
 _BLOCK_BYTES = 2**15
 _PIECE_HEADER = struct.Struct("<IHB")
 _WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def last_step_of(run: Any) -> int:
+    """The last step that W&B has of a run that is resumed; -1: none."""
+    if not run.offline:
+        return int(run.summary.get(STEP, -1))  # from the server
+    folder_of_this_process = Path(run.dir).parent
+    last_step = -1
+    for file in files_of(folder_of_this_process.parent, run.id):
+        if file.parent == folder_of_this_process:
+            continue
+        if is_empty(file):
+            file.rename(file.with_suffix(".empty"))  # `wandb sync` would stop at it
+        elif last_step < 0:
+            last_step = max((int(row[STEP]) for row in rows(file) if STEP in row), default=-1)
+    return last_step
 
 
 def files_of(folder: Path, run_id: str) -> list[Path]:
