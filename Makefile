@@ -42,10 +42,7 @@ bench: install  ## Measure a step, and what goes with it, beside plain loops: a 
 bench-full: .venv/.installed-bench  ## Measure everything, beside the peers too, and write it into benchmarks/README.md
 	$(BIN)/python -m benchmarks --full
 
-bench-test-pythons:  ## Check the wheel and run a few tests on each Python from 3.11 to 3.14 that is found
-	sh tests/pythons.sh
-
-check: install  ## The benchmark's one-minute form: equality and host reads, and never a time
+bench-check: install  ## The benchmark's one-minute form: equality and host reads, and never a time
 	$(BIN)/python -m benchmarks --check
 
 .venv/.installed-bench: .venv/.installed
