@@ -13,7 +13,7 @@ import trainloop
 PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
     "errors version",
-    "records rng images",
+    "records rng images paths",
     "ranks.__init__ ranks.collectives",
     "ranks.control ranks.peers",
     "ranks.failure",

@@ -28,6 +28,7 @@ from .data.feed import DataFeed
 from .evaluation import evaluate
 from .evaluation.totals import Reduce
 from .hook import BaseHook, CheckpointerHook
+from .paths import parse_absolute_path
 from .ranks import collectives
 from .ranks.control import Control
 from .ranks.failure import reported_failure
@@ -38,7 +39,7 @@ from .rng import load_rng_state
 from .setup import factories, launch
 from .setup.report import announce
 from .state.live import model_state, unwrap
-from .state.training import load_run_state, run_state
+from .state.training import load_run_state, restore_run, run_state
 from .step.agreement import Agreement
 from .step.gradients import Gradients
 from .step.info import StepInfo
@@ -65,7 +66,7 @@ class BaseTrainer(Recipe):
             doesn't count.
         mixed_precision: "no", "fp16", "bf16" or "fp8". None: what `accelerate launch` says.
         gradient_accumulation_steps: Micro-batches a step. None: what the launch says, else 1.
-        workspace: Folder that hooks write to.
+        workspace: Folder that hooks write to. A relative path is taken from the current folder, at construction.
         device: None: Accelerate's choice. "cpu" forces the CPU.
         no_sync_accumulate: False: gradients are reduced at each micro-batch, which saves memory under FSDP2 and costs
             communication.
@@ -141,7 +142,7 @@ class BaseTrainer(Recipe):
 
     # Where the run stands.
     step: int
-    """The optimizer step that was begun last; the first is 1."""
+    """The optimizer step last begun; the first is 1. An exception before the update takes the step back."""
     step_info: StepInfo
     """What this step has measured so far."""
     control: Control
@@ -181,7 +182,7 @@ class BaseTrainer(Recipe):
         self.grad_clip = grad_clip
         self.max_non_finite_grad_retries = max_non_finite_grad_retries
         self.mixed_precision = mixed_precision
-        self.workspace = Path(workspace) if workspace is not None else None
+        self.workspace = parse_absolute_path("workspace", workspace) if workspace is not None else None
         self.no_sync_accumulate = no_sync_accumulate
         self.state_dict_options = state_dict_options
         self.seed = seed
@@ -218,7 +219,7 @@ class BaseTrainer(Recipe):
         """
         with reported_failure(self):
             self._build()
-            self._restore()
+            restore_run(self)
             with self._feed, factories.accumulation_state(self.accelerator, self.gradient_accumulation_steps):
                 self._begin()
                 while self.step < self.max_steps and not self.control.agreed["stop"]:
@@ -227,30 +228,34 @@ class BaseTrainer(Recipe):
                     for checkpointer in self.checkpointers:  # after every hook, so that their order doesn't matter
                         checkpointer.save_if_due(self)
                 self._agreement.check()
-            self.control.take("stop")
             for hook in self.hooks:
                 hook.on_after_train(self)
 
     def _run_step(self) -> None:
-        self.step += 1
-        self.peers.step = self.step
-        self.peers.enter("hooks")
         info = self.step_info = StepInfo()
-        for hook in self.hooks:
-            hook.on_before_step(self)
-        start = time.perf_counter()
-        while not self._run_window():
-            if self._window.discard():
-                for hook in self.hooks:
-                    hook.on_non_finite_grad(self, info.non_finite_grad_retry_count)
-        for hook in self.hooks:
-            hook.on_before_optimizer_step(self)
-        self._raw_optimizer.step()
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
-        self._gradients.drop()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+        self._window.begin_step()
+        try:
+            self.peers.enter("hooks")
+            for hook in self.hooks:
+                hook.on_before_step(self)
+            start = time.perf_counter()
+            while not self._run_window():
+                if self._window.discard():
+                    for hook in self.hooks:
+                        hook.on_non_finite_grad(self, info.non_finite_grad_retry_count)
+            for hook in self.hooks:
+                hook.on_before_optimizer_step(self)
+            self._window.is_updating = True
+            self._raw_optimizer.step()
+            if self.grad_scaler is not None:
+                self.grad_scaler.update()
+            self._gradients.drop()
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+        except BaseException:
+            self._window.take_back()
+            raise
+        self._window.is_updating = False
         for hook in self.hooks:
             hook.on_after_optimizer_step(self)
         info.step_time = time.perf_counter() - start
@@ -339,19 +344,8 @@ class BaseTrainer(Recipe):
             collectives.set_timeout(self.timeout, self.model)
         announce(self)
 
-    def _restore(self) -> None:
-        """The trainer's state comes back before any hook hears of the run, a hook's own right after it has."""
-        self.peers.enter("restoring the run")
-        state_dict = None
-        if not self._is_restored:
-            self._is_restored = True
-            state_dict = next(filter(None, (hook.restore(self) for hook in self.checkpointers)), None)
-        for hook in self.hooks:
-            hook.on_before_train(self)
-            if state_dict is not None:
-                hook.on_load_state_dict(self, state_dict)
-
     def _begin(self) -> None:
+        self._window.check_whole()
         self._feed.start()
         if self._restored_rng is not None:  # last: starting the iterator may draw from the generators
             load_rng_state(self._restored_rng, self.device)
@@ -399,6 +393,7 @@ class BaseTrainer(Recipe):
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
         self._build()
+        self._window.is_updating = False
         load_run_state(self, state_dict)
         set_model_state_dict(self.model, state_dict["model"], options=self.state_dict_options)
         for hook in self.hooks:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..paths import parse_absolute_path
 from .agreement import Ranks
 from .content import Content
 from .disk.fs import FileSystem
@@ -53,7 +54,7 @@ class CheckpointStore:
             logger: Hears on rank 0 what the user should know. None: the logger "trainloop".
             timeout: How long an async save waits for a rank that is slower in writing. None: 30 minutes.
         """
-        self.path = Path(path)
+        self.path = parse_absolute_path("path", path)
         self._fs = fs if fs is not None else FileSystem()
         self._logger = logger if logger is not None else logging.getLogger("trainloop")
         self._timeout = timeout if timeout is not None else timedelta(minutes=30)

@@ -14,6 +14,7 @@ from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps,
 from ..checkpoint.format.foreign import is_importable
 from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
+from ..paths import parse_absolute_path, parse_path
 from ..ranks import collectives
 from ..records import Records, flatten_nested_dict, is_number
 from ..state.adoption import adopt
@@ -94,8 +95,10 @@ class CheckpointingHook(CheckpointerHook):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, but is {choice!r}.")
         self.interval = interval
-        self.path = Path(path)
+        self.path = parse_path("path", path)
         self.needs_workspace = not self.path.is_absolute()
+        if load is not None and load != "latest" and not isinstance(load, int):
+            load = parse_absolute_path("load", load)
         self.load = load
         self.exit_signals = _signals(exit_signals)
         self.exit_code = exit_code

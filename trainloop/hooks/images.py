@@ -13,6 +13,7 @@ from ..checkpoint.format.layout import step_name
 from ..errors import describe
 from ..hook import BaseHook
 from ..images import flatten_images, to_pil
+from ..paths import parse_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +52,7 @@ class ImageFileLoggerHook(BaseHook):
         if not isinstance(path, Path | str):
             raise TypeError(f"`path` must be a path, but is {describe(path)}.")
         self.image_format = image_format
-        self.path = Path(path)
+        self.path = parse_path("path", path)
         self.needs_workspace = not self.path.is_absolute()
 
     def on_before_train(self, trainer: BaseTrainer) -> None:

@@ -14,6 +14,7 @@ from accelerate.utils import LoggerType
 from ..errors import describe
 from ..hook import BaseHook, CheckpointerHook
 from ..images import flatten_images, to_pil
+from ..paths import parse_path
 from ..records import Records, check_records
 from .tracking import Guard, arguments_of, flat_config, launch_of, numbers_by_name, on_rank_zero, read_config
 
@@ -71,7 +72,7 @@ class TrackerHook(BaseHook):
             raise TypeError(f"`logging_dir` must be a path, but is {describe(logging_dir)}.")
         self.project = project
         self.config = read_config(config)
-        self.logging_dir = Path(logging_dir)
+        self.logging_dir = parse_path("logging_dir", logging_dir)
         self.init_kwargs = dict(init_kwargs or {})
         foreign = set(self.init_kwargs) - {tracker for tracker in self.log_with if isinstance(tracker, str)}
         if foreign:

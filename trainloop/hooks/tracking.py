@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint.save.writer import library_versions
 from ..errors import TrainingError, describe
+from ..paths import parse_path
 from ..ranks import collectives
 from ..records import Records, flatten_nested_dict, without_sequences
 
@@ -67,7 +68,7 @@ def read_config(config: Any) -> dict[str, Any] | None:
     if isinstance(config, str | Path):
         path = config
         try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
+            config = json.loads(parse_path("config", path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as ex:
             raise ValueError(f"`config` must name a JSON file that can be read, but {path} cannot: {ex}") from ex
         if not isinstance(config, Mapping):

@@ -37,6 +37,11 @@ class Control:
         value, self.agreed[request] = self.agreed[request], 0
         return value
 
+    def forget(self) -> None:
+        """Drop all requests: one that was made in a `train` ends with it."""
+        self._asked = dict.fromkeys(REQUESTS, 0)
+        self.agreed = dict.fromkeys(REQUESTS, 0)
+
     def agree_on_exit(self) -> bool:
         """Whether any rank was sent an exit signal, told at once. Call on every rank; for long work between two
         windows, which must not keep the run from ending in time.

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
     """Within it, an exception is reported before it leaves: to the other ranks, then to every hook's `on_exception`.
 
-    A rank that waited in vain raises a `TrainingError` that names the rank it waited for.
+    A rank that waited in vain raises a `TrainingError` that names the rank it waited for. Either way the end of it
+    drops every request for a stop, a checkpoint or an exit, so that the next `train` doesn't act on it.
     """
     try:
         trainer.peers.open()
@@ -34,6 +35,8 @@ def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
         if reported is ex:
             raise
         raise reported from ex
+    finally:
+        trainer.control.forget()
 
 
 def _explained(trainer: BaseTrainer, exception: BaseException) -> BaseException:

@@ -63,3 +63,20 @@ def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
     else:
         trainer._restored_rng = rank_state["rng"]  # and once more when the data's iterator exists
         load_rng_state(rank_state["rng"], trainer.device)
+
+
+def restore_run(trainer: BaseTrainer) -> None:
+    """Begin a `train`: restore the run from a checkpoint if this is the first one, and tell the hooks that it begins.
+    Call on every rank.
+
+    The trainer's state comes back before any hook hears of the run, and a hook's own state right after it has.
+    """
+    trainer.peers.enter("restoring the run")
+    state_dict = None
+    if not trainer._is_restored:
+        trainer._is_restored = True
+        state_dict = next(filter(None, (hook.restore(trainer) for hook in trainer.checkpointers)), None)
+    for hook in trainer.hooks:
+        hook.on_before_train(trainer)
+        if state_dict is not None:
+            hook.on_load_state_dict(trainer, state_dict)

@@ -51,8 +51,40 @@ class Window:
         self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
         self._is_weighted = trainer._has_batch_weight()
         self._defers_reduction = trainer.no_sync_accumulate and accelerator.num_processes > 1
+        self.is_updating = False
+        """Whether the optimizer step has begun and the learning rate has not moved on yet."""
+        self._has_run = False
         self._checked_step = -1
         self._first_epoch_without_loss = 0
+
+    def begin_step(self) -> None:
+        """Count the step that begins now."""
+        self._trainer.step += 1
+        self._trainer.peers.step = self._trainer.step
+        self._has_run = False
+
+    def take_back(self) -> None:
+        """After an exception: uncount a step whose update has not begun, so that a later `train` begins it anew. The
+        buffers get their values from before its window. Its batches stay consumed, as those of a discarded window.
+        """
+        if self.is_updating:
+            return  # see `check_whole`
+        self._trainer.step -= 1
+        if self._has_run:
+            self._buffers.restore()
+
+    def check_whole(self) -> None:
+        """Raise if the last `train` ended in the middle of an update.
+
+        Raises:
+            TrainingError: Weights, optimizer and schedule may belong to different steps.
+        """
+        if self.is_updating:
+            raise TrainingError(
+                f"The update of step {self._trainer.step} was interrupted, so weights, optimizer and learning rate may"
+                " belong to different steps. Make a new trainer, which can resume from a checkpoint, or call"
+                " `load_state_dict`."
+            )
 
     def run(self) -> None:
         """Draw N micro-batches and run them forward and backward. Fills the trainer's `step_info`. Call on every rank.
@@ -68,6 +100,7 @@ class Window:
         info.losses, info.records, info.loss_factors = [], [], None
         self.skipped = []
         self._buffers.remember()
+        self._has_run = True
         batches = self._draw_weighted(num_micro_steps) if self._is_weighted else None
         micro_step = num_drawn = 0
         while micro_step < num_micro_steps:

@@ -1,0 +1,34 @@
+"""Paths that a user gives: "~" is expanded, and a URL is refused instead of becoming a local folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import describe
+
+
+def parse_path(name: str, path: Path | str) -> Path:
+    """The argument `name` as a path; a relative one stays relative.
+
+    Raises:
+        TypeError: It is not a path.
+        ValueError: It is a URL, or names the home folder of an unknown user.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`{name}` must be a path, but is {describe(path)}.")
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(path)):  # `Path("s3://bucket")` has one slash; "C:/" has one letter
+        raise ValueError(
+            f"`{name}` must be a path of the local file system, but is {str(path)!r}. Mount the bucket or the server,"
+            " or copy the files after the run."
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as ex:
+        raise ValueError(f"`{name}` is {str(path)!r}, but there is no such home folder.") from ex
+
+
+def parse_absolute_path(name: str, path: Path | str) -> Path:
+    """As `parse_path`, and absolute, so that a later `os.chdir` changes nothing."""
+    return parse_path(name, path).absolute()
