@@ -100,6 +100,23 @@ def test_the_limit_counts_retries_of_one_step(results: Results, form: str) -> No
         assert "set_detect_anomaly" in error
 
 
+def test_a_run_without_a_single_finite_gradient_ends(results: Results) -> None:
+    """With the default of the limit: after a whole epoch, or 100 windows of endless data; on every rank at once, also
+    where the ranks' own data have different lengths.
+    """
+    for data, tried, num_windows in (
+        ("map", "a whole epoch", 2 * STEPS + 1),  # the rest of the first epoch, a whole one, and the next window
+        ("endless", "100 windows", 100),
+        ("uneven", "a whole epoch", None),
+    ):
+        errors = {own[f"hopeless-{data}"]["error"] for own in results}
+        assert len(errors) == 1
+        assert errors.pop().startswith(f"Step 1: the gradient is not finite and {tried} gave no finite one")
+        counts = {own[f"hopeless-{data}"]["forwards"] for own in results}
+        assert len(counts) == 1
+        assert counts == {num_windows} or num_windows is None
+
+
 def test_parameters_that_are_not_finite_raise_whatever_the_limit(results: Results) -> None:
     """No retry can mend them."""
     for own in results:

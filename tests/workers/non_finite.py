@@ -179,6 +179,38 @@ class SpoiledTrainer(Trainer):
         return [*super().build_hooks(), SpoilParameter()]
 
 
+class HopelessTrainer(Trainer):
+    """The loss of the last rank is always NaN."""
+
+    def __init__(self, data: str, **kwargs: Any) -> None:
+        self.data = data
+        super().__init__(None, (), **kwargs)
+
+    def build_data_loader(self) -> Any:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batch = (torch.ones(BATCH, 6), torch.zeros(BATCH, dtype=torch.int64))
+        if self.data == "map":
+            return super().build_data_loader()
+        return Batches(batch, None if self.data == "endless" else 5 + 2 * (world - rank))
+
+    def forward(self, batch: Any) -> Any:
+        loss, records = super().forward(batch)
+        is_last = self.accelerator.process_index == self.accelerator.num_processes - 1
+        return loss * float("nan") if is_last else loss, records
+
+
+class Batches:
+    """The same batch, without end or a number of times; without a length either way."""
+
+    def __init__(self, batch: Any, num_batches: int | None) -> None:
+        self.batch, self.num_batches = batch, num_batches
+
+    def __iter__(self) -> Any:
+        return (
+            itertools.repeat(self.batch) if self.num_batches is None else itertools.repeat(self.batch, self.num_batches)
+        )
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     log: list[str] = []
@@ -215,6 +247,8 @@ def add_reports(results: dict[str, Any], world: int, log: list[str], kwargs: dic
     results["limit-0"] = outcome(Trainer("loss", last, max_non_finite_grad_retries=0, **kwargs), log)
     results["limit-2"] = outcome(Trainer("sqrt", last, 9, max_non_finite_grad_retries=2, **kwargs), log)
     results["limit-3"] = outcome(Trainer("sqrt", last, 3, max_non_finite_grad_retries=3, **kwargs), log)
+    for data in ("map", "endless", "uneven"):
+        results[f"hopeless-{data}"] = outcome(HopelessTrainer(data, **kwargs), log)
     results["parameter"] = outcome(SpoiledTrainer(None, (), **kwargs), log)
     results["constant"] = outcome(Trainer("constant", (0,), **kwargs), log)
     for clip in (None, 0.5):

@@ -51,6 +51,11 @@ class DataFeed:
         """Epoch and consumed samples of it; (0, 0) for data of which each rank has its own."""
         return self._source.position
 
+    @property
+    def has_epochs(self) -> bool:
+        """Whether the data is known to end: it has a length, or it has ended before."""
+        return self._source.has_length or self.epoch > 0
+
     def start(self) -> None:
         """Make the iterator, at the current position. After it the random generators may be restored."""
         self._next = self._source.open().__next__

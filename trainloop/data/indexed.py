@@ -25,8 +25,9 @@ class IndexedSource:
             sampler, batch_size, drop_last = range(len(data)), None, False
         try:
             is_empty = len(sampler) == 0  # type: ignore[arg-type]
+            self.has_length = True
         except TypeError:
-            is_empty = False
+            is_empty = self.has_length = False
         if is_empty:
             raise ValueError("`build_data_loader` returned data without a sample.")
         key = None

@@ -36,6 +36,8 @@ class SampledSource:
     sample at any number of processes.
     """
 
+    has_length = False
+
     def __init__(self, loader: DataLoader[Any], rank: int, world_size: int) -> None:
         self._shard = _Shard(loader.dataset, loader.batch_size, loader.drop_last, rank, world_size)
         self._loader = DataLoader(
@@ -139,6 +141,8 @@ class _Shard(IterableDataset[Any]):
 
 class IterableSource:
     """Batches from any iterable. Each rank iterates its own."""
+
+    has_length = False
 
     def __init__(self, iterable: Iterable[Any], is_first: bool) -> None:
         self._iterable, self._is_first = iterable, is_first

@@ -29,6 +29,9 @@ class Source(Protocol):
     def position(self) -> tuple[int, int]:
         """Epoch and consumed samples of it, the same on all ranks; (0, 0) if each rank reads its own data."""
 
+    has_length: bool
+    """Whether the length of an epoch is known."""
+
     def open(self) -> Iterator[Any]:
         """Batches without end, from the current position on."""
 

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from ..errors import LossNoneWarning, NonFiniteGradientError, TrainingError
+from ..ranks.collectives import gather_objects
 from ..records import Records, check_output, check_records, map_nested_tensor
 from .gradients import Gradients, no_contribution
 from .loss_weights import loss_factors, weighted_loss
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _NOTHING = nullcontext()
+_MAX_RETRIES_WITHOUT_EPOCHS = 100
 _MIN_LOSS_SCALE = 2.0**-14  # thirty halvings of the initial 2^16: no loss needs less, the gradient is broken
 
 
@@ -56,6 +58,7 @@ class Window:
         self._has_run = False
         self._checked_step = -1
         self._first_epoch_without_loss = 0
+        self._first_epoch_of_retries = 0
 
     def begin_step(self) -> None:
         """Count the step that begins now."""
@@ -129,7 +132,8 @@ class Window:
             Whether it counts as a retry. A loss scale that was too high doesn't.
 
         Raises:
-            NonFiniteGradientError: Another try is no use.
+            NonFiniteGradientError: The parameters are not finite, the retries are used up, or a whole epoch gave no
+                finite gradient.
         """
         trainer, info = self._trainer, self._trainer.step_info
         self._buffers.restore()
@@ -143,6 +147,8 @@ class Window:
         retry, limit = info.non_finite_grad_retry_count + 1, trainer.max_non_finite_grad_retries
         if limit is not None and retry > limit:
             raise NonFiniteGradientError(self._final_report(f"{limit} retries are used up", report))
+        if limit is None and (tried := self._has_tried_enough(retry)):
+            raise NonFiniteGradientError(self._final_report(f"{tried} gave no finite one", report))
         info.non_finite_grad_retry_count = retry
         trainer.logger.warning(
             f"Step {trainer.step}: the gradient is not finite. The window is discarded and a new one is drawn (retry"
@@ -255,6 +261,21 @@ class Window:
             self._trainer.accelerator.backward(loss)
 
     # ------------------------------------------------------------------ discarding
+
+    def _has_tried_enough(self, retry: int) -> str:
+        """Whether the gradient has been non-finite for so long that another try is no use. Call on every rank.
+
+        Returns:
+            What has been tried; "": not enough.
+        """
+        if retry == 1:
+            self._first_epoch_of_retries = self._feed.epoch
+        tried = ""
+        if self._feed.epoch > self._first_epoch_of_retries + 1:
+            tried = "a whole epoch"
+        elif retry >= _MAX_RETRIES_WITHOUT_EPOCHS and not self._feed.has_epochs:
+            tried = f"{retry} windows"
+        return max(gather_objects(tried))  # with data of their own, the ranks may be in different epochs
 
     def _lower_loss_scale(self, scaler: torch.amp.GradScaler, report: NonFiniteReport) -> None:
         trainer = self._trainer
