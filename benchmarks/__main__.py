@@ -1,9 +1,10 @@
-"""What trainloop costs beside others: `make bench`, `make bench-full`, `make bench-check`."""
+"""What trainloop costs beside others: `make bench`, `make bench-full`, `make bench-check`, and on a GPU `--gpu`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import signal
 import sys
@@ -22,6 +23,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="everything, with the peers; writes into benchmarks/")
     parser.add_argument("--check", action="store_true", help="a minute: equality and host reads, and never a time")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of rounds")
+    parser.add_argument("--gpu", action="store_true", help="what it costs on one GPU; minutes")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of --gpu; cpu: tiny, to try it out")
+    parser.add_argument("--seconds", type=float, default=240, help="how long --gpu may take")
     parser.add_argument("--out", type=Path, help="folder of the table and the picture")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -31,6 +35,9 @@ def main() -> None:
         print("\n".join(wrong) or "Every system trains the same, and trainloop reads at most once a step.")
         sys.exit(bool(wrong))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no system is left behind
+    if args.gpu:
+        measure_gpu(args.out or Path("build", "benchmarks"), args.device, args.seconds)
+        return
     start = time.monotonic()
     results = suite.Results()
     out = args.out or (FOLDER / "results" if args.full else Path("build", "benchmarks"))
@@ -40,6 +47,24 @@ def main() -> None:
     finally:  # one that is ended early has measured something too
         write(results, out, embeds=args.full and args.out is None)
     print(f"\nThat took {(time.monotonic() - start) / 60:.0f} minutes; table and picture are in {out}.")
+
+
+def measure_gpu(out: Path, device: str, seconds: float) -> None:
+    """Table and JSON of the GPU benchmark, written anew after each part."""
+    from .gpu import report as gpu_report
+    from .gpu import suite as gpu_suite
+
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("`--gpu` needs CUDA, and torch sees none. `--device cpu` tries out the benchmark itself, far smaller.")
+    out.mkdir(parents=True, exist_ok=True)
+
+    def save(results: gpu_suite.Results) -> None:
+        (out / "benchmark.json").write_text(json.dumps(results.as_json()))
+        (out / "benchmark.md").write_text(gpu_report.markdown(results))
+
+    plan = gpu_suite.ON_GPU if device == "cuda" else gpu_suite.ON_CPU
+    results = gpu_suite.measure(plan, seconds, save)
+    print(f"\n{gpu_report.markdown(results)}")
 
 
 def write(results: suite.Results, out: Path, embeds: bool) -> None:

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -85,6 +86,8 @@ class Measured:
     """Of rank 0, an optimizer step, over the last turns."""
     difference: float = float("inf")
     """The largest difference of any parameter to the first system's; 0: bitwise equal."""
+    device_memory: int = 0
+    """Peak of the memory that torch has allocated on the GPU, in bytes, of rank 0."""
     error: str = ""
     """Why there are no numbers."""
 
@@ -93,13 +96,18 @@ class Measured:
         return self.difference <= TOLERANCE
 
 
-def run(task: Task, systems: Sequence[System], *, timeout: float = 120) -> dict[str, Measured]:
+def run(
+    task: Task, systems: Sequence[System], *, timeout: float = 120, together: bool = False, until: float = float("inf")
+) -> dict[str, Measured]:
     """Train `task` with each of the systems, in turns.
 
     Args:
         task: What is trained.
         systems: The first is what the others are compared with.
         timeout: Seconds without a sign of life after which a system is given up.
+        together: Start all systems at the same time. That saves minutes where many cores are idle, but then
+            `first_step_cpu` means nothing.
+        until: By `time.monotonic`. No turn begins later; the parameters are then not compared.
 
     Returns:
         By `System.title`; a system that failed or is not installed has its `error`.
@@ -116,13 +124,19 @@ def run(task: Task, systems: Sequence[System], *, timeout: float = 120) -> dict[
                 continue
             contender = _Contender(system, number, task, folder, results[system.title], timeout)
             stack.callback(contender.end)
-            contender.start(listener, key)  # one after the other: what starts beside another takes longer
+            contender.start(listener, key)
+            if not together:  # what starts beside another takes longer
+                _await_start([contender], listener, timeout)
             contenders.append(contender)
+        if together:
+            _await_start(contenders, listener, timeout)
         for _ in range(task.num_turns):
+            if time.monotonic() < until:
+                for contender in contenders:
+                    contender.take_turn()
+        if time.monotonic() < until:
             for contender in contenders:
-                contender.take_turn()
-        for contender in contenders:
-            contender.finish()
+                contender.finish()
         states = {c.system.title: c.state for c in contenders if c.state is not None}
     reference = states.get(systems[0].title)
     for title, state in states.items():
@@ -130,13 +144,33 @@ def run(task: Task, systems: Sequence[System], *, timeout: float = 120) -> dict[
     return results
 
 
+def _await_start(contenders: Sequence[_Contender], listener: Listener, timeout: float) -> None:
+    """Wait until every rank of these wants its first batch, or until its system is given up."""
+    listening = listener._listener._socket  # type: ignore[attr-defined]  # `Listener` has no timeout of its own
+    end = time.monotonic() + timeout
+    while missing := [contender for contender in contenders if contender.is_missing()]:
+        listening.settimeout(0.1)
+        try:
+            connection: Connection = listener.accept()
+        except TimeoutError:
+            for contender in missing:
+                if contender.has_died() or time.monotonic() > end:
+                    contender.give_up()
+        else:
+            number, rank = connection.recv()
+            next(contender for contender in contenders if contender.number == number).join(rank, connection)
+    for contender in contenders:
+        contender.hear()
+
+
 class _Contender:
     """One system's processes, as the harness sees them."""
 
     def __init__(self, system: System, number: int, task: Task, folder: Path, result: Measured, timeout: float) -> None:
-        self.system, self._number, self._task, self._folder, self._result = system, number, task, folder, result
+        self.system, self.number, self._task, self._folder, self._result = system, number, task, folder, result
         self._timeout = timeout
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._joined: dict[int, Connection] = {}
         self._ranks: list[Connection] = []
         self._output = folder / f"{number}.txt"
         self._num_turns = 0
@@ -144,50 +178,41 @@ class _Contender:
         self.state: dict[str, torch.Tensor] | None = None
 
     def start(self, listener: Listener, key: bytes) -> None:
-        """Start the processes, and wait until all of them want their first batch."""
+        """Start the processes."""
         request = {
             "task": asdict(self._task),
             "system": self.system.name,
             "options": self.system.options,
-            "number": self._number,
+            "number": self.number,
             "address": listener.address,
             "key": key.hex(),
             "folder": str(self._folder),
         }
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps(request)]
         with self._output.open("wb") as output:
-            for env in _environments(self._task.world_size):
+            for env in _environments(self._task):
                 process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
                 self._processes.append(process)
-        by_rank = {}
-        for _ in self._processes:
-            connection = self._accept(listener)
-            if connection is None:
-                return
-            by_rank[connection.recv()[1]] = connection
-        self._ranks = [by_rank[rank] for rank in sorted(by_rank)]
-        self._hear()
 
-    def _accept(self, listener: Listener) -> Connection | None:
-        """The next rank, unless a process ends before."""
-        listening = listener._listener._socket  # type: ignore[attr-defined]  # `Listener` has no timeout of its own
-        for _ in range(int(self._timeout * 10)):
-            listening.settimeout(0.1)
-            try:
-                connection: Connection = listener.accept()
-            except TimeoutError:
-                if any(process.poll() is not None for process in self._processes):
-                    break
-            else:
-                return connection
-        self._fail()
-        return None
+    def is_missing(self) -> bool:
+        """Whether a rank has not joined yet."""
+        return self._result.error == "" and len(self._joined) < len(self._processes)
+
+    def has_died(self) -> bool:
+        """Whether a process has ended."""
+        return any(process.poll() is not None for process in self._processes)
+
+    def join(self, rank: int, connection: Connection) -> None:
+        """Take the connection of a rank."""
+        self._joined[rank] = connection
+        if len(self._joined) == len(self._processes):
+            self._ranks = [self._joined[rank] for rank in sorted(self._joined)]
 
     def take_turn(self) -> None:
         self._num_turns += 1
         for rank in self._ranks:
             rank.send(None)
-        messages = self._hear()
+        messages = self.hear()
         if not messages:
             return
         cpu = sum(message["turn_cpu"] for message in messages)
@@ -200,21 +225,22 @@ class _Contender:
         self._result.cpu.append(cpu)
         self._result.wall.append(max(message["turn_wall"] for message in messages))
         self._result.resident = messages[0]["resident"]
+        self._result.device_memory = messages[0].get("device_memory", 0)
 
     def finish(self) -> None:
         """Let it train to its end and hand over what it has trained."""
         for rank in self._ranks:
             rank.send(None)
-        if self._hear() is None or not self._ranks:
+        if self.hear() is None or not self._ranks:
             return
         if self._task.counts_host_reads and len(self._reads) > 1:
             steps = self._task.num_steps * (len(self._reads) - 1)
             self._result.host_reads = (self._reads[-1] - self._reads[0]) / steps
-        self.state = torch.load(self._folder / f"{self._number}_0.pt", weights_only=True)
+        self.state = torch.load(self._folder / f"{self.number}_0.pt", weights_only=True)
         for rank in self._ranks:
             rank.send(None)
 
-    def _hear(self) -> list[Any] | None:
+    def hear(self) -> list[Any] | None:
         """What every rank says next; None if one of them says nothing any more."""
         heard: dict[Connection, Any] = {}
         while len(heard) < len(self._ranks):
@@ -224,11 +250,12 @@ class _Contender:
             except (EOFError, ConnectionError):
                 ready = []
             if not ready:
-                self._fail()
+                self.give_up()
                 return None
         return [heard[rank] for rank in self._ranks]
 
-    def _fail(self) -> None:
+    def give_up(self) -> None:
+        """End it, and tell what it said last."""
         self.end()
         self._ranks = []
         lines = self._output.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
@@ -260,12 +287,13 @@ def environment() -> dict[str, str]:
     return env | threads | memory | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def _environments(world_size: int) -> list[dict[str, str]]:
+def _environments(task: Task) -> list[dict[str, str]]:
     """One for each rank, as `accelerate launch` and torchrun make them."""
-    if world_size == 1:
+    if not task.is_ddp:
         return [environment()]
+    world_size = task.world_size
     common = {
-        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_CPU": str(task.device == "cpu").lower(),
         "TORCHELASTIC_RUN_ID": "benchmark",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),

@@ -61,10 +61,11 @@ def machine() -> str:
 def goals_table(found: Iterable[Row]) -> str:
     lines = []
     for row in found:
-        spread = f" ({row.spread[0]:.2f}-{row.spread[1]:.2f})" if row.spread else ""
-        goal = "" if row.goal is None else f"≤ {row.goal:.2f}"
-        lines.append([row.what, goal, f"{row.value:.2f}{spread}", row.verdict, row.note])
-    return _table(["what", "goal", "value (quartiles)", "", "note"], lines)
+        digits = 3 if row.goal is not None and round(row.goal, 2) != row.goal else 2
+        spread = f" ({row.spread[0]:.{digits}f}-{row.spread[1]:.{digits}f})" if row.spread else ""
+        goal = "" if row.goal is None else f"≤ {row.goal:.{digits}f}"
+        lines.append([row.what, goal, f"{row.value:.{digits}f}{spread}", row.verdict, row.note])
+    return table(["what", "goal", "value (quartiles)", "", "note"], lines)
 
 
 def steps_table(steps: Sequence[tuple[Task, dict[str, Measured]]]) -> str:
@@ -77,7 +78,7 @@ def steps_table(steps: Sequence[tuple[Task, dict[str, Measured]]]) -> str:
         kind += f", DDP x {task.world_size}" if task.world_size > 1 else ""
         cells = [_cell(measured.get(title), bare) for title in titles if title != BARE_TORCH.title]
         lines.append([kind, f"{microseconds:.0f} us", *cells])
-    return _table(["task", "bare torch, CPU", *(title for title in titles if title != BARE_TORCH.title)], lines)
+    return table(["task", "bare torch, CPU", *(title for title in titles if title != BARE_TORCH.title)], lines)
 
 
 def _cell(own: Measured | None, bare: Measured) -> str:
@@ -98,7 +99,7 @@ def reads_table(host_reads: dict[str, dict[int, Measured]]) -> str:
         [name, *(f"{by_count[c].host_reads:.3g}" if not by_count[c].error else "-" for c in counts)]
         for name, by_count in host_reads.items()
     ]
-    return _table(["system", *(f"accumulation {count}" for count in counts)], lines)
+    return table(["system", *(f"accumulation {count}" for count in counts)], lines)
 
 
 def checkpoint_table(checkpoint: dict[str, Any]) -> str:
@@ -109,7 +110,7 @@ def checkpoint_table(checkpoint: dict[str, Any]) -> str:
             lines.append(
                 [f"{kind}: {name}", *(f"{seconds * 1e3:.0f} ms" for seconds in (rounds[0][0], blocked, whole))]
             )
-    return _table([f"{checkpoint['bytes'] / 1e6:.0f} MB, wall", "first, blocked", "blocked", "whole"], lines)
+    return table([f"{checkpoint['bytes'] / 1e6:.0f} MB, wall", "first, blocked", "blocked", "whole"], lines)
 
 
 def growth_table(found: Iterable[Growth]) -> str:
@@ -118,10 +119,10 @@ def growth_table(found: Iterable[Growth]) -> str:
         pairs = zip(growth.counts, growth.microseconds, strict=True)
         values = ", ".join(f"{count}: {microseconds:.0f}" for count, microseconds in pairs)
         lines.append([f"{growth.of} more", f"{growth.slope:.2f} us", values, growth.compared_with])
-    return _table(["one", "costs", "microseconds at each number", "beyond"], lines)
+    return table(["one", "costs", "microseconds at each number", "beyond"], lines)
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 

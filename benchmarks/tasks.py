@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .gpt import GPT
+
 CLIP = 1.0
 """Limit of the gradient's 2-norm: the first steps of each task are above it, and some of the later ones are not."""
 
@@ -30,9 +32,19 @@ class Task:
     num_turns: int = 12
     """Turns, the first of which warms up."""
     optimizer: str = "adamw"
-    """"adamw", torch's defaults, or "sgd", whose update reads nothing on the host."""
+    """"adamw", torch's defaults, "fused adamw", or "sgd", whose update reads nothing on the host."""
     counts_host_reads: bool = False
     """Count the host reads; then the times mean nothing."""
+    device: str = "cpu"
+    """Or "cuda"."""
+    is_compiled: bool = False
+    """Whether the model goes through `torch.compile`."""
+    is_launched: bool = False
+    """Run a single process under DDP, too, as a launcher starts it."""
+
+    @property
+    def is_ddp(self) -> bool:
+        return self.world_size > 1 or self.is_launched
 
     @property
     def num_batches(self) -> int:
@@ -93,8 +105,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tiny MLP, BatchNorm": lambda: mlp(16, 32, 1, norm=True),
     "400 small tensors": lambda: deep(400),
     "10M transformer": Transformer,
+    "GPT 124M": GPT,
+    "GPT tiny": lambda: GPT(256, 64, 2, 4, 32),
 }
 """Models by name; `make_model` also knows "N tensors"."""
+TEXTS = {"10M transformer": (4096, 32), "GPT 124M": (50304, 1024), "GPT tiny": (256, 32)}
+"""Number of tokens and length of a sequence, for the models that read text."""
 
 
 def make_model(name: str) -> nn.Module:
@@ -108,24 +124,25 @@ def make_model(name: str) -> nn.Module:
 def make_optimizer(task: Task, params: Any) -> torch.optim.Optimizer:
     if task.optimizer == "sgd":
         return torch.optim.SGD(params, lr=0.1, momentum=0.9)
-    return torch.optim.AdamW(params, lr=1e-3)
+    return torch.optim.AdamW(params, lr=1e-3, fused=True if task.optimizer == "fused adamw" else None)
 
 
 def batch_size(task: Task) -> int:
     """Samples of a micro-batch of one process."""
-    return 2 if task.model == "10M transformer" else 32
+    return 8 if task.model == "GPT 124M" else 2 if task.model in TEXTS else 32
 
 
 def make_data(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of all samples, for all processes together.
 
     Returns:
-        N x 16 and N x 1 floats, or N x 32 and N x 32 token ids.
+        N x 16 and N x 1 floats, or N x length and N x length token ids.
     """
     num_samples = task.num_batches * task.world_size * batch_size(task)
     generator = torch.Generator().manual_seed(0)
-    if task.model == "10M transformer":
-        tokens = torch.randint(4096, (num_samples, 33), generator=generator)
+    if task.model in TEXTS:
+        vocabulary, length = TEXTS[task.model]
+        tokens = torch.randint(vocabulary, (num_samples, length + 1), generator=generator)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     x = torch.randn(num_samples, 16, generator=generator)
     return x, 3 * x.sum(1, keepdim=True)

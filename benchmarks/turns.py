@@ -61,8 +61,12 @@ class TurnTakingData(Dataset[Any]):
         return self._task.batches_a_turn * self._task.num_turns
 
     def _wait_for_turn(self) -> None:
+        if self._task.device == "cuda":
+            torch.cuda.synchronize()  # a turn ends when the device has done its work
         cpu, wall = time.process_time(), time.perf_counter()
         message = {"cpu": cpu, "host_reads": self._host_reads(), "resident": resident_bytes()}
+        if self._task.device == "cuda":
+            message["device_memory"] = torch.cuda.max_memory_allocated()
         if self._num_fetched:
             message |= {"turn_cpu": cpu - self._cpu, "turn_wall": wall - self._wall}
         self._harness.send(message)
@@ -71,7 +75,8 @@ class TurnTakingData(Dataset[Any]):
 
     def loader_arguments(self) -> dict[str, Any]:
         """What every system gives its `DataLoader` for these samples."""
-        return {"batch_size": batch_size(self._task), "shuffle": False, "collate_fn": as_it_is}
+        arguments = {"batch_size": batch_size(self._task), "shuffle": False, "collate_fn": as_it_is}
+        return arguments | ({"pin_memory": True} if self._task.device == "cuda" else {})
 
     def loader(self, **more: Any) -> DataLoader[Any]:
         """The loader, for one process or for a framework that shards it."""

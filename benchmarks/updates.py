@@ -33,7 +33,12 @@ def measure(contenders: dict[str, Callable[[], Any]], num_rounds: int, num_calls
 
 def averages(model_name: str, num_rounds: int, num_calls: int) -> Seconds:
     """One update of an average of the weights."""
-    model = make_model(model_name)
+    return measure(average_contenders(model_name), num_rounds, num_calls)
+
+
+def average_contenders(model_name: str, device: str = "cpu") -> dict[str, Callable[[], Any]]:
+    """Each way to update an average of the weights, as one call."""
+    model = make_model(model_name).to(device)
     weights = [param.detach() for param in model.parameters()]
     bare = [weight.clone() for weight in weights]
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
@@ -45,17 +50,16 @@ def averages(model_name: str, num_rounds: int, num_calls: int) -> Seconds:
         forward=lambda model, batch: (None, {}),
         hooks=[hook],
         max_steps=0,
-        device="cpu",
+        device=device,
         seed=0,
     )
     trainer.train()
     trainer.step = 1
-    contenders: dict[str, Callable[[], Any]] = {
+    return {
         "_foreach_lerp_ on cached lists": lambda: torch._foreach_lerp_(bare, weights, 0.001),
         "EmaHook": lambda: hook.on_after_optimizer_step(trainer),
         "AveragedModel, foreach": lambda: averaged.update_parameters(model),
     }
-    return measure(contenders, num_rounds, num_calls)
 
 
 def finite_checks(model_name: str, num_rounds: int, num_calls: int) -> Seconds:

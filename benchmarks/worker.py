@@ -46,7 +46,7 @@ def main() -> None:
         data = TurnTakingData(task, harness, lambda: reads.count, folder / f"{request['number']}", deals_samples)
         with reads if task.counts_host_reads else nullcontext():
             model = system.train(task, data, **request["options"])
-        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         torch.save(state, folder / f"{request['number']}_{rank}.pt")
         harness.send(None)
         harness.recv()  # leaves when all have: some frameworks end their process group at exit

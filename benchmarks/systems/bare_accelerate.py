@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -10,8 +11,11 @@ from ..turns import TurnTakingData
 
 
 def train(task: Task, data: TurnTakingData) -> nn.Module:
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=task.num_micro, mixed_precision=task.precision)
-    model = make_model(task.model)
+    accelerator = Accelerator(
+        cpu=task.device == "cpu", gradient_accumulation_steps=task.num_micro, mixed_precision=task.precision
+    )
+    plain = make_model(task.model)
+    model = torch.compile(plain) if task.is_compiled else plain
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(task, model.parameters()), data.loader())
     for x, y in loader:
         with accelerator.accumulate(model):
@@ -20,5 +24,4 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
                 accelerator.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-    unwrapped: nn.Module = accelerator.unwrap_model(model)
-    return unwrapped
+    return plain

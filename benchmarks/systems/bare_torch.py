@@ -17,17 +17,20 @@ DEALS_SAMPLES = True
 
 
 def train(task: Task, data: TurnTakingData) -> nn.Module:
-    model: Any = make_model(task.model)
+    plain = make_model(task.model).to(task.device)
+    model: Any = torch.compile(plain) if task.is_compiled else plain
     sampling: dict[str, Any] = {}
-    if task.world_size > 1:
-        torch.distributed.init_process_group("gloo")
+    if task.is_ddp:
+        torch.distributed.init_process_group("nccl" if task.device == "cuda" else "gloo")
         model = nn.parallel.DistributedDataParallel(model)
         sampling["sampler"] = DistributedSampler(data, shuffle=False)
     optimizer = make_optimizer(task, model.parameters())
     for num_drawn, (x, y) in enumerate(data.loader(**sampling), start=1):
         is_last = num_drawn % task.num_micro == 0
-        with nullcontext() if is_last or task.world_size == 1 else model.no_sync():
-            with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
+        if task.device != "cpu":
+            x, y = x.to(task.device, non_blocking=True), y.to(task.device, non_blocking=True)
+        with nullcontext() if is_last or not task.is_ddp else model.no_sync():
+            with torch.autocast(task.device, torch.bfloat16, enabled=task.precision == "bf16"):
                 output = model(x)
             loss = loss_of(output, y)
             (loss / task.num_micro if task.num_micro > 1 else loss).backward()
@@ -35,4 +38,4 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-    return model.module if task.world_size > 1 else model
+    return plain

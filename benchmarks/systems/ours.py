@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ class Trainer(BaseTrainer):
             gradient_accumulation_steps=task.num_micro,
             mixed_precision=task.precision,
             workspace=data.folder,
-            device="cpu",
+            device=task.device,
             seed=0,
         )
 
     def build_data_loader(self) -> Any:
         return self._data.loader()
 
-    def build_model(self) -> nn.Module:
-        return make_model(self._task.model)
+    def build_model(self) -> Any:
+        model = make_model(self._task.model)
+        return torch.compile(model) if self._task.is_compiled else model
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self._task, self.model.parameters())
@@ -44,8 +46,13 @@ class Trainer(BaseTrainer):
         return loss, {str(i): loss for i in range(self._num_records)}
 
 
-def train(task: Task, data: TurnTakingData, hooks: str | int = 0, num_records: int = 0) -> nn.Module:
+def train(
+    task: Task, data: TurnTakingData, hooks: str | int = 0, num_records: int = 0, is_deterministic: bool = False
+) -> nn.Module:
     """`hooks`: how many empty ones, or "four", or "log" (LoggingHook alone)."""
+    if is_deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
     given: list[BaseHook]
     if hooks == "four":
         never = task.num_batches + 1

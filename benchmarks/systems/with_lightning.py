@@ -20,7 +20,8 @@ class Module(lightning.LightningModule):
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
-        self.inner = make_model(task.model)
+        self.plain = make_model(task.model)
+        self.inner: Any = torch.compile(self.plain) if task.is_compiled else self.plain
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
@@ -33,7 +34,7 @@ class Module(lightning.LightningModule):
 def train(task: Task, data: TurnTakingData) -> nn.Module:
     module = Module(task)
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if task.device == "cuda" else "cpu",
         devices=task.world_size,
         strategy="ddp" if task.world_size > 1 else "auto",
         precision="bf16-mixed" if task.precision == "bf16" else "32-true",
@@ -51,4 +52,4 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
     if task.world_size > 1:  # Lightning's own shuffles
         sampling["sampler"] = DistributedSampler(data, task.world_size, trainer.global_rank, shuffle=False)
     trainer.fit(module, data.loader(**sampling))
-    return module.inner
+    return module.plain

@@ -1,0 +1,1 @@
+"""What trainloop costs on one GPU: `python -m benchmarks --gpu`."""
