@@ -177,7 +177,15 @@ class Report:
 
 
 def _test_command(device: str, tests: Path) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu" if device == "cuda" else "not gpu", str(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu" if device == "cuda" else "not gpu and not slow",
+        str(tests),
+    ]
     # Another torch than the one we develop with may warn of other things, which is no failure here.
     command += ["-W", "default", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_progress", "-ra"]
     if importlib.util.find_spec("pytest_timeout"):

@@ -24,6 +24,7 @@ FORMS: dict[str, list[str]] = {
     "single": ["--num_processes", "1"],
     "ddp2": ["--multi_gpu", "--num_processes", "2"],
     "ddp3": ["--multi_gpu", "--num_processes", "3"],
+    "fsdp1": [*FSDP2, "--num_processes", "1"],
     "fsdp2": [*FSDP2, "--num_processes", "2"],
     "fsdp3": [*FSDP2, "--num_processes", "3"],
     "hsdp2x2": [
@@ -34,9 +35,10 @@ FORMS: dict[str, list[str]] = {
         "--parallelism_config_dp_shard_size", "2",
     ],
 }  # fmt: skip
-"""Launch arguments by the name of the form. `fsdp2` is FSDP version 2 on 2 processes."""
+"""Launch arguments by the name of the form. The number is that of the processes: FSDP is always version 2. `fsdp1` needs
+a GPU: on a CPU, Accelerate makes a plain process of it."""
 
-NUM_PROCESSES = {"single": 1, "ddp2": 2, "ddp3": 3, "fsdp2": 2, "fsdp3": 3, "hsdp2x2": 4}
+NUM_PROCESSES = {"single": 1, "ddp2": 2, "ddp3": 3, "fsdp1": 1, "fsdp2": 2, "fsdp3": 3, "hsdp2x2": 4}
 
 
 def free_port() -> int:

@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from trainloop import BaseHook, BaseTrainer
 
 from .launching import NUM_PROCESSES, REPOSITORY, launch
-from .small import SmallTrainer
 from .workers import non_finite
 
 WORKER = REPOSITORY / "tests" / "workers" / "non_finite.py"
@@ -172,32 +168,3 @@ def test_it_holds_in_bf16(form: str, tmp_path: Path) -> None:
             *_, n, clip = case.split("-")
             assert own[case]["digest"] == own[f"healthy-{n}-{clip}"]["digest"], f"{case} on rank {rank}"
             assert [event[2] for event in steps(own, case)] == [0, 0, 1, 0, 0]
-
-
-@pytest.mark.gpu
-def test_an_overflow_in_fp16_on_cuda_lowers_the_scale_and_the_step_is_taken() -> None:
-    """A scale that is too high at first: no retry is counted, the learning rate moves once a step, and the weights stay
-    finite.
-    """
-    trainer = SmallTrainer(
-        3,
-        mixed_precision="fp16",
-        forward_=lambda self, batch: (self.model(batch[0]).float().pow(2).mean(), {}),
-        grad_scaler_=lambda self: torch.amp.GradScaler("cuda", init_scale=2.0**60),
-        lr_scheduler_=lambda self: torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.5),
-    )
-    overflows: list[int] = []
-    trainer.given["hooks_"] = lambda self: [Overflows(overflows)]
-    trainer.train()
-    assert overflows[0] > 0
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-
-
-class Overflows(BaseHook):
-    def __init__(self, counts: list[int]) -> None:
-        self.counts = counts
-
-    def on_after_step(self, trainer: BaseTrainer) -> None:
-        assert trainer.step_info.non_finite_grad_retry_count == 0
-        self.counts.append(trainer.step_info.overflow_count)

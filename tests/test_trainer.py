@@ -275,11 +275,3 @@ def test_the_seed_gives_the_model_and_is_told(caplog: pytest.LogCaptureFixture) 
     assert weights(trainers[0]) == weights(trainers[1]) != weights(trainers[2])
     drawn = trainers[3].state_dict()["training_state"]["seed"]
     assert f"seed {drawn}," in [line for line in caplog.messages if "seed" in line][-1]
-
-
-@pytest.mark.gpu
-def test_peak_memory_is_measured_in_gib() -> None:
-    """`CudaMaxMemoryHook` writes what torch counts."""
-    trainer = SmallTrainer(hooks_=lambda self: [CudaMaxMemoryHook()])
-    trainer.train()
-    assert trainer.step_info.max_memory == torch.cuda.max_memory_allocated() / 2**30 > 0

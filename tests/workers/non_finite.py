@@ -137,7 +137,7 @@ def digest(trainer: BaseTrainer) -> str:
     for name in sorted(tensors):
         local = tensors[name].to_local() if hasattr(tensors[name], "to_local") else tensors[name]
         total.update(name.encode())
-        total.update(local.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(local.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return total.hexdigest()
 
 
@@ -256,7 +256,7 @@ def add_reports(results: dict[str, Any], world: int, log: list[str], kwargs: dic
         results[f"huge-{clip}"] = outcome(Trainer("huge", everyone, max_steps=BAD_STEP, grad_clip=clip, **kwargs), log)
     for scale, name in ((2.0**127, "scaler"), (2.0**16, "scaler-collapse")):
         trainer = Trainer("loss" if name == "scaler-collapse" else None, last, 200, **kwargs)
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=scale)
         results[name] = outcome(trainer, log)
         trainer.accelerator.scaler = None  # the next trainer builds its own Accelerator, but let no trace stay
 

@@ -1,11 +1,14 @@
 """Runs scenarios of the step, one after another in one launch, and writes what each rank saw.
 
 Usage: accelerate launch traces.py OUT scenario...
+
+`TRACES_BACKEND` names another backend than Accelerate's choice: two ranks on one GPU can't use NCCL.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     out, *names = sys.argv[1:]
+    if "TRACES_BACKEND" in os.environ:
+        torch.distributed.init_process_group(os.environ["TRACES_BACKEND"])
     for name in names:
         cls, kwargs = SCENARIOS[name]
         trainer = cls(STEPS, seed=11, **kwargs)
