@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -57,6 +58,7 @@ def measure_gpu(out: Path, device: str, seconds: float) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("`--gpu` needs CUDA, and torch sees none. `--device cpu` tries out the benchmark itself, far smaller.")
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(min(8, os.cpu_count() or 1))  # of this process, which compares parameters between the turns
 
     def save(results: gpu_suite.Results) -> None:
         (out / "benchmark.json").write_text(json.dumps(results.as_json()))

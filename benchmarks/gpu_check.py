@@ -85,6 +85,12 @@ class Stage:
         self.seconds = time.monotonic() - self._start
         meanwhile()
 
+    def wait(self, until: float) -> None:
+        """Wait until it has ended, but at most until this time of `time.monotonic`."""
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=max(0.0, until - time.monotonic()))
+
     def stop(self) -> None:
         """End it, and all that it has started, also what is in a session of its own."""
         if self.process is None or self.process.poll() is not None:
@@ -232,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if stage is tests and compiles:
                     warm.start()
                 if stage is measuring:
+                    warm.wait(until=end - (1 - SHARE_OF_TESTS) * args.budget)  # what it has not compiled takes longer
                     warm.stop()
                     stage.limit = max(0.0, end - time.monotonic())
                     stage.command = [*benchmark, "--seconds", f"{max(1.0, stage.limit - 8):.0f}"]

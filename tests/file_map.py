@@ -10,11 +10,13 @@ HEADING = "## The map\n"
 FOLDERS = {
     "trainloop": "The package: the trainer, its hooks' base class, and what everything else rests on.",
     "tests": "The tests, one file a promise or a part.",
+    "tests/gpu": "Tests that run on a GPU, and on the CPU too where they can.",
     "tests/scripts": "Scripts as users write them, which tests migrate or run.",
     "tests/workers": "What tests start under `accelerate launch`.",
     "examples": "Complete programs. `make demo` runs the first one.",
     "examples/migration": "Scripts of other trainers, each before and after.",
     "benchmarks": "What trainloop costs beside others.",
+    "benchmarks/gpu": "What trainloop costs on one GPU, part by part.",
     "benchmarks/systems": "The systems that the benchmarks compare.",
     "integrations": "Launch files and recipes for outside systems.",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +73,7 @@ def test_the_report_tells_what_failed_and_what_was_skipped(faulty: Path, tmp_pat
 
 @pytest.mark.slow
 def test_a_test_that_hangs_and_a_benchmark_without_time_still_give_a_report(faulty: Path, tmp_path: Path) -> None:
-    """A dry run on the CPU: the tests are ended by their limit, the benchmark begins all the same, and both reports have
+    """A dry run on the CPU: the tests are ended by their limit, the benchmark begins all the same, and the reports have
     what was found until then. No process is left.
     """
     out = tmp_path / "out"

@@ -107,7 +107,7 @@ def measure(plan: Plan, seconds: float, save: Callable[[Results], None]) -> Resu
     # Most telling first. The second number is how much of the time a part may take at most.
     parts: list[tuple[str, float, Callable[[float], None]]] = [
         ("launch-bound", 0.25, partial(_steps, results, plan, "launch-bound", SMALL, EVERYONE)),
-        ("GPT", 0.25, partial(_steps, results, plan, "GPT", plan.gpt, EVERYONE, precision="bf16")),
+        ("GPT", 0.3, partial(_steps, results, plan, "GPT", plan.gpt, EVERYONE, precision="bf16")),
         ("gaps", 0.3, partial(_gaps, results, plan)),
         ("saves", 0.25, partial(_saves, results, plan)),
         (

@@ -27,6 +27,12 @@ class Module(lightning.LightningModule):
         x, y = batch
         return loss_of(self.inner(x), y)
 
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.task.optimizer == "fused adamw":  # for which Lightning refuses its own clipping in mixed precision
+            nn.utils.clip_grad_norm_(self.plain.parameters(), CLIP)
+        else:
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.task, self.parameters())
 
@@ -40,7 +46,7 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
         precision="bf16-mixed" if task.precision == "bf16" else "32-true",
         max_epochs=1,
         accumulate_grad_batches=task.num_micro,
-        gradient_clip_val=CLIP,
+        gradient_clip_val=None if task.optimizer == "fused adamw" else CLIP,
         enable_progress_bar=False,
         logger=False,
         enable_checkpointing=False,

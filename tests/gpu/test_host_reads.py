@@ -129,6 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @on_each_device
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's note that it is a prototype
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_reads_one_number_and_waits_for_nothing_else(device: str, case: str, tmp_path: Path) -> None:
     """With all hooks that come with trainloop, between their intervals."""

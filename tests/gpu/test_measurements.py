@@ -138,11 +138,12 @@ def test_a_run_needs_no_more_memory_than_a_bare_loop(record_property: Any) -> No
         ).train()
         return torch.cuda.max_memory_allocated()
 
-    peaks = []
-    for run in (bare, ours):
+    peaks: list[int] = []
+    for run in (bare, ours, bare, ours):
         gc.collect()
         torch.cuda.empty_cache()
         start = torch.cuda.memory_allocated()
         peaks.append(run() - start)
-    record_property("peak memory to the bare loop", peaks[1] / peaks[0])
-    assert peaks[1] <= 1.01 * peaks[0]
+    # The first two make cuBLAS's workspaces, which stay.
+    record_property("peak memory to the bare loop", peaks[3] / peaks[2])
+    assert peaks[3] <= 1.01 * peaks[2]
