@@ -35,8 +35,8 @@ FORMS: dict[str, list[str]] = {
         "--parallelism_config_dp_shard_size", "2",
     ],
 }  # fmt: skip
-"""Launch arguments by the name of the form. The number is that of the processes; FSDP is version 2. `fsdp1` needs a GPU:
-on a CPU, Accelerate makes a plain process of it."""
+"""Launch arguments by the name of the form. The number is that of the processes; FSDP is version 2. `fsdp1` is for a
+GPU: on a CPU, Accelerate makes a plain process of it."""
 
 NUM_PROCESSES = {"single": 1, "ddp2": 2, "ddp3": 3, "fsdp1": 1, "fsdp2": 2, "fsdp3": 3, "hsdp2x2": 4}
 
