@@ -48,6 +48,7 @@ LAYERS = [
     "step.info",
     "step.window step.agreement",
     "hook",
+    "step.update",
     "setup.__init__ setup.launch setup.report",
     "setup.factories",
     "state.__init__ state.live state.pretrained",

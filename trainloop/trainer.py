@@ -44,6 +44,7 @@ from .step.agreement import Agreement
 from .step.gradients import Gradients
 from .step.info import StepInfo
 from .step.non_finite import clean_name
+from .step.update import Update
 from .step.window import Window
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class BaseTrainer(Recipe):
     _raw_optimizer: Optimizer
     _feed: DataFeed
     _gradients: Gradients
+    _update: Update
     _window: Window
     _agreement: Agreement
     _is_built: bool
@@ -245,10 +247,7 @@ class BaseTrainer(Recipe):
                         hook.on_non_finite_grad(self, info.non_finite_grad_retry_count)
             for hook in self.hooks:
                 hook.on_before_optimizer_step(self)
-            self._window.is_updating = True
-            self._raw_optimizer.step()
-            if self.grad_scaler is not None:
-                self.grad_scaler.update()
+            self._update.finish()
             self._gradients.drop()
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
@@ -272,9 +271,8 @@ class BaseTrainer(Recipe):
         self.peers.enter("waiting for the other ranks' messages")
         # Before the host waits for the device, which may wait for a rank that died.
         self.control.finish(self.step, self._agreement.explain)
-        self.step_info.grad_norm = self._agreement.read_norm(norm)  # the step's one device-to-host sync
+        self.step_info.grad_norm = self._update.start(norm)  # the step's one device-to-host sync
         if math.isfinite(self.step_info.grad_norm):
-            self._gradients.clip(norm, self.step_info.grad_norm)
             return True
         return self._window.clip_overflown()
 
@@ -353,6 +351,7 @@ class BaseTrainer(Recipe):
         self.model.train()
         self.optimizer.train()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
         self._gradients.drop()
+        self._update = Update(self, self._gradients, self._agreement)
 
     # ------------------------------------------------------------------ state
 

@@ -45,14 +45,11 @@ class _StatsHook(BaseHook):
         self._retries = 0
         self._max_memory = -math.inf
 
-    def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
-        if trainer.step % self.interval == 0:  # before the scheduler moves on
-            groups = trainer.optimizer.param_groups
-            self._lr = {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(groups)}
-
     def on_after_step(self, trainer: BaseTrainer) -> None:
         self._steps.append(trainer.step_info)
         if trainer.step % self.interval == 0:
+            groups = enumerate(zip(trainer.optimizer.param_groups, trainer.step_info.lr, strict=True))
+            self._lr = {str(group.get("name", i)): float(lr) for i, (group, lr) in groups}
             self._read_steps()
             stats = self._stats()
             self._start_interval()

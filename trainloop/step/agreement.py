@@ -52,15 +52,21 @@ class Agreement:
         self._is_alone = collectives.world_size() == 1
         self._norm = self._scale = 0.0
 
-    def read_norm(self, norm: torch.Tensor) -> float:
-        """Read the gradient norm from the device, and the loss scale with it, if there is one: one sync for both."""
-        scaler = self._trainer.grad_scaler
-        if scaler is None:
-            value: float = norm.item()
+    def readable(self, norm: torch.Tensor) -> torch.Tensor:
+        """What the host reads with the gradient norm in one sync: the norm, and the loss scale if there is one."""
+        if self._trainer.grad_scaler is None:
+            return norm
+        # `get_scale` would be a sync of its own. Under FSDP2 the norm alone doesn't show that the scales differ.
+        scale: Any = self._trainer.grad_scaler._scale
+        return torch.stack((norm, scale.to(norm)))
+
+    def read_norm(self, readable: torch.Tensor) -> float:
+        """Read what `readable` returned, and return the gradient norm. One sync, unless it is on the host already."""
+        value: float
+        if readable.dim() == 0:
+            value = readable.item()
         else:
-            # `get_scale` would be a sync of its own. Under FSDP2 the norm alone doesn't show that the scales differ.
-            scale: Any = scaler._scale
-            value, self._scale = torch.stack((norm, scale.to(norm))).tolist()
+            value, self._scale = readable.tolist()
         self._norm = value if value == value else math.nan  # one NaN of the many that there are
         return value
 

@@ -47,6 +47,8 @@ class Gradients:
         self._groups: list[list[nn.Parameter]] = [
             [p for p, own in zip(self._params, meshes, strict=True) if own == mesh] for mesh in dict.fromkeys(meshes)
         ]
+        self.can_clip_unread = max_norm is None or max_norm >= 2 * _EPS
+        """Whether a norm of 0 is below the limit, with torch's `_EPS` added to it."""
         self._is_plain = not any(meshes) and len({(p.dtype, p.device) for p in self._params}) <= 1
 
     def norm(self) -> torch.Tensor:
@@ -81,19 +83,29 @@ class Gradients:
         """
         if self._max_norm is None or norm_value < self._max_norm * 0.999 - _EPS:
             return  # torch would multiply by exactly 1; the margin leaves the rounding at the limit to it
-        if self._is_plain:
+        self._scale_down(norm, self._max_norm)
+
+    def clip_unread(self, norm: torch.Tensor) -> None:
+        """As `clip`, to the bit, before the host has read `norm`. If it is not finite, the gradient is multiplied by
+        exactly 1. Needs `can_clip_unread`.
+        """
+        if self._max_norm is not None:
+            self._scale_down(torch.nan_to_num(norm, nan=0.0, posinf=0.0, neginf=0.0), self._max_norm)
+
+    def _scale_down(self, norm: torch.Tensor, max_norm: float) -> None:
+        if self._is_plain and self._grads:
             # torch's own clamp(max_norm / (norm + eps), max=1), to the bit, without the detours of its operators.
-            coefficient = (norm + _EPS).reciprocal_().mul_(self._max_norm).clamp_(max=1.0)
+            coefficient = (norm + _EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
             torch._foreach_mul_(self._grads, coefficient)
             return
         for group in self._groups:
             mesh = getattr(group[0], "device_mesh", None)
             if mesh is None:
-                torch.nn.utils.clip_grads_with_norm_(group, self._max_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
             else:
                 from torch.distributed.tensor import DTensor
 
-                torch.nn.utils.clip_grads_with_norm_(group, self._max_norm, DTensor.from_local(norm, mesh))
+                torch.nn.utils.clip_grads_with_norm_(group, max_norm, DTensor.from_local(norm, mesh))
 
     def clip_overflown(self) -> float | None:
         """Clip a gradient whose norm is not finite, if only the sum of the squares overflowed. Call on every rank.

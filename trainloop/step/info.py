@@ -27,6 +27,9 @@ class StepInfo:
     """What `forward` returned beside each loss."""
     grad_norm: float = float("nan")
     """2-norm of the whole model's gradient before clipping; the same on every rank."""
+    lr: list[Any] = field(default_factory=list)
+    """Learning rate that the update used, of each parameter group: a number, or a 0-dim tensor where the optimizer has
+    one."""
     step_time: float = 0.0
     """Wall time of the step in seconds, waiting for data and retries included."""
     data_time: float = 0.0

@@ -1,0 +1,149 @@
+"""The update of a step: clipping, the optimizer's step, and the one number that the host reads.
+
+read first   norm ─► the host reads it ─► clip ─► hooks ─► optimizer step     the device waits for the host
+read last    norm ─► clip ─► optimizer step ─► the host reads the norm        the device has work meanwhile
+
+Both give the same bits. Reading last needs an optimizer that skips its step on the device if the norm is not finite.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import SGD, Adagrad, Adam, AdamW
+from torch.optim import optimizer as torch_optimizer
+
+from ..hook import BaseHook
+from .agreement import Agreement
+from .gradients import Gradients
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+DEVICES = {"cuda"}
+"""Types of devices on which the host reads last. On the CPU nothing waits, and clipping without a decision of the host
+costs a multiplication that is often not needed."""
+
+
+class Update:
+    """Applies the gradients of a trainer's windows, one after another.
+
+    Args:
+        trainer: The trainer; it is built.
+        gradients: Of the trainer's model.
+        agreement: Takes note of the norm.
+    """
+
+    def __init__(self, trainer: BaseTrainer, gradients: Gradients, agreement: Agreement) -> None:
+        self._trainer, self._gradients, self._agreement = trainer, gradients, agreement
+        self._optimizer: Any = trainer._raw_optimizer
+        self._scaler = trainer.grad_scaler
+        self._is_queued = False
+        self._pinned: torch.Tensor | None = None
+        # A hook that looks at the gradient before the update must be called with one that is known to be finite.
+        calls_hooks = any(_overrides(hook, "on_before_optimizer_step") for hook in trainer.hooks)
+        self.reads_last = not calls_hooks and gradients.can_clip_unread and skips_on_device(trainer._raw_optimizer)
+        """Whether the update is queued before the host reads the norm."""
+
+    def start(self, norm: torch.Tensor) -> float:
+        """Clip the gradient and read its norm: the step's one device-to-host sync. If the norm is not finite, the
+        gradient is as it was.
+
+        Args:
+            norm: Of the gradient, as `Gradients.norm` returned it.
+
+        Returns:
+            The norm, the same on every rank.
+        """
+        readable = self._agreement.readable(norm)
+        if not self.reads_last:
+            value = self._agreement.read_norm(readable)
+            if math.isfinite(value):
+                self._gradients.clip(norm, value)
+            return value
+        reading = self._start_reading(readable)
+        self._gradients.clip_unread(norm)
+        state = self._optimizer.state
+        num_params_with_state = len(state)
+        self._trainer._window.is_updating = True
+        self._step_if_finite(norm)
+        value = self._agreement.read_norm(reading())
+        self._is_queued = math.isfinite(value)
+        if not self._is_queued:
+            self._trainer._window.is_updating = False
+            for param in list(state)[num_params_with_state:]:  # SGD's new momentum would be uninitialised memory
+                del state[param]
+        return value
+
+    def finish(self) -> None:
+        """Apply the gradient, unless `start` has queued it."""
+        self._trainer._window.is_updating = True
+        if not self._is_queued:
+            self._step()
+        self._is_queued = False
+        if self._scaler is not None:
+            self._scaler.update()
+
+    def _step_if_finite(self, norm: torch.Tensor) -> None:
+        """Queue the optimizer's step; the device skips it, counters included, if `norm` is not finite."""
+        # As `torch.amp.GradScaler.step` passes them. NaN, which inf * 0 is as well, differs from 0.
+        self._optimizer.found_inf = (norm * 0.0).ne_(0.0).float()
+        self._optimizer.grad_scale = None
+        try:
+            self._step()
+        finally:
+            del self._optimizer.found_inf, self._optimizer.grad_scale
+
+    def _step(self) -> None:
+        rates = [group.get("lr", math.nan) for group in self._optimizer.param_groups]
+        # A schedule changes a rate that is a tensor in place.
+        self._trainer.step_info.lr = [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
+        self._optimizer.step()
+
+    def _start_reading(self, readable: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start a copy to the host.
+
+        Returns:
+            Waits for the copy, and for no work that was queued after it, and returns it.
+        """
+        if not readable.is_cuda:
+            return lambda: readable
+        pinned = self._pinned
+        if pinned is None or pinned.dtype != readable.dtype:
+            pinned = self._pinned = torch.empty(readable.shape, dtype=readable.dtype, pin_memory=True)
+        pinned.copy_(readable, non_blocking=True)
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+
+        def wait() -> torch.Tensor:
+            event.synchronize()
+            return pinned
+
+        return wait
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step is torch's own fused one, which heeds `found_inf`, and nothing else."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if {param.device.type for param in params} - DEVICES or len({param.device for param in params}) != 1:
+        return False
+    step: Any = optimizer.step
+    if inspect.unwrap(step) not in {inspect.unwrap(cls.step) for cls in (Adam, AdamW, SGD, Adagrad)}:
+        return False
+    if hasattr(step, "_torchdynamo_orig_callable"):  # torch's compiled steps take no `found_inf`
+        return False
+    has_hooks = (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
+    return not has_hooks and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def _overrides(hook: BaseHook, event: str) -> bool:
+    return getattr(getattr(hook, event), "__func__", None) is not getattr(BaseHook, event)
