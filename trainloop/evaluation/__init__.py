@@ -1,6 +1,9 @@
 """One pass over held-out data: every sample counts once over all ranks, and the training run is not touched.
 
 batch i ─► rank i mod world size ─► eval_forward ─► weighted sums on the device ─► one read ─► sums over the ranks
+
+In: the built trainer, held-out data, and how each record is reduced.
+Out: nested numbers, the same on every rank.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Checkpoints of other tools, as names and tensors. Only a path that was named explicitly comes here: most are pickles.
 
-Each module knows one form on the disk; who puts the tensors into a model is no concern of theirs.
+In: a path, and no model: each module knows one form on the disk.
+Out: a `Foreign`, whose tensors are read when they are asked for; `state/adoption.py` puts them into the live model.
 """
 
 from __future__ import annotations
