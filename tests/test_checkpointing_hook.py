@@ -18,7 +18,7 @@ from trainloop.checkpoint import CheckpointStore, FileSystem
 from trainloop.state.saved import content_of
 from trainloop.testing import lives
 from trainloop.testing.comparison import differences
-from trainloop.testing.lives import left_by, live
+from trainloop.testing.lives import live, path_prefix
 
 from .small import SmallTrainer
 from .workers.resume import make_trainer
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_for_one_rank_costs_one_save(tmp_path: Path) -> None
     """
     live(partial(make_trainer, data="full", keep_previous=9), tmp_path / "run", num_processes=2)
     assert steps_on_disk(tmp_path / "run") == [2, 6, 8, 10, 12, 13]
-    output = Path(f"{left_by(tmp_path / 'run', 1, 0)}.log").read_text()
+    output = Path(f"{path_prefix(tmp_path / 'run', 1, 0)}.log").read_text()
     assert "Step 4: a save has failed, training goes on (failure 1 of 3 in a row)" in output
     assert "rank 1: OSError: [Errno 27] File too large: '" in output
     with pytest.raises(RuntimeError, match=r"ended with exit code 1(?s:.*)File too large"):

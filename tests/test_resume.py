@@ -15,7 +15,7 @@ import pytest
 from trainloop import CheckpointError, CheckpointingHook
 from trainloop.checkpoint import Checkpoint
 from trainloop.testing import HOOK_EVENTS, KillAt, assert_resume_exact
-from trainloop.testing.lives import launch_environment, left_by, live, notes, start_of
+from trainloop.testing.lives import launch_environment, live, path_prefix, read_notes, start_step
 from trainloop.testing.resume import compare
 
 from .launching import FSDP2
@@ -59,11 +59,11 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path, form: str, kind: 
         record=sample_ids,
         workspace=tmp_path,
     )
-    output = Path(f"{left_by(tmp_path / 'killed', 2, 0)}.log").read_text()
+    output = Path(f"{path_prefix(tmp_path / 'killed', 2, 0)}.log").read_text()
     assert "SIGTERM was received: saved after step 7, exiting with code 143." in output
-    output = Path(f"{left_by(tmp_path / 'killed', 3, 0)}.log").read_text()
+    output = Path(f"{path_prefix(tmp_path / 'killed', 3, 0)}.log").read_text()
     assert "step_0000007: the run goes on after step 7." in output
-    logged = [row["step"] for row in notes(left_by(tmp_path / "whole", 1, other)) if row.get("logged")]
+    logged = [row["step"] for row in read_notes(path_prefix(tmp_path / "whole", 1, other)) if row.get("logged")]
     assert logged == [5, 10]
     kept = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("step_*"))
     assert kept == ["step_0000012", "step_0000013"]
@@ -120,7 +120,7 @@ def test_a_run_survives_random_kills_and_random_damage(tmp_path: Path, num_lives
             damage(rng.choice([path for path in sorted(victim.rglob("*")) if path.is_file()]), rng)
             num_damaged += 1
     live(make, tmp_path / "killed")
-    lives = [notes(left_by(tmp_path / "killed", number, 0)) for number in range(1, num_lives + 2)]
+    lives = [read_notes(path_prefix(tmp_path / "killed", number, 0)) for number in range(1, num_lives + 2)]
     starts = [
         row["start"] for life in lives for row in life if "start" in row
     ]  # none: killed while it opened the folder
@@ -154,16 +154,16 @@ def test_over_other_numbers_of_processes_each_sample_is_seen_once(tmp_path: Path
     for number, (num_processes, launch_args, kill, last) in enumerate(lives, 1):
         env = launch_environment(num_processes, launch_args)
         live(make_trainer, workspace, kill, num_processes=num_processes, env=env, record=sample_ids)
-        assert start_of(left_by(workspace, number, 0)) == began
+        assert start_step(path_prefix(workspace, number, 0)) == began
         for rank in range(num_processes):
-            for row in notes(left_by(workspace, number, rank)):
+            for row in read_notes(path_prefix(workspace, number, rank)):
                 if "step" in row and row["step"] <= last:
                     seen.update(sample for _, _, ids in row["recorded"] for sample in ids)
         began = last
     num_epochs, rest = divmod(seen.total(), 37)
     assert seen.total() > 3 * 4 * 20
     assert sorted(seen.values()) == [num_epochs] * (37 - rest) + [num_epochs + 1] * rest
-    output = Path(f"{left_by(workspace, 3, 0)}.log").read_text()
+    output = Path(f"{path_prefix(workspace, 3, 0)}.log").read_text()
     assert "The checkpoint was saved by 2 processes, and there are now 3" in output
 
 

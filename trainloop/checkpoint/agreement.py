@@ -15,7 +15,7 @@ from ..ranks import collectives
 T = TypeVar("T")
 R = TypeVar("R")
 
-_NUM_TOLD = 3  # ranks whose errors are told
+_NUM_NAMED = 3  # ranks whose errors a message names
 
 
 class Ranks:
@@ -55,22 +55,22 @@ class Ranks:
             result = work()
         except Exception as ex:
             error = ex
-        told, decision = None, None
-        results = self._gather((None if error is None else _tell(error), result))
+        message, decision = None, None
+        results = self._gather((None if error is None else _as_text(error), result))
         if results is not None:
             errors = {rank: text for rank, (text, _) in enumerate(results) if text is not None}
             if not errors:
                 try:
                     decision = decide([value for _, value in results])
                 except Exception as ex:
-                    error, errors = ex, {0: _tell(ex)}
+                    error, errors = ex, {0: _as_text(ex)}
             if errors:
-                parts = [f"rank {rank}: {text}" for rank, text in list(errors.items())[:_NUM_TOLD]]
-                more = len(errors) - _NUM_TOLD
-                told = f"{failure}: {'; '.join(parts)}{f'; and {more} more ranks' if more > 0 else ''}."
-        told, decision = self._broadcast((told, decision))
-        if told is not None:
-            raise CheckpointError(told) from error
+                parts = [f"rank {rank}: {text}" for rank, text in list(errors.items())[:_NUM_NAMED]]
+                more = len(errors) - _NUM_NAMED
+                message = f"{failure}: {'; '.join(parts)}{f'; and {more} more ranks' if more > 0 else ''}."
+        message, decision = self._broadcast((message, decision))
+        if message is not None:
+            raise CheckpointError(message) from error
         return decision  # type: ignore[return-value]
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Ranks:
         return box[0]
 
 
-def _tell(error: Exception) -> str:
+def _as_text(error: Exception) -> str:
     """An error as a part of a sentence. Our own need no type."""
     text = str(error).rstrip(".")
     return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"

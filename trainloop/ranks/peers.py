@@ -24,14 +24,14 @@ import torch.distributed as dist
 from . import collectives
 
 ENDED = "ended with"
-"""How the fate of a rank begins that has told it itself."""
+"""The beginning of a status that the rank itself has reported."""
 
 _GAVE_UP = "gave up"
 _ANSWER_SECONDS = 3.0  # a living rank answers in milliseconds, also from within a collective
 _SEARCH_SECONDS = 10.0  # no longer than this for all ranks together
 _NUM_ASKED_AT_ONCE = 64
 _MAX_LINE = 2**16
-_NUM_TOLD = 3  # ranks that are named with all their particulars
+_NUM_NAMED = 3  # ranks that are named with all their particulars
 _LOST = (  # gloo raises plain RuntimeErrors
     "Connection closed by peer",
     "Connection reset by peer",
@@ -75,20 +75,20 @@ class Peers:
         self._phase, self._since = "the start", time.monotonic()
         self._addresses: list[Address] = []
         self._token = ""
-        self._fates: dict[int, str] = {}
+        self._statuses: dict[int, str] = {}
         self._server: socket.socket | None = None
 
     def open(self) -> None:
         """Begin to answer, and learn where the others do. Call on every rank; nothing in a single process."""
         self.close()
-        self._fates = {}
+        self._statuses = {}
         if collectives.world_size() == 1:
             return
         ip, port = self._listen()
         mine = Address(socket.gethostname(), os.getpid(), ip, port)
-        told = collectives.gather_objects((mine, secrets.token_hex(8)))
-        self._token = told[0][1]  # so that only the run's own ranks are answered
-        self._addresses = [address for address, _ in told]
+        gathered = collectives.gather_objects((mine, secrets.token_hex(8)))
+        self._token = gathered[0][1]  # so that only the run's own ranks are answered
+        self._addresses = [address for address, _ in gathered]
         if self._server is not None:
             threading.Thread(target=self._serve, args=(self._server,), name="peers", daemon=True).start()
 
@@ -112,10 +112,12 @@ class Peers:
         yield
         self.enter(before)
 
-    def tell(self, fates: Mapping[int, str]) -> None:
+    def tell(self, statuses: Mapping[int, str]) -> None:
         """Tell the others what became of ranks, by rank ("ended with …"), so that they need not guess. Any rank."""
-        own = collectives.rank()
-        self._ask([rank for rank in self._askable() if rank == own or rank not in fates], {"fates": fates})
+        this_rank = collectives.rank()
+        self._ask(
+            [rank for rank in self._askable() if rank == this_rank or rank not in statuses], {"statuses": statuses}
+        )
 
     def explain(self, timeout: timedelta | None) -> str:
         """What to say when a collective has failed, found out in about `_SEARCH_SECONDS` at most. Call on any rank.
@@ -125,19 +127,21 @@ class Peers:
         """
         waited, phase = time.monotonic() - self._since, self._phase
         intro = f"Step {self.step}: lost contact with other ranks after {waited:.1f} s of {phase}."
-        answers: dict[int, Any] = dict(self._fates)  # a copy: the thread may add to it
+        answers: dict[int, Any] = dict(self._statuses)  # a copy: the thread may add to it
         gone = self._gone(answers)
         if not gone:
-            answers = {**self._ask(self._askable(), {}), **self._fates}
+            answers = {**self._ask(self._askable(), {}), **self._statuses}
             # Who was told of meanwhile went first: a rank that told it may itself have ended before it was asked.
-            gone = self._gone(self._fates) or self._gone(answers)
+            gone = self._gone(self._statuses) or self._gone(answers)
         # The others must not take this rank for the first that went, when it ends as well.
         self.tell(gone or {collectives.rank(): f"{_GAVE_UP} after {waited:.1f} s of {phase}"})
         if gone:
-            is_told = any(fate.startswith(ENDED) for fate in gone.values())
+            is_told = any(status.startswith(ENDED) for status in gone.values())
             where = "the output there" if is_told else "the output there and at the host's kernel log (out of memory?)"
             return f"{intro} {self._named(gone)}. Look at {where}."
-        live = {rank: fate if isinstance(fate, str) else _told(*fate) for rank, fate in answers.items()}
+        live = {
+            rank: status if isinstance(status, str) else _describe_phase(*status) for rank, status in answers.items()
+        }
         others = f" The others live: {self._named(live)}." if live else ""
         limit = "`timeout`" if timeout is None else f"`timeout` ({timeout.total_seconds():g} s)"
         return f"{intro}{others} A rank hangs, or needs more time than {limit} gives it."
@@ -145,27 +149,27 @@ class Peers:
     @staticmethod
     def _gone(answers: Mapping[int, Any]) -> dict[int, str]:
         """Of what ranks have said, or is said of them: those that did not just wait in vain themselves."""
-        fates = {rank: fate for rank, fate in answers.items() if isinstance(fate, str)}
-        return {rank: fate for rank, fate in fates.items() if not fate.startswith(_GAVE_UP)}
+        statuses = {rank: status for rank, status in answers.items() if isinstance(status, str)}
+        return {rank: status for rank, status in statuses.items() if not status.startswith(_GAVE_UP)}
 
     # ------------------------------------------------------------------ asking
 
-    def _named(self, fates: Mapping[int, str]) -> str:
+    def _named(self, statuses: Mapping[int, str]) -> str:
         parts = []
-        for rank, fate in list(fates.items())[:_NUM_TOLD]:
+        for rank, status in list(statuses.items())[:_NUM_NAMED]:
             place = self._addresses[rank]
-            parts.append(f"rank {rank} (process {place.pid} on {place.host}) {fate}")
-        more = f", and {len(fates) - _NUM_TOLD} more" if len(fates) > _NUM_TOLD else ""
+            parts.append(f"rank {rank} (process {place.pid} on {place.host}) {status}")
+        more = f", and {len(statuses) - _NUM_NAMED} more" if len(statuses) > _NUM_NAMED else ""
         text = "; ".join(parts) + more
         return text[0].upper() + text[1:] if text else text
 
     def _askable(self) -> list[int]:
         """The other ranks whose address can be reached from here; a loopback address means another host there."""
-        own, here = collectives.rank(), socket.gethostname()
+        this_rank, here = collectives.rank(), socket.gethostname()
         return [
             rank
             for rank, place in enumerate(self._addresses)
-            if rank != own and place.ip and (not place.ip.startswith("127.") or place.host == here)
+            if rank != this_rank and place.ip and (not place.ip.startswith("127.") or place.host == here)
         ]
 
     def _ask(self, ranks: list[int], request: Mapping[str, Any]) -> dict[int, Any]:
@@ -205,13 +209,13 @@ class Peers:
                     request = json.loads(file.readline(_MAX_LINE))
                     if request.get("token") != self._token:
                         continue
-                    for rank, fate in request.get("fates", {}).items():
-                        self._fates.setdefault(int(rank), str(fate))
+                    for rank, status in request.get("statuses", {}).items():
+                        self._statuses.setdefault(int(rank), str(status))
                     answer = (self.step, self._phase, time.monotonic() - self._since)
                     file.write(json.dumps(answer).encode() + b"\n")
 
 
-def _told(step: int, phase: str, seconds: float) -> str:
+def _describe_phase(step: int, phase: str, seconds: float) -> str:
     return f"has been in step {step}, {phase}, for {seconds:.1f} s"
 
 

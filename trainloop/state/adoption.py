@@ -64,7 +64,7 @@ def adopt(trainer: BaseTrainer, path: Path) -> dict[str, Any]:
     ranks.do(lambda: _read(plan), _nothing, f"{path} cannot be imported")
     foreign = plan.foreign
     trainer.step, how = _step(foreign, plan.optimizer)
-    taken, notes = ["the weights"], [*foreign.left]
+    taken, notes = ["the weights"], [*foreign.not_taken]
     saved_groups = _place_schedule(trainer, foreign, taken, notes)
     if plan.optimizer is not None:
         optimizer = raw_optimizer(trainer.optimizer)

@@ -39,9 +39,9 @@ def differences(expected: Any, actual: Any, ignore: Sequence[str] = ()) -> Itera
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in ignore):
             continue
         if path not in got:
-            yield f"{path} is missing; it should be {_told(wanted[path])}"
+            yield f"{path} is missing; it should be {_shown(wanted[path])}"
         elif path not in wanted:
-            yield f"{path} is {_told(got[path])}, but should not be there"
+            yield f"{path} is {_shown(got[path])}, but should not be there"
         elif (difference := _difference(wanted[path], got[path])) is not None:
             yield f"{path}{difference}"
 
@@ -50,9 +50,9 @@ def _difference(wanted: Any, got: Any) -> str | None:
     """The rest of a sentence that begins with the path."""
     if not (isinstance(wanted, torch.Tensor) and isinstance(got, torch.Tensor)):
         same = type(wanted) is type(got) and repr(wanted) == repr(got)
-        return None if same else f" is {_told(got)} instead of {_told(wanted)}"
+        return None if same else f" is {_shown(got)} instead of {_shown(wanted)}"
     if (wanted.dtype, wanted.shape) != (got.dtype, got.shape):
-        return f" is {_told(got)} instead of {_told(wanted)}"
+        return f" is {_shown(got)} instead of {_shown(wanted)}"
     if wanted.numel() == 0:
         return None
     rows = [tensor.contiguous().reshape(-1).view(torch.uint8).reshape(wanted.numel(), -1) for tensor in (wanted, got)]
@@ -65,7 +65,7 @@ def _difference(wanted: Any, got: Any) -> str | None:
     return f"{index if index else ''} is {values[0]!r} instead of {values[1]!r}{count}"
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, torch.Tensor) and value.numel() > 5:
         return f"{value.dtype} {list(value.shape)}"
     text = repr(value)

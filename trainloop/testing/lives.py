@@ -56,7 +56,7 @@ def live(
     record: Callable[[Any], Any] | None = None,
     timeout: float = 300.0,
 ) -> list[int | None]:
-    """Run one life, to its end or to `kill`. What it leaves besides its workspace lies beside, see `left_by`.
+    """Run one life, to its end or to `kill`. What it leaves besides its workspace lies beside, see `path_prefix`.
 
     Args:
         make_trainer: Makes the trainer for `workspace`; it is sent to the processes.
@@ -78,7 +78,7 @@ def live(
     if not hasattr(signal, "SIGKILL"):
         raise RuntimeError("To kill a run, a POSIX system is needed: this one has no SIGKILL.")
     number = 1 + sum(1 for _ in workspace.parent.glob(f"{workspace.name}.life*.rank0.log"))
-    own = [left_by(workspace, number, rank) for rank in range(num_processes)]
+    prefixes = [path_prefix(workspace, number, rank) for rank in range(num_processes)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     environment, port = dict(launch_environment(num_processes) if env is None else env), str(_free_port())
@@ -87,10 +87,10 @@ def live(
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         if num_processes > 1:
             environment |= {**{k: str(v) for k, v in place.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        mine = kill if kill is not None and kill.rank == rank else None
+        kill_here = kill if kill is not None and kill.rank == rank else None
         start_method = multiprocessing.get_start_method()
-        args = (make_trainer, workspace, mine, record, dict(environment), start_method, own[rank])
-        processes.append(context.Process(target=_live, args=args, name=own[rank]))
+        args = (make_trainer, workspace, kill_here, record, dict(environment), start_method, prefixes[rank])
+        processes.append(context.Process(target=_live, args=args, name=prefixes[rank]))
     try:
         for process in processes:
             process.start()
@@ -108,39 +108,40 @@ def live(
             if process.pid is not None:
                 process.kill()
                 process.join()
-    is_killed = kill is not None and any("killed" in row for row in notes(own[kill.rank]))
+    is_killed = kill is not None and any("killed" in row for row in read_notes(prefixes[kill.rank]))
     if kill is not None and is_killed and codes[kill.rank] not in (None, _FAILED, _LOST_CONTACT):
         return codes
     if codes != [0] * num_processes:
-        raise _unexpected(codes, own, number)
+        raise _unexpected(codes, prefixes, number)
     if kill is not None:
-        count = Path(f"{own[kill.rank]}.count").read_text()
+        count = Path(f"{prefixes[kill.rank]}.count").read_text()
         raise ValueError(
-            f"{kill} never happened: life {number} of the run began after step {start_of(own[kill.rank])} and came to"
-            f" its end. From step {kill.step} on, rank {kill.rank} has met {kill.event} {count} times."
+            f"{kill} never happened: life {number} of the run began after step {start_step(prefixes[kill.rank])} and"
+            f" came to its end. From step {kill.step} on, rank {kill.rank} has met {kill.event} {count} times."
         )
     return codes
 
 
-def left_by(workspace: Path, number: int, rank: int) -> str:
-    """How the paths begin of what a process has left: `.jsonl` with its notes, `.log` with what it printed, and `.pt`
-    with its state, if it came to its end.
+def path_prefix(workspace: Path, number: int, rank: int) -> str:
+    """The beginning of the paths of the files that a process writes.
+
+    The files are `.jsonl` (its notes), `.log` (its output), and `.pt` (its state, if it came to its end).
     """
     return f"{workspace}.life{number:03d}.rank{rank}"
 
 
-def notes(own: str) -> list[dict[str, Any]]:
-    """What a process has noted."""
+def read_notes(prefix: str) -> list[dict[str, Any]]:
+    """The notes of a process."""
     try:
-        lines = Path(f"{own}.jsonl").read_text().split("\n")
+        lines = Path(f"{prefix}.jsonl").read_text().split("\n")
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines[:-1]]  # the last one may be cut off
 
 
-def start_of(own: str) -> int:
-    """The step after which a process has begun."""
-    return max((int(row["start"]) for row in notes(own) if "start" in row), default=0)
+def start_step(prefix: str) -> int:
+    """The step after which a process began."""
+    return max((int(row["start"]) for row in read_notes(prefix) if "start" in row), default=0)
 
 
 def launch_environment(num_processes: int, launch_args: Sequence[str] = ()) -> dict[str, str]:
@@ -156,7 +157,7 @@ def launch_environment(num_processes: int, launch_args: Sequence[str] = ()) -> d
     if not launch_args:
         return env
     with tempfile.TemporaryDirectory() as folder:
-        script, told = Path(folder, "tell.py"), Path(folder, "told.json")
+        script, variables = Path(folder, "write.py"), Path(folder, "variables.json")
         script.write_text(
             "import json, os, sys\n"
             "if os.environ.get('RANK', '0') == '0': json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
@@ -164,13 +165,14 @@ def launch_environment(num_processes: int, launch_args: Sequence[str] = ()) -> d
         options = ["--num_processes", str(num_processes)]
         if num_processes > 1:
             options += ["--main_process_port", str(_free_port())]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launch_args, *options, str(script), str(told)]
+        arguments = [*launch_args, *options, str(script), str(variables)]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(
                 f"`launch_args` must be options of `accelerate launch`, which says:\n{done.stderr[-2000:]}"
             )
-        launched = json.loads(told.read_text())
+        launched = json.loads(variables.read_text())
     return env | {name: value for name, value in launched.items() if name.startswith(_LAUNCH_VARIABLES)}
 
 
@@ -181,13 +183,13 @@ def _live(
     record: Callable[[Any], Any] | None,
     env: dict[str, str],
     start_method: str,
-    own: str,
+    prefix: str,
 ) -> None:
     """What each process runs."""
     multiprocessing.set_start_method(start_method, force=True)  # of a loader's workers: as in a script
     os.environ.clear()
     os.environ.update(env)
-    log = os.open(f"{own}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(f"{prefix}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     if "OMP_NUM_THREADS" in env:
@@ -197,29 +199,29 @@ def _live(
         trainer = make_trainer(workspace)
         if trainer.seed is None:
             raise UnfitError("`make_trainer` must give the trainer a `seed`, or no two runs are the same.")
-        witness = Witness(trainer, Path(f"{own}.jsonl"), kill, record)
+        witness = Witness(trainer, Path(f"{prefix}.jsonl"), kill, record)
         trainer.train()
     except UnfitError as ex:
-        Path(f"{own}.unfit").write_text(str(ex))
+        Path(f"{prefix}.unfit").write_text(str(ex))
         raise
     except Exception as ex:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(_LOST_CONTACT if is_lost_contact(ex) else _FAILED)  # not by way of what waits for other ranks
     state = {**trainer.live_state_dict(), "buffers": dict(trainer.unwrapped_model.named_buffers())}
-    torch.save(flat({**state, "logged": witness.after_train}), f"{own}.pt")
-    Path(f"{own}.count").write_text(str(witness.count))
+    torch.save(flat({**state, "logged": witness.after_train}), f"{prefix}.pt")
+    Path(f"{prefix}.count").write_text(str(witness.count))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _unexpected(codes: Sequence[int | None], own: Sequence[str], number: int) -> Exception:
-    for prefix in own:
+def _unexpected(codes: Sequence[int | None], prefixes: Sequence[str], number: int) -> Exception:
+    for prefix in prefixes:
         if Path(f"{prefix}.unfit").exists():
             return ValueError(Path(f"{prefix}.unfit").read_text())
     guilty = max(range(len(codes)), key=lambda rank: _guilt(codes[rank]))
     how = "did not end in time" if codes[guilty] is None else f"ended with exit code {codes[guilty]}"
-    output = Path(f"{own[guilty]}.log").read_text()[-4000:]
+    output = Path(f"{prefixes[guilty]}.log").read_text()[-4000:]
     return RuntimeError(f"Rank {guilty} in life {number} of the run {how}. It printed:\n{output}")
 
 

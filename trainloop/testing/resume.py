@@ -21,7 +21,7 @@ import torch
 from ..errors import describe
 from .comparison import differences
 from .kills import KillAt
-from .lives import launch_environment, left_by, live, notes, start_of
+from .lives import launch_environment, live, path_prefix, read_notes, start_step
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -123,31 +123,31 @@ def compare(whole: Path, killed: Path, kills: Sequence[KillAt], num_processes: i
 
 def _check_worth(whole: Path, killed: Path, kills: Sequence[KillAt]) -> None:
     """Raise if the lives have shown nothing."""
-    first = [start_of(left_by(run, 1, 0)) for run in (whole, killed)]
+    first = [start_step(path_prefix(run, 1, 0)) for run in (whole, killed)]
     if any(first):
         raise ValueError(
             f"A new run must start at step 0, but one started at step {max(first)}: `make_trainer` must use the"
             " `workspace` that it is given, for the checkpoints as well."
         )
-    if not any(start_of(left_by(killed, number, 0)) for number in range(2, len(kills) + 2)):
+    if not any(start_step(path_prefix(killed, number, 0)) for number in range(2, len(kills) + 2)):
         raise ValueError(
             "Nothing was shown: no life of the run went on from a checkpoint. Save more often than once before the"
-            f" kills ({_told(kills)}), and let CheckpointingHook load the latest."
+            f" kills ({_listed(kills)}), and let CheckpointingHook load the latest."
         )
 
 
 def _compare_steps(whole: Path, killed: Path, kills: Sequence[KillAt], rank: int, ignore: Sequence[str]) -> None:
-    expected = {row["step"]: row for row in notes(left_by(whole, 1, rank)) if "step" in row}
+    expected = {row["step"]: row for row in read_notes(path_prefix(whole, 1, rank)) if "step" in row}
     for number in range(1, len(kills) + 2):
-        own = left_by(killed, number, rank)
-        for row in notes(own):
+        prefix = path_prefix(killed, number, rank)
+        for row in read_notes(prefix):
             if "step" in row and (found := list(differences(expected.get(row["step"], {}), row, ignore))):
-                where = f"at step {row['step']} of life {number}, which began after step {start_of(own)}"
+                where = f"at step {row['step']} of life {number}, which began after step {start_step(prefix)}"
                 raise AssertionError(_message(where, rank, kills, found))
 
 
 def _compare_ends(whole: Path, killed: Path, kills: Sequence[KillAt], rank: int, ignore: Sequence[str]) -> None:
-    expected, got = (torch.load(f"{left_by(*life, rank)}.pt") for life in ((whole, 1), (killed, len(kills) + 1)))
+    expected, got = (torch.load(f"{path_prefix(*life, rank)}.pt") for life in ((whole, 1), (killed, len(kills) + 1)))
     if found := list(differences(expected, got, ignore)):
         raise AssertionError(_message("in the state at the end", rank, kills, found))
 
@@ -155,8 +155,8 @@ def _compare_ends(whole: Path, killed: Path, kills: Sequence[KillAt], rank: int,
 def _message(where: str, rank: int, kills: Sequence[KillAt], found: Sequence[str]) -> str:
     more = f"\n  and {len(found) - _NUM_TOLD} more" if len(found) > _NUM_TOLD else ""
     listed = "".join(f"\n  {one}" for one in found[:_NUM_TOLD])
-    return f"The run that was killed ({_told(kills)}) differs on rank {rank} {where}:{listed}{more}"
+    return f"The run that was killed ({_listed(kills)}) differs on rank {rank} {where}:{listed}{more}"
 
 
-def _told(kills: Sequence[KillAt]) -> str:
+def _listed(kills: Sequence[KillAt]) -> str:
     return ", ".join(f"{kill.event} from step {kill.step} on" for kill in kills[:3]) + (", ..." if kills[3:] else "")

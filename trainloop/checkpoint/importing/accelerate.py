@@ -20,7 +20,7 @@ from .dcp import DcpFolder, open_optimizer
 from .weights import find_weights
 
 SHARDED, FULL = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
-_LEFT = {
+_NOT_TAKEN = {
     "random_states_*.pkl": "random generators (random_states_*.pkl, of Accelerate's own form)",
     "sampler*.bin": "the order of the data (sampler.bin, a pickled object)",
     "dl_state_dict*.bin": "the position in the data (dl_state_dict.bin, of Accelerate's loaders)",
@@ -43,7 +43,7 @@ def open_accelerate(folder: Path) -> Foreign:
     elif (folder / "optimizer.bin").is_file():
         optimizer = ForeignOptimizer.from_state_dict(load_pickle(folder / "optimizer.bin"), folder / "optimizer.bin")
     scheduler, scaler = folder / "scheduler.bin", folder / "scaler.pt"
-    left = [told for pattern, told in _LEFT.items() if next(folder.glob(pattern), None)]
+    not_taken = [text for pattern, text in _NOT_TAKEN.items() if next(folder.glob(pattern), None)]
     return Foreign(
         folder,
         "an `accelerator.save_state` folder",
@@ -52,7 +52,10 @@ def open_accelerate(folder: Path) -> Foreign:
         load_pickle(scheduler) if scheduler.is_file() else None,
         load_pickle(scaler) if scaler.is_file() else None,
         num_processes=max(1, len(list(folder.glob("random_states_*.pkl")))),
-        left=(*left, *([] if any("data" in told for told in left) else ["the position in the data, which it has not"])),
+        not_taken=(
+            *not_taken,
+            *([] if any("data" in text for text in not_taken) else ["the position in the data, which it has not"]),
+        ),
     )
 
 

@@ -92,7 +92,7 @@ class Foreign:
     """Of those that saved it, where it can be told."""
     hooks: Mapping[str, Any] = field(default_factory=dict)
     """What hooks are given beside `weights`, by the key that they look for."""
-    left: tuple[str, ...] = ()
+    not_taken: tuple[str, ...] = ()
     """What it holds, or a resume needs, and cannot be taken from it."""
 
 

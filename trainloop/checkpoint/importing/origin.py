@@ -33,13 +33,13 @@ def open_origin(folder: Path) -> Foreign:
         raise CheckpointError(f"{folder} has {MODEL} and {STATE}, but not with tensors by name and a step in them")
     weights: dict[str, TensorSource] = {"model": check_whole(model, folder / MODEL)}
     hooks: dict[str, Any] = {}
-    left = ["random generators and the position in the data, which it has not"]
+    not_taken = ["random generators and the position in the data, which it has not"]
     for path in sorted(folder.glob("*.pt")):
         if path.name in (MODEL, STATE):
             continue
         average = _average(path)
         if average is None:
-            left.append(f"the hook's state in {path.name}")
+            not_taken.append(f"the hook's state in {path.name}")
         else:
             weights[path.stem], num_updates = average
             hooks[f"{path.stem}_hook"] = {"num_updates": num_updates}
@@ -53,7 +53,7 @@ def open_origin(folder: Path) -> Foreign:
         state.get("grad_scaler") or None,
         state["step"],
         hooks=hooks,
-        left=tuple(left),
+        not_taken=tuple(not_taken),
     )
 
 

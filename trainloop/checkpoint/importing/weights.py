@@ -20,7 +20,9 @@ _INDEX = ".index.json"
 _DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in CODES.items()}
 _WRAPPED = ("state_dict", "model_state_dict", "model", "module")
 """Under which people put a model's state into a dict that they save."""
-_LEFT = "everything but the weights: optimizer, learning rate schedule, step, position in the data, random generators"
+_NOT_TAKEN = (
+    "everything but the weights: optimizer, learning rate schedule, step, position in the data, random generators"
+)
 
 
 class SafetensorsFiles:
@@ -75,7 +77,7 @@ def open_weights(path: Path) -> Foreign:
             f"Which file of {path} holds the weights cannot be told. Give the file itself: {', '.join(names[:5])}"
         )
     what = "a folder of weights" if path.is_dir() else "a file of weights"
-    return Foreign(path, what, {"model": source}, left=(_LEFT,))
+    return Foreign(path, what, {"model": source}, not_taken=(_NOT_TAKEN,))
 
 
 def find_weights(folder: Path) -> TensorSource | None:
