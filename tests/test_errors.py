@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import pytest
@@ -30,6 +31,15 @@ def build(**kwargs: Any) -> Callable[[], Any]:
 
 def linear_loss(self: Any, batch: Any) -> torch.Tensor:
     return self.model(batch[0]).mean()
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """As transformers' of that name: a dict whose keys are attributes too."""
+
+
+class Output(NamedTuple):
+    loss: torch.Tensor
+    logits: torch.Tensor | None = None
 
 
 class Empty(IterableDataset):  # type: ignore[type-arg]
@@ -125,7 +135,27 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         train(forward_=lambda self, batch: linear_loss(self, batch)),
         TypeError,
-        "`forward` must return a tuple (loss, records), but returned tensor(",
+        "(Tensor). Return `loss, {}` if there is nothing to log.",
+    ),
+    (
+        train(forward_=lambda self, batch: {"loss": linear_loss(self, batch), "a": 1}),
+        TypeError,
+        '(dict). Return `output["loss"], {}`, or a dict of numbers to log in place of `{}`.',
+    ),
+    (
+        train(forward_=lambda self, batch: ModelOutput(loss=linear_loss(self, batch))),
+        TypeError,
+        '(ModelOutput). Return `output["loss"], {}`, or a dict of numbers to log in place of `{}`.',
+    ),
+    (
+        train(forward_=lambda self, batch: (ModelOutput(loss=linear_loss(self, batch)), {})),
+        TypeError,
+        '(ModelOutput). Return `output["loss"], {}`, or a dict of numbers to log in place of `{}`.',
+    ),
+    (
+        train(forward_=lambda self, batch: Output(linear_loss(self, batch))),
+        TypeError,
+        "(Output). Return `output.loss, {}`, or a dict of numbers to log in place of `{}`.",
     ),
     (train(forward_=lambda self, batch: (0.5, {})), TypeError, "The loss that `forward` returns must be a tensor"),
     (
@@ -207,8 +237,18 @@ def test_a_conflict_with_the_launch_is_an_error(
 def test_two_trainers_of_a_process_share_one_mixed_precision() -> None:
     """Accelerate keeps it for the whole process: another one for the second trainer is an error that says so."""
     SmallTrainer(mixed_precision="bf16").train()
-    with pytest.raises(ValueError, match="mixed_precision"):
+    with pytest.raises(ValueError, match="`mixed_precision` is 'no', but this process already has an `Accelerator`"):
         SmallTrainer(mixed_precision="no")
+
+
+def test_an_accelerator_made_before_the_trainer_decides_for_the_process() -> None:
+    """The error says which settings must be the same, in both directions."""
+    accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    with pytest.raises(ValueError, match=r"^`mixed_precision` should be 'no', but .* Give every `Accelerator`"):
+        SmallTrainer()
+    with pytest.raises(ValueError, match=r"^`mixed_precision` is 'no', but .* Give every `Accelerator` and trainer"):
+        SmallTrainer(mixed_precision="no")
+    SmallTrainer(mixed_precision="bf16").train()
 
 
 def test_an_accelerator_with_another_accumulation_is_a_conflict() -> None:
@@ -224,6 +264,10 @@ def test_ranks_that_disagree_are_told_on_every_rank(tmp_path: Path) -> None:
     for rank in range(2):
         messages = json.loads((tmp_path / f"{rank}.json").read_text())
         wanted = {
+            "StateFirst": "ValueError: 2 processes were launched, but each believes that it is alone, because the"
+            " script created a `PartialState()` first.",
+            "PluginOfTheScript": "ValueError: The `Accelerator` has an FSDP plugin of the script, which Accelerate"
+            " ignores on CPU processes.",
             "NoneOnOneRank": "RankDisagreementError: Step 1: `forward` returned None for different micro-batches on"
             " different ranks (draws of the window, from 0: rank 0: none; rank 1: [0]).",
             "SomeWeights": "ValueError: `batch_weight` must return a weight for every micro-batch or None for every"

@@ -94,6 +94,14 @@ def test_processes_that_are_each_alone_are_told(tmp_path: Path) -> None:
     assert "set `ACCELERATE_USE_CPU=true` before `accelerate launch`" in done.stdout
 
 
+def test_an_accelerator_of_the_script_is_sharded_as_the_launch_says(tmp_path: Path) -> None:
+    """FSDP2 on CPU processes, with `accelerator=` given: it trained under DDP without a word."""
+    script = tiny(tmp_path)
+    script.write_text(script.read_text().replace("SmallTrainer(2,", "SmallTrainer(2, accelerator=Accelerator(),"))
+    script.write_text("from accelerate import Accelerator\n" + script.read_text())
+    assert result(launch(script, "fsdp2").stdout) == "2 no 1 True FSDPSequential"
+
+
 def test_the_example_reaches_what_it_promises() -> None:
     """At least 97 % on held-out digits, as one process and as two."""
     for form in ("single", "ddp2"):

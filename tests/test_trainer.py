@@ -5,6 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import accelerate
@@ -18,13 +23,18 @@ from benchmarks.host_reads import HostReads
 from trainloop import (
     BaseHook,
     BaseTrainer,
+    CheckpointingHook,
     CudaMaxMemoryHook,
+    EvaluationHook,
+    ImageFileLoggerHook,
     LoggingHook,
     ProgressHook,
     ThroughputHook,
     Trainer,
+    TrainloopWarning,
 )
 
+from .launching import REPOSITORY
 from .small import SmallTrainer
 
 EVENTS = [name for name in vars(BaseHook) if name.startswith("on_")]
@@ -64,6 +74,77 @@ def test_log_and_state_reach_every_hook() -> None:
     trainer.log_images({"x": None}, dry_run=True)
     trainer.load_state_dict(trainer.state_dict())
     assert [event for _, event, _ in events] == ["on_log", "on_log_images", "on_state_dict", "on_load_state_dict"]
+
+
+class Shows(BaseHook):
+    """A hook that writes numbers somewhere."""
+
+    def on_log(self, trainer: Any, records: Any, dry_run: bool) -> None:
+        pass
+
+
+class Logs(BaseHook):
+    """Logs a number and an image at each step."""
+
+    def on_after_step(self, trainer: Any) -> None:
+        trainer.log({"x": 1.0})
+        trainer.log_images({"x": torch.zeros(2, 2)})
+
+
+def warned(*hooks: BaseHook, **kwargs: Any) -> list[str]:
+    """The warnings of a run of three steps with these hooks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        type("Evaluated", (SmallTrainer,), kwargs)(3, hooks_=lambda self: list(hooks)).train()
+    assert {warning.category for warning in caught} <= {TrainloopWarning}
+    return [str(warning.message) for warning in caught]
+
+
+def test_what_no_hook_writes_is_warned_of_once(tmp_path: Path) -> None:
+    """Numbers and images each. A checkpointer doesn't count: it keeps numbers as metrics of a checkpoint only."""
+    numbers = "What `trainer.log` is given is not written anywhere, because no hook defines `on_log`. Return one from"
+    images = "What `trainer.log_images` is given is not written anywhere, because no hook defines `on_log_images`."
+    for hooks in ([Logs()], [Logs(), ProgressHook()], [Logs(), CheckpointingHook(100, path=tmp_path / "checkpoints")]):
+        told = warned(*hooks)
+        assert [text[: len(wanted)] for text, wanted in zip(told, [numbers, images], strict=True)] == [numbers, images]
+    assert [text[: len(images)] for text in warned(Logs(), Shows())] == [images]
+    assert warned(Logs(), Shows(), ImageFileLoggerHook(path=tmp_path / "images")) == []
+    assert [text[: len(numbers)] for text in warned(LoggingHook(1))] == [numbers]
+
+
+def test_numbers_of_an_evaluation_need_no_hook() -> None:
+    """`EvaluationHook` writes them into the log itself."""
+    assert warned(EvaluationHook(1), build_eval_data_loader=lambda self: self.build_data_loader()) == []
+
+
+def test_what_is_logged_before_the_hooks_exist_is_warned_of() -> None:
+    """They are built by `train`, so nothing of it could be written."""
+    with pytest.warns(TrainloopWarning, match="because the hooks don't exist before `train` begins"):
+        SmallTrainer(hooks_=lambda self: [Shows()]).log({"x": 1.0})
+
+
+@pytest.mark.parametrize("method", ["log", "log_images"])
+def test_log_takes_a_mapping(method: str) -> None:
+    """Lightning's `log(name, value)` is refused, whoever listens."""
+    with pytest.raises(TypeError, match=rf"^`{method}` must be given a mapping, for example .* but was given 'loss'"):
+        getattr(SmallTrainer(), method)("loss", 0.5)
+
+
+def test_a_line_is_written_once_when_logging_is_configured_later() -> None:
+    """Before `basicConfig` by a handler of ours, after it by the script's alone."""
+    lines = """
+        import logging
+        from tests.small import SmallTrainer
+        trainer = SmallTrainer()
+        trainer.logger.info("before")
+        logging.basicConfig(format="script: %(message)s")
+        trainer.logger.info("after")
+        SmallTrainer().logger.info("again")
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(lines)], cwd=REPOSITORY, capture_output=True, text=True)
+    first, *rest = done.stderr.splitlines()
+    assert first.endswith(" INFO [RANK 0] before")
+    assert rest == ["script: [RANK 0] after", "script: [RANK 0] again"]
 
 
 def test_training_may_go_on_after_max_steps_was_raised() -> None:

@@ -15,6 +15,7 @@ UserWarning
 What a caller passed wrongly is a plain `ValueError` or `TypeError` that names the argument.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -32,6 +33,13 @@ def check_int(name: str, value: Any, minimum: int, optional: bool = False) -> No
         raise TypeError(f"`{name}` must be an integer{' or None' if optional else ''}, but is {describe(value)}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
+
+
+def check_initialised(instance: object, attributes: Iterable[str], base: str) -> None:
+    """Raise if `instance` has none of the attributes that the `__init__` of the class named `base` sets."""
+    if vars(instance).keys().isdisjoint(attributes):
+        name = type(instance).__name__
+        raise TypeError(f"`{name}.__init__` must call `super().__init__(...)`: {base} is not set up without it.")
 
 
 class TrainingError(RuntimeError):

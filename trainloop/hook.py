@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from .errors import TrainloopWarning, describe
+from .ranks import collectives
+from .records import ShownRecords
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,6 +122,10 @@ class BaseHook:
         """
 
 
+EVENTS = [name for name in vars(BaseHook) if name.startswith("on_")]
+"""The names of all events."""
+
+
 class CheckpointerHook(BaseHook):
     """A hook that saves the run and brings it back. The trainer asks for both in places of their own, so that no other
     hook's position in the list matters.
@@ -135,3 +145,44 @@ class CheckpointerHook(BaseHook):
 
     def save_if_due(self, trainer: BaseTrainer) -> None:
         """Save, if it is time to, after every hook's `on_after_step`. Every rank; collectives allowed."""
+
+
+_WRITERS = {"log": "WandbHook, TrackerHook", "log_images": "ImageFileLoggerHook, WandbHook, TrackerHook"}
+
+
+def listeners(trainer: BaseTrainer, method: str, records: Any) -> Sequence[BaseHook]:
+    """All hooks of the run, which get `records` from `trainer.log` or `trainer.log_images`.
+
+    Warns once for each of the two if no hook shows what it gets. A checkpointer doesn't count, since it only keeps
+    numbers as metrics of the next checkpoint.
+
+    Args:
+        trainer: The trainer.
+        method: "log" or "log_images".
+        records: What the method was given.
+
+    Raises:
+        TypeError: `records` is not a mapping.
+    """
+    if not isinstance(records, Mapping):
+        raise TypeError(
+            f'`{method}` must be given a mapping, for example `trainer.{method}({{"name": value}})`, but was given'
+            f" {describe(records)}."
+        )
+    event = f"on_{method}"
+    others = [hook for hook in trainer.hooks if not isinstance(hook, CheckpointerHook)]
+    is_shown = isinstance(records, ShownRecords) or any(_overrides(hook, event) for hook in others)
+    if not is_shown and method not in trainer._unheard:
+        trainer._unheard.add(method)
+        why = f"no hook defines `{event}`" if trainer._is_built else "the hooks don't exist before `train` begins"
+        if collectives.rank() == 0:
+            text = f"What `trainer.{method}` is given is not written anywhere, because {why}."
+            remedy = (
+                f" Return one from `build_hooks`: {_WRITERS[method]}, or one of your own." if trainer._is_built else ""
+            )
+            warnings.warn(text + remedy, TrainloopWarning, stacklevel=3)  # at who called `log`
+    return trainer.hooks
+
+
+def _overrides(hook: BaseHook, event: str) -> bool:
+    return getattr(getattr(hook, event), "__func__", None) is not getattr(BaseHook, event)

@@ -11,6 +11,7 @@ from torch import nn
 from .errors import describe
 from .hook import BaseHook
 from .records import Records
+from .setup.subclasses import check_call
 from .trainer import BaseTrainer
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Trainer(BaseTrainer):
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"`{name}` must be callable, but is {describe(function)}.")
+            if function is not None:
+                check_call(name, function, ["batch"] if name == "batch_weight" else ["model", "batch"])
         self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks), eval_data_loader)
         self._forward, self._batch_weight, self._eval_forward = forward, batch_weight, eval_forward or forward
         super().__init__(**kwargs)

@@ -17,6 +17,10 @@ Records: TypeAlias = Mapping[str, Any]
 """Mapping of numbers and 0-dim tensors, or of such mappings and sequences."""
 
 
+class ShownRecords(dict[str, Any]):
+    """Records that a line of the log has already shown, so it is no mistake if no hook writes them."""
+
+
 def map_nested_tensor(fn: Callable[[torch.Tensor], Any], nested: Any) -> Any:
     """Apply `fn` to every tensor in nested containers.
 
@@ -144,17 +148,32 @@ def check_output(output: Any, function: str) -> tuple[torch.Tensor | None, Any]:
         ValueError: The loss has dimensions.
     """
     if type(output) is not tuple or len(output) != 2:
-        raise TypeError(f"`{function}` must return a tuple (loss, records), but returned {describe(output)}.")
+        raise TypeError(
+            f"`{function}` must return a tuple (loss, records), but returned {describe(output)}.{_loss_inside(output)}"
+        )
     loss, records = output
     if loss is not None:
         if not isinstance(loss, torch.Tensor):
-            raise TypeError(f"The loss that `{function}` returns must be a tensor, but is {describe(loss)}.")
+            raise TypeError(
+                f"The loss that `{function}` returns must be a tensor, but is {describe(loss)}.{_loss_inside(loss)}"
+            )
         if loss.dim() != 0:
             raise ValueError(
                 f"The loss that `{function}` returns must have no dimensions, but has shape {tuple(loss.shape)}. Take"
                 " its mean."
             )
     return loss, records
+
+
+def _loss_inside(output: Any) -> str:
+    """What to return instead of `output`, for an error message; empty if no loss is seen in it."""
+    if isinstance(output, torch.Tensor):
+        return " Return `loss, {}` if there is nothing to log."
+    if isinstance(output, Mapping) and "loss" in output:  # a dict, or a ModelOutput of transformers
+        return ' Return `output["loss"], {}`, or a dict of numbers to log in place of `{}`.'
+    if getattr(output, "loss", None) is not None:
+        return " Return `output.loss, {}`, or a dict of numbers to log in place of `{}`."
+    return ""
 
 
 def check_records(records: Any, _path: str = "") -> None:

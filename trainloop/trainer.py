@@ -25,9 +25,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from .data.feed import DataFeed
+from .errors import check_initialised
 from .evaluation import evaluate
 from .evaluation.totals import Reduce
-from .hook import BaseHook, CheckpointerHook
+from .hook import BaseHook, CheckpointerHook, listeners
 from .paths import parse_absolute_path
 from .ranks import collectives
 from .ranks.control import Control
@@ -161,6 +162,7 @@ class BaseTrainer(Recipe):
     _agreement: Agreement
     _is_built: bool
     _is_restored: bool
+    _unheard: set[str]
     _restored_rng: dict[str, Any] | None
 
     def __init__(
@@ -189,18 +191,16 @@ class BaseTrainer(Recipe):
         self.state_dict_options = state_dict_options
         self.seed = seed
         self.timeout = factories.parse_timeout(timeout)
-        factories.check_arguments(self, accelerator, gradient_accumulation_steps)
+        factories.check_arguments(self, BaseTrainer, accelerator, gradient_accumulation_steps)
         self.mixed_precision = launch.resolve_mixed_precision(mixed_precision)
-        is_default = type(self).build_accelerator is BaseTrainer.build_accelerator
         device = factories.parse_device(device)
-        launch.choose_accelerator(self, accelerator, gradient_accumulation_steps, device, is_default)
+        launch.choose_accelerator(self, accelerator, gradient_accumulation_steps, device, BaseTrainer)
         self.logger = logger if logger is not None else factories.default_logger()
 
         self.hooks, self.checkpointers = [], []
-        self.step, self.step_info = 0, StepInfo()
-        self.control, self.peers = Control(), Peers()
+        self.step, self.step_info, self.control, self.peers = 0, StepInfo(), Control(), Peers()
         self._is_built = self._is_restored = False
-        self._restored_rng = None
+        self._restored_rng, self._unheard = None, set()
 
     def build_accelerator(self) -> Accelerator:
         """Make the `Accelerator`. The constructor calls it: set what an override needs before `super().__init__`."""
@@ -313,6 +313,7 @@ class BaseTrainer(Recipe):
 
     def _build(self) -> None:
         """Make everything, once; a later `train` goes on with it."""
+        check_initialised(self, ["_is_built"], "BaseTrainer")
         if self._is_built:
             return
         self.peers.enter("building the run")
@@ -331,8 +332,7 @@ class BaseTrainer(Recipe):
         self.model, self.optimizer = factories.prepare(accelerator, self.model, self.optimizer)
         self._raw_optimizer = factories.raw_optimizer(self.optimizer)
         factories.check_optimizer_params(self._raw_optimizer, self.model)
-        self.hooks = factories.check_hooks(self.build_hooks(), self.workspace)
-        self.checkpointers = [hook for hook in self.hooks if isinstance(hook, CheckpointerHook)]
+        self.hooks, self.checkpointers = factories.check_hooks(self.build_hooks(), self.workspace)
         set_seed(self.seed, device_specific=True)  # from here on each rank draws its own noise
         self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
         self._window = Window(self, self._feed, self._gradients)
@@ -407,7 +407,7 @@ class BaseTrainer(Recipe):
             records: Nested numbers or 0-dim tensors, for example `{"val": {"loss": 0.1}}`.
             dry_run: The hooks say what they would write, and write nothing.
         """
-        for hook in self.hooks:
+        for hook in listeners(self, "log", records):
             hook.on_log(self, records, dry_run)
 
     def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
@@ -417,7 +417,7 @@ class BaseTrainer(Recipe):
             records: Nested images: Pillow's, tensors or numpy arrays, H x W or C x H x W, or batches N x C x H x W.
             dry_run: As for `log`.
         """
-        for hook in self.hooks:
+        for hook in listeners(self, "log_images", records):
             hook.on_log_images(self, records, dry_run)
 
     def request_stop(self) -> None:

@@ -6,12 +6,16 @@ Usage: accelerate launch errors.py OUT
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -74,10 +78,29 @@ class NoneForEver(Small):
         return None, {}
 
 
+class StateFirst(Small):
+    def __init__(self) -> None:
+        PartialState()
+        try:
+            super().__init__()
+        finally:
+            AcceleratorState._reset_state(True)
+
+
+class PluginOfTheScript(Small):
+    def __init__(self) -> None:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, min_num_params=1, auto_wrap_policy="size_based_wrap")
+        try:
+            super().__init__(accelerator=Accelerator(fsdp_plugin=plugin))
+        finally:
+            os.environ.pop("ACCELERATE_USE_FSDP")
+            AcceleratorState._reset_state(True)
+
+
 def main() -> None:
     messages = {}
     warnings.simplefilter("ignore")
-    for cls in (NoneOnOneRank, SomeWeights, BadWeight, OwnLoader, TooSmall, NoneForEver):
+    for cls in (StateFirst, PluginOfTheScript, NoneOnOneRank, SomeWeights, BadWeight, OwnLoader, TooSmall, NoneForEver):
         try:
             cls().train()
         except Exception as ex:

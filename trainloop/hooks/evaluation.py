@@ -10,7 +10,7 @@ from ..errors import check_int, describe
 from ..evaluation import evaluate
 from ..evaluation.totals import Reduce
 from ..hook import BaseHook
-from ..records import flatten_nested_dict
+from ..records import ShownRecords, flatten_nested_dict
 from .ema import EmaHook
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class EvaluationHook(BaseHook):
         self._is_pending = False
         shown = [f"{'/'.join(map(str, key))} {value:.4g}" for key, value in flatten_nested_dict(result).items()]
         trainer.logger.info(f"step {trainer.step}/{trainer.max_steps} | {self.prefix}: {' | '.join(shown)}")
-        trainer.log({self.prefix: result})
+        trainer.log(ShownRecords({self.prefix: result}))
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         state_dict[f"evaluation_{self.prefix}"] = {"is_pending": self._is_pending}

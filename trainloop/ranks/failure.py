@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..errors import TrainingError
+from ..errors import TrainingError, check_initialised
 from . import collectives
 from .peers import ENDED, is_lost_contact
 
@@ -21,6 +21,7 @@ def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
     A rank that waited in vain raises a `TrainingError` that names the rank it waited for. Either way the end of it
     drops every request for a stop, a checkpoint or an exit, so that the next `train` doesn't act on it.
     """
+    check_initialised(trainer, ["peers"], "BaseTrainer")
     try:
         trainer.peers.open()
         yield

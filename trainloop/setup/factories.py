@@ -21,9 +21,10 @@ from torch import nn
 
 from ..data.feed import DataFeed
 from ..errors import check_int, describe
-from ..hook import BaseHook
+from ..hook import BaseHook, CheckpointerHook
 from ..ranks import collectives
 from .launch import choose_fsdp2_precision
+from .subclasses import check_hook, check_trainer_class
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -34,8 +35,13 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------- arguments
 
 
-def check_arguments(trainer: BaseTrainer, accelerator: Any, gradient_accumulation_steps: Any) -> None:
-    """Raise for arguments of `BaseTrainer` that cannot be meant: those that `trainer` holds already, and these two."""
+def check_arguments(
+    trainer: BaseTrainer, base: type[BaseTrainer], accelerator: Any, gradient_accumulation_steps: Any
+) -> None:
+    """Raise for mistakes in a new trainer: in its class, which derives from `base`, in the arguments that it holds
+    already, and in the last two.
+    """
+    check_trainer_class(type(trainer), base)
     check_int("max_steps", trainer.max_steps, 0)
     check_int("max_non_finite_grad_retries", trainer.max_non_finite_grad_retries, 0, optional=True)
     check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
@@ -85,13 +91,25 @@ def parse_timeout(timeout: timedelta | float | None) -> timedelta | None:
     return timedelta(seconds=seconds)
 
 
+class _FallbackHandler(logging.StreamHandler[Any]):
+    """Writes to stderr until the script configures logging, so that no line is written twice from then on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger: logging.Logger | None = logging.getLogger("trainloop")
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return
+            logger = logger.parent if logger.propagate else None
+        super().emit(record)
+
+
 def default_logger() -> logging.Logger:
-    """The logger "trainloop", which speaks on rank 0 only. Where logging is not configured it gets a handler, or the
-    first user would see nothing of his run.
+    """The logger "trainloop", which writes on rank 0 only. If the script hasn't configured logging, the logger gets a
+    handler of its own; otherwise a first-time user would see nothing of the run.
     """
     own = logging.getLogger("trainloop")
     if not own.hasHandlers():
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _FallbackHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         own.addHandler(handler)
     if own.level == logging.NOTSET and own.handlers:
@@ -139,19 +157,20 @@ def check_lr_scheduler(scheduler: Any) -> Any:
     raise TypeError(f"`build_lr_scheduler` must return a scheduler or None, but returned {describe(scheduler)}.")
 
 
-def check_hooks(hooks: Any, workspace: Path | None) -> list[BaseHook]:
-    """The hooks as a list, if each is one and has the workspace that it needs."""
+def check_hooks(hooks: Any, workspace: Path | None) -> tuple[list[BaseHook], list[CheckpointerHook]]:
+    """The hooks, and the checkpointers among them, if each can be called and has the workspace that it needs."""
     if not isinstance(hooks, Iterable):
         raise TypeError(f"`build_hooks` must return a list of hooks, but returned {describe(hooks)}.")
     checked = list(hooks)
     for hook in checked:
         if not isinstance(hook, BaseHook):
             raise TypeError(f"`build_hooks` must return objects of BaseHook, but one is {describe(hook)}.")
+        check_hook(hook)
         if workspace is None and getattr(hook, "needs_workspace", False):
             raise ValueError(
                 f"{type(hook).__name__} writes to `workspace`, but it is None. Pass a folder to the trainer."
             )
-    return checked
+    return checked, [hook for hook in checked if isinstance(hook, CheckpointerHook)]
 
 
 def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -27,6 +27,10 @@ _FSDP1 = (
     "The launch configuration asks for FSDP version 1, which trainloop does not support. Use FSDP2: `--fsdp_version 2`,"
     " or `fsdp_version: 2` under `fsdp_config`."
 )
+_ONE_STATE = (
+    "Accelerate keeps the settings of the first `Accelerator` or trainer for the whole process. Give every"
+    " `Accelerator` and trainer of the process the same `mixed_precision` and device, or start a process for each."
+)
 _STRATEGIES = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -114,6 +118,12 @@ def check_accelerator(
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and accelerator.num_processes == 1:
+        if _is_set("ACCELERATE_USE_CPU") or (device is not None and device.type == "cpu"):
+            raise ValueError(
+                f"{launched} processes were launched, but each believes that it is alone, because the script created a"
+                " `PartialState()` first. Unlike `Accelerator()`, it doesn't read `ACCELERATE_USE_CPU`, and it decides"
+                " for the whole process. Create it after the trainer, or as `PartialState(cpu=True)`."
+            )
         raise ValueError(
             f"{launched} processes were launched, but each believes that it is alone, because no device was found that"
             " they could share. To run them on the CPU, set `ACCELERATE_USE_CPU=true` before `accelerate launch`."
@@ -137,8 +147,7 @@ def check_accelerator(
     if wanted is not None and accelerator.mixed_precision != wanted:
         raise ValueError(
             f"`mixed_precision` should be {wanted!r}, but this process's Accelerator runs with"
-            f" {accelerator.mixed_precision!r}. Accelerate keeps one mixed precision for a whole process: give all"
-            " trainers of it the same, or start a process for each."
+            f" {accelerator.mixed_precision!r}. {_ONE_STATE}"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
@@ -157,7 +166,8 @@ def check_accelerator(
         if (device.type, device.index) != (accelerator.device.type, own_index):
             raise ValueError(
                 f"`device` is '{device}', but Accelerate runs this process on '{accelerator.device}'. Choose devices at"
-                " launch (`--gpu_ids`, `CUDA_VISIBLE_DEVICES`), or pass 'cpu' before any other trainer is built."
+                " launch (`--gpu_ids`, `CUDA_VISIBLE_DEVICES`). To run on the CPU, pass 'cpu' to the first trainer of"
+                " the process, and create no `Accelerator()` or `PartialState()` before it."
             )
 
 
@@ -166,7 +176,7 @@ def choose_accelerator(
     given: Accelerator | None,
     gradient_accumulation_steps: int | None,
     device: torch.device | None,
-    is_default: bool,
+    base: type[BaseTrainer],
 ) -> None:
     """Give `trainer` its accelerator, and with it the settings that the launch may decide. Sets `accelerator`,
     `gradient_accumulation_steps`, `mixed_precision` and the timeout of the process groups.
@@ -176,7 +186,7 @@ def choose_accelerator(
         given: The argument `accelerator`.
         gradient_accumulation_steps: The argument of that name.
         device: The argument of that name.
-        is_default: Whether the trainer's class leaves `build_accelerator` alone.
+        base: `BaseTrainer`, whose `build_accelerator` may be overridden.
 
     Raises:
         TypeError: `build_accelerator` returned something else.
@@ -190,16 +200,16 @@ def choose_accelerator(
         if not isinstance(built, Accelerator):
             raise TypeError(f"`build_accelerator` must return an Accelerator, but returned {describe(built)}.")
         trainer.accelerator = built
-        rehearse_fsdp2_on_cpu(built)
     else:
         trainer.accelerator = given
         trainer.gradient_accumulation_steps = gradient_accumulation_steps or given.gradient_accumulation_steps
+    rehearse_fsdp2_on_cpu(trainer.accelerator)
     check_accelerator(
         trainer.accelerator,
         mixed_precision=trainer.mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         device=device,
-        is_ours=given is None and is_default,
+        is_ours=given is None and type(trainer).build_accelerator is base.build_accelerator,
     )
     if trainer.timeout is not None:
         collectives.set_timeout(trainer.timeout)
@@ -209,15 +219,20 @@ def choose_accelerator(
 def default_accelerator(trainer: BaseTrainer) -> Accelerator:
     """The accelerator for the trainer's arguments and the launch's environment."""
     timeout = [InitProcessGroupKwargs(timeout=trainer.timeout)] if trainer.timeout is not None else []
-    with without_parallelism_on_cpu():
-        return Accelerator(
-            cpu=trainer._forces_cpu,
-            mixed_precision=trainer.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=trainer.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            kwargs_handlers=timeout,
-        )
+    accumulation = GradientAccumulationPlugin(num_steps=trainer.gradient_accumulation_steps, sync_with_dataloader=False)
+    try:
+        with without_parallelism_on_cpu():
+            return Accelerator(
+                cpu=trainer._forces_cpu,
+                mixed_precision=trainer.mixed_precision,
+                gradient_accumulation_plugin=accumulation,
+                kwargs_handlers=timeout,
+            )
+    except ValueError as ex:
+        if "already been initialized" not in str(ex):
+            raise
+        asked = "`device` is 'cpu'" if "cpu=True" in str(ex) else f"`mixed_precision` is {trainer.mixed_precision!r}"
+        raise ValueError(f"{asked}, but this process already has an `Accelerator` without it. {_ONE_STATE}") from ex
 
 
 @contextmanager
@@ -246,6 +261,11 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
 
     if not _is_set("ACCELERATE_USE_FSDP") or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return
+    if "FSDP_VERSION" not in os.environ:  # the launcher sets both, a plugin that the script makes sets one
+        raise ValueError(
+            "The `Accelerator` has an FSDP plugin of the script, which Accelerate ignores on CPU processes. To rehearse"
+            " FSDP2 on the CPU, ask for it at launch: `accelerate launch --use_fsdp --fsdp_version 2`."
+        )
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version == 2:
         if accelerator.mixed_precision != "no":
