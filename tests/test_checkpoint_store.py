@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSyste
 from trainloop.checkpoint.disk import fs as fs_module
 from trainloop.checkpoint.format.layout import VERSION, parse_manifest
 from trainloop.checkpoint.format.nested import decode, encode
-from trainloop.checkpoint.save.snapshot import Buffers
+from trainloop.checkpoint.save.snapshot import Buffers, Draft, Output
+from trainloop.checkpoint.save.writer import write_draft
 from trainloop.checkpoint.sharding import are_exact_cover, split_by_bytes
 
 from .launching import REPOSITORY, launch
@@ -758,3 +760,20 @@ def test_weights_of_several_ranks_are_one_model(saved_by_all: Path) -> None:
     assert sorted(parts) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert index["weight_map"] == {name: part for part, tensors in parts.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+
+
+def test_copies_from_a_device_are_waited_for_before_they_are_read(root: Path) -> None:
+    """Copies from a device may still be on their way when the snapshot is taken: what is written, its checksum and the
+    health check are of the values that arrive.
+    """
+    late = torch.zeros(4)
+    draft = Draft(
+        outputs={"model/model.safetensors": Output(tensors={"w": late})},
+        must_be_finite=[late],
+        wait_for_copies=lambda: late.copy_(torch.tensor([1.0, 2.0, 3.0, math.inf])),
+    )
+    written = write_draft(FileSystem(), root, draft)
+    assert load_file(root / "model" / "model.safetensors")["w"].tolist() == [1.0, 2.0, 3.0, math.inf]
+    assert not written.is_healthy
+    data = (root / "model" / "model.safetensors").read_bytes()
+    assert written.files["model/model.safetensors"].crc32 == zlib.crc32(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -37,12 +37,19 @@ class Draft:
     """By group and name: where the rank writes what it has of the tensor."""
     must_be_finite: list[torch.Tensor] = field(default_factory=list)
     """What this rank writes of those tensors."""
+    wait_for_copies: Callable[[], None] = lambda: None
+    """Returns when the tensors have their values: copies from a device may still be on their way."""
     error: Exception | None = None
     """What made it incomplete. It is told when the ranks vote: one that left earlier would leave the others waiting."""
 
 
 class Buffers:
-    """Copies of tensors in CPU memory that the next snapshot uses again: fresh memory takes five times as long."""
+    """Copies of tensors in CPU memory that the next snapshot uses again: fresh memory takes five times as long.
+
+    Copies from a device are queued on its current stream, into pinned memory, and the host does not wait for them. What
+    is queued later runs after them, so nothing that training does gets into a copy. On a stream of their own they could
+    run beside the next forward pass, and what that writes (a BatchNorm, a codebook) would tear the snapshot.
+    """
 
     def __init__(self) -> None:
         self._held: dict[Any, torch.Tensor] = {}
@@ -54,31 +61,53 @@ class Buffers:
         self._held, self._spare = {}, self._held
 
     def hold(self, key: Any, tensor: torch.Tensor, copy: bool) -> torch.Tensor:
-        """`tensor` as a contiguous one on the CPU.
+        """`tensor` as a contiguous one on the CPU, which has its values when what `finish` returns has been called.
 
         Args:
             key: Under which the memory is found again.
-            tensor: Not to be changed before `finish`.
+            tensor: May be changed by what is queued on the device's current stream afterwards.
             copy: False: if it is contiguous and on the CPU already, it is taken as it is.
         """
         on_cpu = tensor.device.type == "cpu"
         if not copy and on_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
             return tensor
+        is_queued = _has_streams(tensor.device)
         buffer = self._spare.pop(key, None)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-        if not on_cpu:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_queued)
+        buffer.copy_(tensor, non_blocking=is_queued)
+        if is_queued:
             self._devices.add(tensor.device)
         self._held[key] = buffer
         return buffer
 
-    def finish(self) -> None:
-        """End the snapshot: wait for copies from devices, and let go of memory that was not used again."""
+    def finish(self) -> Callable[[], None]:
+        """End the snapshot, and let go of memory that was not used again.
+
+        Returns:
+            Waits for the copies; call it on any thread.
+        """
+        events: list[Any] = []
         for device in self._devices:
-            torch.get_device_module(device).synchronize(device)
+            module = torch.get_device_module(device)
+            event = module.Event(blocking=True)  # the thread that writes must not spin
+            event.record(module.current_stream(device))
+            events.append(event)
         self._devices.clear()
         self._spare = {}
+
+        def wait() -> None:
+            for event in events:
+                event.synchronize()
+
+        return wait
+
+
+def _has_streams(device: torch.device) -> bool:
+    if device.type in ("cpu", "meta"):
+        return False
+    module = torch.get_device_module(device)
+    return hasattr(module, "current_stream") and hasattr(module, "Event")
 
 
 class State:
@@ -167,7 +196,7 @@ def take_snapshot(
         for name, tensor in state_tensors.items():
             hold(tensors_beside(path), name, tensor.detach())
     try:
-        buffers.finish()
+        draft.wait_for_copies = buffers.finish()
     except Exception as ex:
         draft.error = draft.error or ex
     return draft

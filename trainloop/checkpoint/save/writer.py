@@ -43,6 +43,7 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
     """
     if draft.error is not None:
         raise draft.error
+    draft.wait_for_copies()
     parents = {(folder / path).parent for path in draft.outputs}
     for parent in parents:
         fs.make_dir(parent)
