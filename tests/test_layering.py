@@ -51,6 +51,7 @@ LAYERS = [
     "step.update",
     "recipe",
     "setup.__init__ setup.launch setup.report setup.subclasses",
+    "setup.buckets",
     "setup.factories",
     "state.__init__ state.live state.pretrained",
     "state.saved state.adoption state.training",

@@ -23,6 +23,7 @@ from ..data.feed import DataFeed
 from ..errors import check_int, describe
 from ..hook import BaseHook, CheckpointerHook
 from ..ranks import collectives
+from .buckets import settle_buckets
 from .launch import choose_fsdp2_precision
 from .subclasses import check_hook, check_trainer_class
 
@@ -218,6 +219,7 @@ def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
     """Prepare model and optimizer together. What is prepared already is used as it is."""
     if getattr(model, "_is_accelerate_prepared", False) and isinstance(optimizer, AcceleratedOptimizer):
+        settle_buckets(model)
         return model, optimizer
     check_optimizer_params(raw_optimizer(optimizer), model)
     returns_fp32 = False
@@ -229,6 +231,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
         if not plugin.cpu_ram_efficient_loading:
             collectives.share_rank_zero_weights(model, accelerator.device)
     prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
+    settle_buckets(prepared[0])
     if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
         prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))
     return prepared

@@ -1,0 +1,75 @@
+"""The order in which DDP sums gradients, made the same in every life of a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import TrainloopWarning
+
+
+def settle_buckets(model: nn.Module) -> None:
+    """Have DDP arrange its buckets now instead of after its first backward pass. Call on every rank.
+
+    DDP lays the gradients out anew after the first backward pass of each process. With 3 or more ranks the place of a
+    gradient in its bucket decides the order in which it is summed. So the first step after a restart would differ in
+    its last bits from the same step of a run that was not restarted.
+
+    The buckets get the order that DDP assumes for the backward pass: from the last registered parameter to the first.
+    It doesn't depend on what the first batch made of the model. Neither the model nor the user's hooks run: DDP is told
+    that each gradient is ready, and reduces zeros once.
+
+    Args:
+        model: The prepared model. Nothing happens without DDP. With `find_unused_parameters=True` the buckets are never
+            rearranged.
+    """
+    for ddp in _ddp_modules(model):
+        if ddp._has_rebuilt_buckets or ddp._use_python_reducer:
+            continue
+        if ddp.static_graph:  # counts the hooks of its first backward pass, so ours would upset it
+            if dist.get_world_size() > 2:
+                warnings.warn(
+                    "DDP runs with `static_graph=True`, which rearranges its buckets in the first steps of each"
+                    " process. So a run that is resumed with more than 2 processes differs in its last bits from one"
+                    " that never stopped.",
+                    TrainloopWarning,
+                    stacklevel=2,
+                )
+            continue
+        if ddp.find_unused_parameters:
+            continue
+        params = [
+            param
+            for name, param in ddp.module.named_parameters()
+            if param.requires_grad and name not in ddp.parameters_to_ignore
+        ]
+        _reduce_zeros(ddp, len(params))
+        for param in params:
+            param.grad = None
+        ddp._has_rebuilt_buckets = ddp.reducer._rebuild_buckets()
+
+
+def _reduce_zeros(ddp: DistributedDataParallel, num_params: int) -> None:
+    """Run DDP's own hook for each parameter, last one first. It must be called in a backward pass, so there is one, of
+    a scalar of ours.
+    """
+
+    def fire(grad: torch.Tensor) -> None:
+        for index in reversed(range(num_params)):
+            ddp.reducer._autograd_hook(index)  # type: ignore[attr-defined]
+
+    with torch.enable_grad():
+        scalar = torch.zeros((), requires_grad=True)
+        output = scalar * 1
+        output.register_hook(fire)  # type: ignore[no-untyped-call]
+        ddp.reducer.prepare_for_backward([])
+        output.backward()  # type: ignore[no-untyped-call]
+
+
+def _ddp_modules(model: nn.Module) -> Iterator[DistributedDataParallel]:
+    return (module for module in model.modules() if isinstance(module, DistributedDataParallel))
