@@ -39,7 +39,7 @@ LAYERS = [
     "checkpoint.tools.__init__ checkpoint.tools.export checkpoint.tools.survey",
     "checkpoint.tools.export_accelerate checkpoint.tools.pick checkpoint.tools.prune",
     "checkpoint.tools.report",
-    "data.__init__ data.sampling",
+    "data.__init__ data.sampling data.workers",
     "data.loaders",
     "data.indexed data.iterable",
     "data.sources",

@@ -6,20 +6,24 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 from trainloop.checkpoint import Checkpoint
+from trainloop.data.workers import end_workers, start_iterator
 from trainloop.ranks.control import REQUESTS, Control
 from trainloop.testing import KillAt
 from trainloop.testing.lives import live
 
-from .launching import command, environment
+from .launching import NUM_PROCESSES, REPOSITORY, command, environment
 from .workers.resume import make_trainer
+from .workers.signals import Stuck
 
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 
@@ -147,3 +151,61 @@ def test_ending_the_launcher_ends_the_run_with_a_commit(tmp_path: Path) -> None:
     assert [(tmp_path / f"code.{rank}").read_text() for rank in (0, 1)] == ["143", "143"], output[-3000:]
     step = int(re.findall(r"SIGTERM was received: saved after step (\d+), exiting with code 143", output)[0])
     assert is_whole(tmp_path, step)
+
+
+WORKER = REPOSITORY / "tests" / "workers" / "signals.py"
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "number"),
+    [("fork", "ddp2", TERM), ("spawn", "single", TERM), ("forkserver", "single", USR1)],
+)
+def test_a_signal_to_the_whole_group_ends_the_run_with_a_commit(
+    tmp_path: Path, method: str, form: str, number: int
+) -> None:
+    """The launcher, Slurm or a terminal sends it to every process of the job: the workers of the data loaders leave it
+    to their rank, which saves and exits with 143. Nothing of the job is left.
+    """
+    args = [str(tmp_path), method]
+    process = subprocess.Popen(
+        command(WORKER, form, args) if form == "ddp2" else [sys.executable, str(WORKER), *args],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    num_ranks = NUM_PROCESSES[form]
+    while process.poll() is None and len(list(tmp_path.glob("trains.*"))) < num_ranks:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    code = 128 + number
+    codes = [(tmp_path / f"code.{rank}").read_text() for rank in range(num_ranks)]
+    assert codes == [str(code)] * num_ranks, output[-3000:]
+    assert form == "ddp2" or process.returncode == code
+    assert len(list(tmp_path.glob("worker.*"))) == 2 * num_ranks
+    (saved,) = (tmp_path / "checkpoints").glob("step_*")
+    assert is_whole(tmp_path, int(saved.name[5:]))
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("processes of the job are left")
+
+
+def test_a_worker_that_hangs_is_ended_with_its_iterator(tmp_path: Path) -> None:
+    """Although it leaves SIGTERM, by which torch ends it, to its rank."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        iterator = start_iterator(DataLoader(Stuck(tmp_path), num_workers=1))
+        while not (files := list(tmp_path.glob("worker.*"))):
+            time.sleep(0.05)
+        end_workers(iterator)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(files[0].suffix[1:]), 0)

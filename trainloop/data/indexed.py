@@ -10,8 +10,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from .loaders import end_workers, with_sampler
+from .loaders import with_sampler
 from .sampling import EndlessSampler, batch_keys, sample_key, sampling_of
+from .workers import end_workers, start_iterator
 
 
 class IndexedSource:
@@ -48,7 +49,7 @@ class IndexedSource:
 
     def open(self) -> Iterator[Any]:
         # Iterators made here, and not in the generator, so that `close` can end them.
-        self._iterator = iter(self._loader()) if isinstance(self._data, DataLoader) else None
+        self._iterator = start_iterator(self._loader()) if isinstance(self._data, DataLoader) else None
         return self._batches(self._iterator)
 
     def _batches(self, iterator: Iterator[Any] | None) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DataReplayWarning
 from ..rng import load_rng_state, rng_state
-from .loaders import end_workers
+from .workers import end_workers, start_iterator
 
 _CPU = torch.device("cpu")
 _EMPTY = "`build_data_loader` returned data without a batch."
@@ -178,7 +178,7 @@ class IterableSource:
             self._iterable.set_epoch(self._epoch)
         if not self._is_stateful:
             self._epoch_rng = rng_state(_CPU)
-        self._iterator = iter(self._iterable)
+        self._iterator = start_iterator(self._iterable)
 
     def _batches(self) -> Iterator[Any]:
         while True:

@@ -59,14 +59,3 @@ def with_sampler(loader: DataLoader[Any], sampler: Iterable[Any], seed: int) -> 
         prefetch_factor=loader.prefetch_factor,
         **sampling,
     )
-
-
-def end_workers(iterator: Any) -> None:
-    """End the worker processes of a loader's iterator now.
-
-    torch ends them when the iterator is garbage-collected, but the traceback of an exception from a worker keeps the
-    iterator alive. torch has no public method for this.
-    """
-    shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is not None:
-        shutdown()

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..data.feed import transfer
 from ..data.loaders import with_sampler
 from ..data.sampling import batch_keys, order, sample_key, sampling_of
+from ..data.workers import end_workers, start_iterator
 from ..errors import describe
 from ..ranks import collectives
 from ..rng import derived_seed, seed_all
@@ -76,18 +77,21 @@ class EvaluationBatches:
         if loader.num_workers > 0:
             key = sample_key if loader.batch_sampler is None else batch_keys
             sampler = [key(self._seed, 0, item) for item in sampler]
-        iterator = iter(with_sampler(loader, sampler, self._seed))
-        for i, is_counted in [*((i, True) for i in mine), *((i, False) for i in padding)]:
-            seed_for(self._device, self._seed, "fetch", i)
-            batch = next(iterator)
-            num_samples = -1 if loader.batch_sampler is None else len(items[i])
-            yield i, batch, num_samples if is_counted else None
+        iterator = start_iterator(with_sampler(loader, sampler, self._seed))
+        try:
+            for i, is_counted in [*((i, True) for i in mine), *((i, False) for i in padding)]:
+                seed_for(self._device, self._seed, "fetch", i)
+                batch = next(iterator)
+                num_samples = -1 if loader.batch_sampler is None else len(items[i])
+                yield i, batch, num_samples if is_counted else None
+        finally:
+            end_workers(iterator)
 
     def _by_reading(self) -> Iterator[tuple[int, Any, int | None]]:
         first = mine = None
         i = -1
         seed_for(self._device, self._seed, "read")  # all ranks read the same
-        for i, batch in enumerate(self._data):
+        for i, batch in enumerate(start_iterator(self._data)):
             first = batch if i == 0 else first
             if i % self._world_size == self._rank:
                 mine = i, batch, -1

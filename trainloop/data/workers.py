@@ -1,0 +1,83 @@
+"""Worker processes of a data loader: how they start, what a signal does to them, how they end.
+
+The launcher, Slurm and a terminal send a signal to all processes of a job. A rank that handles it saves and exits; its
+workers must live until then, or the rank fails for want of data before it has saved.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+
+def start_iterator(data: Iterable[Any]) -> Iterator[Any]:
+    """`iter(data)`; the workers that it starts, if any, leave to the rank the signals that the rank handles now."""
+    loader: Any = getattr(data, "base_dataloader", data)  # Accelerate's loaders hold the one that has the workers
+    if not isinstance(loader, DataLoader) or not loader.num_workers or not hasattr(signal, "pthread_sigmask"):
+        return iter(data)
+    numbers = _handled_signals()
+    init = loader.worker_init_fn
+    loader.worker_init_fn = _WorkerInit(init.then if isinstance(init, _WorkerInit) else init, numbers)
+    with _blocked(numbers, loader.multiprocessing_context):
+        return iter(data)
+
+
+def end_workers(iterator: Any) -> None:
+    """End the worker processes of a loader's iterator now.
+
+    torch ends them when the iterator is garbage-collected, but the traceback of an exception from a worker keeps the
+    iterator alive. torch has no public method for this.
+    """
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        for worker in getattr(iterator, "_workers", ()):
+            worker.terminate = worker.kill  # for one that hangs: it may leave SIGTERM to its rank
+        shutdown()
+
+
+@dataclass
+class _WorkerInit:
+    """A `worker_init_fn` that makes a worker ignore signals and then runs the user's. Spawned workers unpickle it."""
+
+    then: Callable[[int], None] | None
+    numbers: list[int]
+
+    def __call__(self, worker_id: int) -> None:
+        for number in self.numbers:
+            # Not SIG_IGN, which the programs that a worker starts would inherit.
+            signal.signal(number, _leave_to_the_rank)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
+        if self.then is not None:
+            self.then(worker_id)
+
+
+def _leave_to_the_rank(number: int, frame: Any) -> None:
+    pass
+
+
+def _handled_signals() -> list[int]:
+    """The signals for which this process has a handler in Python, the script's own included."""
+    without = (signal.SIGCHLD, signal.SIGINT if signal.getsignal(signal.SIGINT) is signal.default_int_handler else 0)
+    return [int(n) for n in signal.valid_signals() if n not in without and callable(signal.getsignal(n))]
+
+
+@contextmanager
+def _blocked(numbers: list[int], context: Any) -> Iterator[None]:
+    """Within it, new processes begin with the signals blocked: one that comes before `_WorkerInit` has run waits.
+
+    A spawned worker needs seconds to get there. The fork server, which starts here too, keeps them blocked for good.
+    """
+    if (context or multiprocessing).get_start_method() != "fork":
+        resource_tracker.ensure_running()  # it would unblock SIGTERM in this process when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
