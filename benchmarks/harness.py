@@ -36,6 +36,8 @@ REQUIRES = {
     "Ignite": "ignite",
 }
 """The module that a system needs beyond the package's own dependencies."""
+_GRACE = 5.0
+"""Seconds for which an answer that is due may come later than a run's end."""
 TOLERANCE = 1e-6
 """Largest difference of any parameter for two systems to have trained the same, relative to its magnitude or absolute.
 The table says where it is 0."""
@@ -105,9 +107,10 @@ def run(
         task: What is trained.
         systems: The first is what the others are compared with.
         timeout: Seconds without a sign of life after which a system is given up.
-        together: Start all systems at the same time. That saves minutes where many cores are idle, but then
-            `first_step_cpu` means nothing.
-        until: By `time.monotonic`. No turn begins later; the parameters are then not compared.
+        together: Start all systems at the same time, and let them warm up so. That saves minutes where many cores are
+            idle, but then `first_step_cpu` means nothing.
+        until: By `time.monotonic`. No turn begins later, and who does not answer soon after it is given up; the
+            parameters are then not compared.
 
     Returns:
         By `System.title`; a system that failed or is not installed has its `error`.
@@ -122,18 +125,24 @@ def run(
             if not system.is_installed:
                 results[system.title].error = f"{REQUIRES[system.name]} is not installed: `make bench-full` does it"
                 continue
-            contender = _Contender(system, number, task, folder, results[system.title], timeout)
+            contender = _Contender(system, number, task, folder, results[system.title], timeout, until)
             stack.callback(contender.end)
             contender.start(listener, key)
             if not together:  # what starts beside another takes longer
-                _await_start([contender], listener, timeout)
+                _await_start([contender], listener, min(time.monotonic() + timeout, until))
             contenders.append(contender)
         if together:
-            _await_start(contenders, listener, timeout)
-        for _ in range(task.num_turns):
-            if time.monotonic() < until:
+            _await_start(contenders, listener, min(time.monotonic() + timeout, until))
+        for turn in range(task.num_turns):
+            if together and turn == 0:  # it warms up, and perhaps compiles for a minute
                 for contender in contenders:
-                    contender.take_turn()
+                    contender.begin_turn()
+                for contender in contenders:
+                    contender.end_turn()
+            elif time.monotonic() < until:
+                for contender in contenders:
+                    contender.begin_turn()
+                    contender.end_turn()
         if time.monotonic() < until:
             for contender in contenders:
                 contender.finish()
@@ -144,10 +153,9 @@ def run(
     return results
 
 
-def _await_start(contenders: Sequence[_Contender], listener: Listener, timeout: float) -> None:
+def _await_start(contenders: Sequence[_Contender], listener: Listener, end: float) -> None:
     """Wait until every rank of these wants its first batch, or until its system is given up."""
     listening = listener._listener._socket  # type: ignore[attr-defined]  # `Listener` has no timeout of its own
-    end = time.monotonic() + timeout
     while missing := [contender for contender in contenders if contender.is_missing()]:
         listening.settimeout(0.1)
         try:
@@ -166,9 +174,18 @@ def _await_start(contenders: Sequence[_Contender], listener: Listener, timeout: 
 class _Contender:
     """One system's processes, as the harness sees them."""
 
-    def __init__(self, system: System, number: int, task: Task, folder: Path, result: Measured, timeout: float) -> None:
+    def __init__(
+        self,
+        system: System,
+        number: int,
+        task: Task,
+        folder: Path,
+        result: Measured,
+        timeout: float,
+        until: float,
+    ) -> None:
         self.system, self.number, self._task, self._folder, self._result = system, number, task, folder, result
-        self._timeout = timeout
+        self._timeout, self._until = timeout, until
         self._processes: list[subprocess.Popen[bytes]] = []
         self._joined: dict[int, Connection] = {}
         self._ranks: list[Connection] = []
@@ -208,10 +225,14 @@ class _Contender:
         if len(self._joined) == len(self._processes):
             self._ranks = [self._joined[rank] for rank in sorted(self._joined)]
 
-    def take_turn(self) -> None:
+    def begin_turn(self) -> None:
+        """Let it go on."""
         self._num_turns += 1
         for rank in self._ranks:
             rank.send(None)
+
+    def end_turn(self) -> None:
+        """Wait until the turn is over, and note what it has cost."""
         messages = self.hear()
         if not messages:
             return
@@ -244,7 +265,8 @@ class _Contender:
         """What every rank says next; None if one of them says nothing any more."""
         heard: dict[Connection, Any] = {}
         while len(heard) < len(self._ranks):
-            ready = wait([rank for rank in self._ranks if rank not in heard], self._timeout)
+            patience = min(self._timeout, max(0.0, self._until - time.monotonic()) + _GRACE)
+            ready = wait([rank for rank in self._ranks if rank not in heard], patience)
             try:
                 heard |= {rank: rank.recv() for rank in ready}  # type: ignore[union-attr, misc]
             except (EOFError, ConnectionError):
@@ -258,7 +280,7 @@ class _Contender:
         """End it, and tell what it said last."""
         self.end()
         self._ranks = []
-        lines = self._output.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        lines = self._output.read_text(errors="replace").strip().splitlines() or ["it did not answer, and said nothing"]
         self._result.error = lines[-1]
         print(f"  {self.system.title} failed:\n    " + "\n    ".join(lines[-15:]), file=sys.stderr, flush=True)
 

@@ -77,7 +77,7 @@ def test_a_test_that_hangs_and_a_benchmark_without_time_still_give_a_report(faul
     what was found until then. No process is left.
     """
     out = tmp_path / "out"
-    done = check(out, "--device", "cpu", "--budget", "100", "--tests", str(faulty))
+    done = check(out, "--device", "cpu", "--budget", "200", "--tests", str(faulty))
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads((out / "report.json").read_text())
     assert outcomes(report) == {

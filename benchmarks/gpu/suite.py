@@ -27,7 +27,7 @@ from ..tasks import Task
 LIGHTNING = System("Lightning")
 EVERYONE = [BARE_TORCH, BARE_ACCELERATE, LIGHTNING, TRAINLOOP, FOUR_HOOKS]
 DETERMINISTIC = System("trainloop", {"is_deterministic": True}, "trainloop, deterministic")
-SMALL, TINY = "10M transformer", "tiny MLP"
+TINY = "tiny MLP"
 COMPILED_GPT, LAUNCHED = "GPT, compiled", "tiny MLP, DDP with one process"
 GRACE = 3.0
 """Seconds that a part's process gets beyond its limit, to end by itself."""
@@ -39,6 +39,8 @@ class Plan:
 
     device: str
     gpt: str
+    small: str
+    """A model whose step is nothing but launches."""
     steps: dict[str, tuple[int, int]]
     """Steps a turn and turns, by part."""
     num_rounds: int
@@ -54,6 +56,7 @@ class Plan:
 ON_GPU = Plan(
     device="cuda",
     gpt="GPT 124M",
+    small="10M transformer",
     steps={
         "launch-bound": (100, 13),
         "GPT": (20, 10),
@@ -67,6 +70,7 @@ ON_GPU = Plan(
 ON_CPU = Plan(
     device="cpu",
     gpt="GPT tiny",
+    small="tiny MLP",
     steps=dict.fromkeys(ON_GPU.steps, (2, 3)),
     num_rounds=1,
 )
@@ -106,7 +110,7 @@ def measure(plan: Plan, seconds: float, save: Callable[[Results], None]) -> Resu
     results = Results(machine=machine())
     # Most telling first. The second number is how much of the time a part may take at most.
     parts: list[tuple[str, float, Callable[[float], None]]] = [
-        ("launch-bound", 0.25, partial(_steps, results, plan, "launch-bound", SMALL, EVERYONE)),
+        ("launch-bound", 0.25, partial(_steps, results, plan, "launch-bound", plan.small, EVERYONE)),
         ("GPT", 0.3, partial(_steps, results, plan, "GPT", plan.gpt, EVERYONE, precision="bf16")),
         ("gaps", 0.3, partial(_gaps, results, plan)),
         ("saves", 0.25, partial(_saves, results, plan)),
@@ -192,7 +196,7 @@ def _gaps(results: Results, plan: Plan, limit: float) -> None:
             "system": system.name,
             "options": system.options,
         }
-        for model, precision in ((plan.gpt, "bf16"), (SMALL, "no"))
+        for model, precision in ((plan.gpt, "bf16"), (plan.small, "no"))
         for system in (TRAINLOOP, BARE_TORCH, BARE_ACCELERATE)
     }
     _in_a_process("gaps", limit, "--requests", json.dumps(requests), into=results.gaps)
