@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 
-from .harness import REPOSITORY, environment
+from .environment import environment
+from .harness import REPOSITORY
 
 IMPORTS = {
     "torch": "torch",

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import random
 import secrets
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .environment import environments
 from .tasks import Task
 
 REPOSITORY = Path(__file__).parents[1]
@@ -207,7 +205,7 @@ class _Contender:
         }
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps(request)]
         with self._output.open("wb") as output:
-            for env in _environments(self._task):
+            for env in environments(self._task):
                 process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
                 self._processes.append(process)
 
@@ -294,44 +292,6 @@ class _Contender:
             process.wait()
         for rank in self._ranks:
             rank.close()
-
-
-def environment() -> dict[str, str]:
-    """This process's, with one thread a process, and without what Accelerate or a launcher has put there.
-
-    Memory that a process has had stays its own: glibc else hands large blocks back and fetches them again at every
-    step, or does not, by where they happen to lie. That is up to a fifth of a step, and no system's merit.
-    """
-    unwanted = ("ACCELERATE_", "FSDP_", "TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    memory = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-    return env | threads | memory | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
-
-def _environments(task: Task) -> list[dict[str, str]]:
-    """One for each rank, as `accelerate launch` and torchrun make them."""
-    if not task.is_ddp:
-        return [environment()]
-    world_size = task.world_size
-    common = {
-        "ACCELERATE_USE_CPU": str(task.device == "cpu").lower(),
-        "TORCHELASTIC_RUN_ID": "benchmark",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-    }
-    return [environment() | common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size)]
-
-
-def _free_port() -> int:
-    """Below the ports that outgoing connections are given, one of which might be taken before rank 0 listens."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 def _difference(state: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from . import footprint, growth, updates
-from .harness import FOUR_HOOKS, MAIN, PEERS, REPOSITORY, TRAINLOOP, Measured, System, environment, run
+from .environment import environment
+from .harness import FOUR_HOOKS, MAIN, PEERS, REPOSITORY, TRAINLOOP, Measured, System, run
 from .tasks import Task
 
 STEPS_AND_TURNS = {

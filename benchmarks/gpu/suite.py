@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from ..harness import BARE_ACCELERATE, BARE_TORCH, FOUR_HOOKS, REPOSITORY, TRAINLOOP, Measured, System, environment, run
+from ..environment import environment
+from ..harness import BARE_ACCELERATE, BARE_TORCH, FOUR_HOOKS, REPOSITORY, TRAINLOOP, Measured, System, run
 from ..tasks import Task
 
 LIGHTNING = System("Lightning")
