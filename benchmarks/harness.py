@@ -51,6 +51,8 @@ class System:
     """Further arguments of its `train`."""
     label: str = ""
     """In the table."""
+    cwd: Path = REPOSITORY
+    """Folder that `benchmarks` and `trainloop` are imported from."""
 
     @property
     def title(self) -> str:
@@ -206,7 +208,8 @@ class _Contender:
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps(request)]
         with self._output.open("wb") as output:
             for env in environments(self._task):
-                process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+                cwd = self.system.cwd
+                process = subprocess.Popen(command, env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
                 self._processes.append(process)
 
     def is_missing(self) -> bool:
