@@ -77,6 +77,7 @@ class Control:
             RankDisagreementError: On every rank, naming what each has skipped.
         """
         by_rank = self._finish()
+        del self._finish  # it holds the process group, whose threads must end before the interpreter does
         if by_rank.count(self._usual) == len(by_rank):
             return  # nobody asks for anything, nobody has skipped anything, and all agree: nearly always
         *by_request, patterns, checksums = zip(*by_rank, strict=True)
