@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import json
 import math
@@ -11,10 +12,12 @@ import random
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -136,14 +139,25 @@ def test_nested_state_comes_back(root: Path) -> None:
         assert bits(got["rng"][0]) == bits(state["rng"][0])
         assert bits(got["rng"][1]["c"]) == bits(state["rng"][1]["c"])
         assert (got["a"]["b"], got["a/b"], got["rng"][1]["x"]) == (torch.tensor(1), torch.tensor(2), torch.tensor(2.0))
-        assert got["tuple"] == [1, [2]]
+        assert got["tuple"] == (1, (2,))
         assert math.isnan(got["nan"])
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+KEYS = SCALARS | st.sampled_from(["$float", "$"])
 STATES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(SCALARS | st.sampled_from(["$float", "$"]), inner),
+    SCALARS | st.builds(np.float32, st.floats(width=32, allow_nan=False)) | st.builds(np.int64, st.integers(0, 9)),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.builds(deque, st.lists(inner, max_size=4), st.none() | st.integers(4, 9))
+        | st.sets(SCALARS, max_size=3)
+        | st.frozensets(SCALARS, max_size=3)
+        | st.dictionaries(KEYS, inner)
+        | st.dictionaries(KEYS, inner).map(OrderedDict)
+        | st.dictionaries(KEYS, inner).map(lambda items: defaultdict(list, items))
+        | st.dictionaries(KEYS, st.integers()).map(Counter)
+    ),
     max_leaves=20,
 )
 
@@ -154,7 +168,28 @@ def test_any_nested_state_survives_strict_json(state: Any) -> None:
     encoded, tensors = encode(state)
     text = json.dumps(encoded, allow_nan=False)
     assert not tensors
-    assert repr(decode(json.loads(text), {})) == repr(state)
+    decoded = decode(json.loads(text), {})
+    assert decoded == state
+    assert _typed(decoded) == _typed(state)
+
+
+def _typed(state: Any) -> Any:
+    """Every value with its type; the elements of a set in no order."""
+    if isinstance(state, Mapping):
+        factory = getattr(state, "default_factory", None)
+        return type(state), factory, [(_typed(key), _typed(value)) for key, value in state.items()]
+    if isinstance(state, set | frozenset):
+        return type(state), {repr(item) for item in state}
+    if isinstance(state, list | tuple | deque):
+        return type(state), getattr(state, "maxlen", None), [_typed(item) for item in state]
+    return type(state), repr(state)
+
+
+class Color(enum.IntEnum):
+    RED = 1
+
+
+Pair = namedtuple("Pair", "a b")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +197,11 @@ def test_any_nested_state_survives_strict_json(state: Any) -> None:
     [
         ({"a": [1, {"b": object}]}, r"at a/1/b there is a value .*object.*\(type\)"),
         ({"a": {(1, 2): 3}}, r"at a there is a key \(1, 2\) \(tuple\)"),
-        ({1, 2}, r"at its root there is a value \{1, 2\} \(set\)"),
+        (object(), r"at its root there is a value .*\(object\)"),
+        ({"a": {"b": np.zeros(2)}}, r"at a/b there is a value .*\(ndarray\)"),
+        ({"a": [Pair(1, 2)]}, r"at a/0 there is a value .*\(Pair\)"),
+        ({"a": Color.RED}, r"at a there is a value .*\(Color\)"),
+        ({"a": defaultdict(lambda: 3)}, r"at a there is a value .*\(defaultdict\)"),
         ({"a": torch.empty(1, device="meta")}, "a is on the meta device"),
         ({"a": torch.zeros(2).to_sparse()}, "a must be dense to be saved, but its layout is torch.sparse_coo"),
     ],

@@ -25,7 +25,8 @@ from ...errors import CheckpointError
 from .nested import decode, encode
 
 FORMAT = "trainloop checkpoint"
-VERSION = 1
+VERSION = 2
+"""2: nested state has tags for types that version 1 made lists and dicts of."""
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

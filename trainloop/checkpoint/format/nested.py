@@ -1,20 +1,25 @@
 """Nested Python state as JSON with the tensors beside: what a checkpoint stores instead of a pickle.
 
-JSON has no NaN, no infinity and no keys but strings, so these are written as an object with a single key that begins
-with "$":
+Values keep their types. JSON has only lists, objects with string keys and finite numbers, so everything else is written
+as an object with a single key that begins with "$":
 
 ```
-nan                  {"$float": "nan"}
-{3: 0.1}             {"$items": [[3, 0.1]]}       also where a string key begins with "$"
-a tensor             {"$tensor": "rng/torch"}     its name in the file beside
+nan                    {"$float": "nan"}
+{3: 0.1}               {"$items": [[3, 0.1]]}       also where a string key begins with "$"
+(1, 2)                 {"$tuple": [1, 2]}           likewise "$set" and "$frozenset"
+deque([1], maxlen=5)   {"$deque": [[1], 5]}
+Counter({3: 2})        {"$Counter": [[3, 2]]}       likewise "$OrderedDict"
+defaultdict(list)      {"$defaultdict": ["list", []]}
+numpy.float32(0.5)     {"$numpy": ["float32", 0.5]}
+a tensor               {"$tensor": "rng/torch"}     its name in the file beside
 ```
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -24,78 +29,117 @@ from ...errors import describe
 Json: TypeAlias = Any
 
 _AS_THEY_ARE = {str, int, bool, type(None)}
+_SEQUENCES = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
+_MAPPINGS = {"$Counter": Counter, "$OrderedDict": OrderedDict}
+_FACTORIES = {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
+"""What a `defaultdict` may make its missing values with."""
+_TAGS: dict[type, str] = {kind: tag for tag, kind in [*_SEQUENCES.items(), *_MAPPINGS.items()]}
+_NUMPY = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+_NUMPY |= {"float16", "float32", "float64", "str"}
+"""Scalars of numpy that JSON holds exactly, by the name of their type."""
 
 
 def encode(nested: Any) -> tuple[Json, dict[str, torch.Tensor]]:
     """Turn nested state into JSON values and tensors.
 
     Args:
-        nested: Mappings with keys that are strings, numbers, bools or None; lists; tuples, which become lists; numbers,
-            strings, bools, None and plain tensors.
+        nested: Dicts, `Counter`s and the like with keys that are strings, numbers, bools or None; lists, tuples, sets,
+            deques; numbers, numpy's scalars, strings, bools, None and plain tensors.
 
     Returns:
         The JSON values, which `json.dumps(..., allow_nan=False)` takes, and the tensors (the given ones) by name.
 
     Raises:
-        TypeError: Something else is in there; the error says where.
+        TypeError: Something else is in there, a subclass of these included; the error says where.
     """
     tensors: dict[str, torch.Tensor] = {}
     return _encode(nested, (), tensors), tensors
 
 
 def decode(value: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `encode`; tuples come back as lists, other mappings than `dict` as `dict`."""
+    """The inverse of `encode`."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
         (tag, payload), *_ = value.items()
-        if tag == "$float":
-            return float(payload)
-        if tag == "$items":
-            return {decode(key, tensors): decode(item, tensors) for key, item in payload}
-        if tag == "$tensor":
-            return tensors[payload]
-        if tag == "$complex":
-            return torch.view_as_complex(tensors[payload])
+        if tag.startswith("$"):
+            return _decode_tagged(tag, payload, tensors)
     return {key: decode(item, tensors) for key, item in value.items()}
 
 
+def _decode_tagged(tag: str, payload: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if tag == "$float":
+        return float(payload)
+    if tag == "$items":
+        return {decode(key, tensors): decode(item, tensors) for key, item in payload}
+    if tag == "$tensor":
+        return tensors[payload]
+    if tag == "$complex":
+        return torch.view_as_complex(tensors[payload])
+    if tag in _SEQUENCES:
+        return _SEQUENCES[tag](decode(item, tensors) for item in payload)
+    if tag in _MAPPINGS:
+        return _MAPPINGS[tag]({decode(key, tensors): decode(item, tensors) for key, item in payload})
+    if tag == "$deque":
+        items, length = payload
+        return deque((decode(item, tensors) for item in items), length)
+    if tag == "$defaultdict":
+        factory, items = payload
+        return defaultdict(_FACTORIES[factory], {decode(key, tensors): decode(item, tensors) for key, item in items})
+    if tag == "$numpy" and payload[0] in _NUMPY:
+        import numpy
+
+        return numpy.dtype(payload[0]).type(decode(payload[1], tensors))
+    raise ValueError(f"nothing is known of the type {tag!r}")
+
+
 def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> Json:
-    if type(value) in _AS_THEY_ARE:  # nearly all of it, and what is asked below goes through abstract classes
+    kind = type(value)
+    if kind in _AS_THEY_ARE:  # nearly all of it
         return value
     if isinstance(value, torch.Tensor):
         if value.is_complex():  # see `tensorfile`
             return {"$complex": _put(torch.view_as_real(value.detach().resolve_conj()), path, tensors)}
         return {"$tensor": _put(value, path, tensors)}
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+    if kind is dict:
+        if all(type(key) is str and not key.startswith("$") for key in value):
             return {key: _encode(item, (*path, key), tensors) for key, item in value.items()}
-        items = [
-            [_encode_scalar(key, path, "key"), _encode(item, (*path, key), tensors)] for key, item in value.items()
-        ]
-        return {"$items": items}
-    if isinstance(value, list | tuple):
-        return [_encode(item, (*path, i), tensors) for i, item in enumerate(value)]
+        return {"$items": _encode_items(value, path, tensors)}
+    if kind is list:
+        return _encode_all(value, path, tensors)
+    if kind is deque:
+        return {"$deque": [_encode_all(value, path, tensors), value.maxlen]}
+    if kind is defaultdict and value.default_factory in _FACTORIES.values():
+        return {"$defaultdict": [value.default_factory.__name__, _encode_items(value, path, tensors)]}
+    if kind in _TAGS:
+        of = _encode_items if isinstance(value, Mapping) else _encode_all
+        return {_TAGS[kind]: of(value, path, tensors)}
     return _encode_scalar(value, path, "value")
 
 
+def _encode_all(values: Iterable[Any], path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> list[Json]:
+    return [_encode(item, (*path, i), tensors) for i, item in enumerate(values)]
+
+
+def _encode_items(value: Mapping[Any, Any], path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> list[Json]:
+    return [[_encode_scalar(key, path, "key"), _encode(item, (*path, key), tensors)] for key, item in value.items()]
+
+
 def _encode_scalar(value: Any, path: tuple[Any, ...], what: str) -> Json:
-    # Subclasses (an IntEnum, numpy's float64) become what they are besides: JSON has no place for their type.
-    if value is None or isinstance(value, bool):
+    kind = type(value)
+    if kind in _AS_THEY_ARE:
         return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        number = float(value)
-        return number if math.isfinite(number) else {"$float": repr(number)}
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if kind.__module__ == "numpy" and (name := kind.__name__.rstrip("_")) in _NUMPY:
+        return {"$numpy": [name, _encode_scalar(value.item(), path, what)]}
     where = "/".join(map(str, path)) or "its root"
     raise TypeError(
-        f"State to be saved may hold mappings, lists, tuples, numbers, strings, bools, None and tensors, but at {where}"
-        f" there is a {what} {describe(value)}. Save what it was made from."
+        "State to be saved may hold dicts, Counters, lists, tuples, sets, deques, numbers, numpy scalars, strings,"
+        f" bools, None and tensors, but at {where} there is a {what} {describe(value)}. Save the plain values that it"
+        " can be made from."
     )
 
 
