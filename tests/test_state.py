@@ -63,11 +63,11 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, total_iters=4), lr_scheduler.MultiStepLR(o, [2])], [4]
     ),
-    "nested SequentialLR": lambda o: lr_scheduler.SequentialLR(
+    "SequentialLR of three": lambda o: lr_scheduler.SequentialLR(
         o,
         [
             lr_scheduler.LinearLR(o, total_iters=2),
-            lr_scheduler.SequentialLR(o, [lr_scheduler.StepLR(o, 1), lr_scheduler.ExponentialLR(o, 0.9)], [2]),
+            lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
             lr_scheduler.OneCycleLR(o, 0.1, STEPS),
         ],
         [2, 5],

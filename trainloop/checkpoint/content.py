@@ -23,8 +23,9 @@ class Content:
     """
 
     weights: Mapping[str, Tensors] = field(default_factory=dict)
-    """By group ("model", "ema") and name. Written whole, so that other software reads them: a DTensor is gathered, a
-    plain tensor must be the same on each rank. Tensors that are the same memory are written once."""
+    """By group ("model", "ema") and name. Written whole, so that other software reads them: a DTensor is gathered. A
+    plain tensor must be the same on each rank; the save fails if it is not. Tensors that are the same memory are
+    written once."""
     shards: Mapping[str, Tensors] = field(default_factory=dict)
     """By group ("optim") and name. Of a DTensor each rank writes what it holds, without communication; a plain tensor
     must be the same on each rank and is written by one of them."""
@@ -33,7 +34,8 @@ class Content:
     rank_state: Any = None
     """Nested state of this rank, for example its random generators."""
     must_be_finite: Collection[str] = ()
-    """Names of weights, "model/fc.weight"; the checkpoint is healthy if all their elements are finite."""
+    """Names of tensors, "model/fc.weight", "optim/fc.weight/exp_avg", and of those in `rank_state` by their path,
+    "state/buffers/running_mean". The checkpoint is healthy if all their elements are finite."""
     of_rank_zero: Collection[str] = ()
     """Names of plain tensors among the weights that may differ between the ranks, as BatchNorm's statistics do: rank
     0's are written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,16 +30,44 @@ def crc32(buffers: Iterable[Buffer]) -> int:
     return crc
 
 
-def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether every element of the tensors, which are on the CPU, is finite."""
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element of a tensor, which is on the CPU, is finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
     # A sum is finite only if all that it is made of is. It reads the memory once and copies nothing: an eighth of what
     # `isfinite` takes. One that overflows is looked at again.
-    return all(_is_finite(tensor) for tensor in tensors)
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # `isfinite` knows no fp8
+    return bool(torch.isfinite(wide).all())
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    total = torch.view_as_real(tensor).sum() if tensor.is_complex() else tensor.sum(dtype=torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+def sums_of_bytes(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """For each tensor a sum of its bytes, eight at a time, modulo 2^64: equal tensors have equal sums, and a difference
+    of one bit changes it. Reads at the speed of memory, and syncs once for each device.
+    """
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        by_device[tensor.device].append(index)
+    sums = [0] * len(tensors)
+    for indices in by_device.values():
+        values = torch.stack([_sum_of_bytes(tensors[index]) for index in indices]).tolist()
+        for index, value in zip(indices, values, strict=True):
+            sums[index] = value
+    return sums
+
+
+def _sum_of_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    num_words = raw.numel() // 8
+    words = raw[: num_words * 8]
+    if words.storage_offset() % 8:
+        words = words.clone()
+    total = words.view(torch.int64).sum()
+    for i, byte in enumerate(raw[num_words * 8 :].to(torch.int64)):
+        total = total + (byte << 8 * i)
+    return total
 
 
 class BackgroundCrc32:

@@ -13,7 +13,7 @@ import secrets
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...errors import CheckpointError
 from ..agreement import Ranks
@@ -23,9 +23,12 @@ from ..disk.housekeeping import publish, temporary_folder
 from ..format.catalog import Catalog
 from ..format.layout import MANIFEST, manifest_text
 from ..sharding import find_aliases
+from .replicas import Checksums, check_replicas, digests, do_agree, replica_checksums
 from .snapshot import Buffers, Draft, Output, State, take_snapshot
-from .writer import Written, library_versions, make_manifest, write_draft, write_file
+from .writer import NUM_TOLD, Written, library_versions, make_manifest, write_draft, write_file
 
+_Begun: TypeAlias = "tuple[str, int, dict[str, dict[str, str]]]"
+"""Token, number of the commit, aliases."""
 _SPARE_BYTES = 2**20
 """What manifest and folders take, about."""
 
@@ -66,23 +69,32 @@ class Saving:
         self._described: Described = {}
         state: State | None = None
 
-        def prepare() -> tuple[list[int], int]:
-            nonlocal state
+        values: Checksums = {}
+
+        def prepare() -> tuple[int, dict[Any, bytes], int]:
+            nonlocal state, values
             state = State(content, ranks.rank)
             self._described = content.describe()
-            each = [(group, *item) for group, tensors in self._described.items() for item in tensors.items()]
-            return [zlib.crc32(repr(item).encode()) for item in each], state.num_bytes()
+            values = replica_checksums(content, ranks.world_size)
+            return zlib.crc32(repr(self._described).encode()), digests(values), state.num_bytes()
 
-        def begin(prepared: list[tuple[list[int], int]]) -> tuple[str, int, dict[str, dict[str, str]]]:
-            self._compare([checksums for checksums, _ in prepared])
+        def begin(prepared: list[tuple[int, dict[Any, bytes], int]]) -> _Begun | None:
+            if len({described for described, _, _ in prepared}) > 1 or not do_agree(own for _, own, _ in prepared):
+                return None
             aliases = {group: find_aliases(tensors) for group, tensors in content.groups().items()}
-            self._look_for_space(content.num_bytes(aliases) + sum(num_bytes for _, num_bytes in prepared))
+            self._look_for_space(content.num_bytes(aliases) + sum(num_bytes for *_, num_bytes in prepared))
             token = secrets.token_hex(4)
             self._fs.make_dir(temporary_folder(self._catalog.root, self.step, token))
             return token, self._catalog.next_seq(), aliases
 
-        self.token, self._seq, self._aliases = ranks.do(prepare, begin, self.failure)
+        begun = ranks.do(prepare, begin, self.failure)
+        if begun is None:  # only now every rank sends its list
+            each = [(group, *item) for group, tensors in self._described.items() for item in tensors.items()]
+            described = [zlib.crc32(repr(item).encode()) for item in each]
+            ranks.do(lambda: (described, values), self._tell_difference, self.failure)
+        assert begun is not None, "the difference was told"
         assert state is not None
+        self.token, self._seq, self._aliases = begun
         try:
             self._draft = take_snapshot(content, state, self._aliases, buffers, ranks.rank, ranks.world_size, copy)
             if ranks.rank == 0:
@@ -101,6 +113,7 @@ class Saving:
         """
         temporary = temporary_folder(self._catalog.root, self.step, self.token)
         replaced: list[Path] = []
+        non_finite: list[str] = []
 
         def commit(written: list[Written]) -> None:
             manifest = make_manifest(
@@ -116,6 +129,7 @@ class Saving:
             write_file(self._fs, temporary / MANIFEST, [manifest_text(manifest).encode()])
             self._fs.sync_dir(temporary)
             replaced.extend(publish(self._fs, temporary, self.step, self.token))
+            non_finite.extend(name for part in written for name in part.non_finite)
 
         try:
             ranks.do(lambda: write_draft(self._fs, temporary, self._draft), commit, self.failure)
@@ -126,10 +140,19 @@ class Saving:
                 except OSError as ex:
                     logger.warning(f"{temporary} is left over from a save that failed, and cannot be removed: {ex}")
             raise
+        if non_finite:
+            logger.warning(
+                f"The checkpoint of step {self.step} is saved, but it is not healthy: there are infinities or NaN in"
+                f" {', '.join(non_finite[:NUM_TOLD])}{', …' if len(non_finite) > NUM_TOLD else ''}. A restart loads the"
+                " newest healthy one instead, which is never removed."
+            )
         return replaced
 
-    def _compare(self, checksums: list[list[int]]) -> None:
-        """On rank 0: all ranks must save the same tensors, or gathering them would hang."""
+    def _tell_difference(self, by_rank: list[tuple[list[int], Checksums]]) -> None:
+        """On rank 0: raise for what the ranks do not agree on. They must save the same tensors, or gathering them would
+        hang, and those that each has a copy of must be equal.
+        """
+        checksums = [described for described, _ in by_rank]
         own = [f"{group}/{name}" for group, tensors in self._described.items() for name in tensors]
         for rank, other in enumerate(checksums):
             if other != checksums[0]:
@@ -140,6 +163,7 @@ class Saving:
                     f"names, shapes and dtypes of the tensors must be the same on every rank, but those of rank {rank}"
                     f" differ, first in {at}"
                 )
+        check_replicas(values for _, values in by_rank)
 
     def _look_for_space(self, num_bytes: int) -> None:
         """On rank 0."""

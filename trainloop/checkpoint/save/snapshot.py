@@ -10,7 +10,16 @@ from typing import Any, TypeAlias
 import torch
 
 from ..content import Content, is_dtensor
-from ..format.layout import Chunk, shard_file, state_file, tensors_beside, weight_file, weight_index, weight_index_file
+from ..format.layout import (
+    STATE,
+    Chunk,
+    shard_file,
+    state_file,
+    tensors_beside,
+    weight_file,
+    weight_index,
+    weight_index_file,
+)
 from ..format.nested import Json, encode
 from ..format.tensorfile import check_storable
 from ..sharding import is_first_replica, local_box, local_tensor, split_by_bytes
@@ -35,8 +44,8 @@ class Draft:
     """By path inside the checkpoint."""
     chunks: dict[str, dict[str, Chunk]] = field(default_factory=dict)
     """By group and name: where the rank writes what it has of the tensor."""
-    must_be_finite: list[torch.Tensor] = field(default_factory=list)
-    """What this rank writes of those tensors."""
+    must_be_finite: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What this rank writes of those tensors, by full name."""
     wait_for_copies: Callable[[], None] = lambda: None
     """Returns when the tensors have their values: copies from a device may still be on their way."""
     error: Exception | None = None
@@ -152,14 +161,14 @@ def take_snapshot(
     draft = Draft()
     buffers.start()
 
-    def hold(path: str, name: str, tensor: torch.Tensor, is_judged: bool = False) -> None:
+    def hold(path: str, name: str, tensor: torch.Tensor, full_name: str) -> None:
         if draft.error is None:
             try:
                 if path not in draft.outputs:
                     draft.outputs[path] = Output()
                 draft.outputs[path].tensors[name] = held = buffers.hold((path, name), tensor, copy)
-                if is_judged:
-                    draft.must_be_finite.append(held)
+                if full_name in content.must_be_finite:
+                    draft.must_be_finite[full_name] = held
             except Exception as ex:
                 draft.error = ex
 
@@ -173,7 +182,7 @@ def take_snapshot(
             # Gathering is a collective: it goes on when this rank has failed.
             whole = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
             if parts[name] == rank:
-                hold(path, name, whole, f"{group}/{name}" in content.must_be_finite)
+                hold(path, name, whole, f"{group}/{name}")
                 chunks[name] = Chunk(path, name, (0,) * whole.dim(), tuple(whole.shape))
         if rank == 0 and len(set(files.values())) > 1:
             sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in files}
@@ -188,13 +197,13 @@ def take_snapshot(
             if is_mine and name not in aliases[group]:
                 offset, shape = local_box(tensor)
                 if 0 not in shape:
-                    hold(path, name, local_tensor(tensor))
+                    hold(path, name, local_tensor(tensor), f"{group}/{name}")
                     chunks[name] = Chunk(path, name, offset, shape)
 
     for path, (value, state_tensors) in state.files.items():
         draft.outputs[path] = Output(text=json.dumps(value, allow_nan=False).encode())
         for name, tensor in state_tensors.items():
-            hold(tensors_beside(path), name, tensor.detach())
+            hold(tensors_beside(path), name, tensor.detach(), f"{STATE}/{name}")
     try:
         draft.wait_for_copies = buffers.finish()
     except Exception as ex:

@@ -15,12 +15,14 @@ from ...errors import CheckpointError
 from ...version import DISTRIBUTION, __version__
 from ..content import Described
 from ..disk.fs import FileSystem
-from ..format.integrity import BackgroundCrc32, Buffer, all_finite
+from ..format.integrity import BackgroundCrc32, Buffer, is_finite
 from ..format.layout import Chunk, FileRecord, Manifest, TensorRecord
 from ..format.tensorfile import serialize
 from ..sharding import are_exact_cover
 from .snapshot import Aliases, Draft
 
+NUM_TOLD = 5
+"""How many tensors a message names."""
 _METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
@@ -30,7 +32,8 @@ class Written:
 
     files: dict[str, FileRecord]
     chunks: dict[str, dict[str, Chunk]]
-    is_healthy: bool
+    non_finite: list[str]
+    """Names of the tensors that had to be finite and are not; the first few."""
 
 
 def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
@@ -51,12 +54,12 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
     for path, output in draft.outputs.items():
         buffers = [output.text] if output.text is not None else serialize(output.tensors, _METADATA)
         files[path] = write_file(fs, folder / path, buffers, sync=False)
-    is_healthy = all_finite(draft.must_be_finite)
+    non_finite = [name for name, tensor in draft.must_be_finite.items() if not is_finite(tensor)]
     for path in draft.outputs:  # when all are written: the disk then commits them together
         fs.sync_path(folder / path)
     for parent in parents:
         fs.sync_dir(parent)
-    return Written(files, draft.chunks, is_healthy)
+    return Written(files, draft.chunks, non_finite[:NUM_TOLD])
 
 
 def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool = True) -> FileRecord:
@@ -105,7 +108,7 @@ def make_manifest(
         tensors[group][name] = TensorRecord(dtype, shape, chunks, kept)
     return Manifest(
         **fields,
-        health=all(part.is_healthy for part in written),
+        health=not any(part.non_finite for part in written),
         time=time.time(),
         num_bytes=sum(record.num_bytes for record in files.values()),
         versions=versions,

@@ -1,0 +1,113 @@
+"""Frozen parameters that `forward` changes itself: a codebook, the teacher of a student.
+
+Most frozen parameters never change, and copying a large backbone at each step would cost its size in memory and in time.
+So only those are copied that were seen to change.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from ..checkpoint.format.integrity import sums_of_bytes
+from ..checkpoint.sharding import local_tensor
+from ..errors import TrainloopWarning
+from .non_finite import clean_name
+
+_SMALL_BYTES = 2**26
+"""Copied through the first window in any case, when nobody knows yet which of them change."""
+_NUM_TOLD = 5
+
+
+class FrozenKeeper:
+    """Keeps those frozen parameters that change as they were before a window.
+
+    Which of them change is found out from checksums before and after the first window, and later from the versions of
+    the tensors, which all changes count up but those by way of `.data`. Through the first window the smallest ones are
+    kept, up to the size of the trained parameters.
+
+    Args:
+        model: The model without its wrappers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        params = dict(model.named_parameters())
+        self._watched = {clean_name(name): p for name, p in params.items() if not p.requires_grad}
+        self._changing: dict[str, nn.Parameter] = {}
+        self._smallest: dict[str, nn.Parameter] = {}
+        """Through the first window."""
+        self._kept: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        self._sums: dict[str, int] = {}
+        self._versions: dict[str, int] = {}
+        self._num_windows = 0
+        trained = sum(local_tensor(p).nbytes for p in params.values() if p.requires_grad)
+        self._first_bytes = max(trained, _SMALL_BYTES)
+
+    @property
+    def changing(self) -> set[str]:
+        """Clean names of the frozen parameters that were seen to change."""
+        return set(self._changing)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Take note of the values before a window."""
+        if not self._watched and not self._changing:
+            return
+        self._num_windows += 1
+        if self._num_windows == 1:
+            self._sums = self._checksums()
+            self._smallest = self._find_smallest()
+        elif self._num_windows == 2:
+            self._smallest = {}
+            self._note_changes()
+        elif any(self._watched[name]._version != version for name, version in self._versions.items()):
+            self._note_changes()
+        kept = [local_tensor(p) for p in (self._smallest | self._changing).values()]
+        if len(kept) == len(self._values):
+            if kept:
+                torch._foreach_copy_(self._values, kept)
+        else:
+            self._values = [tensor.clone() for tensor in kept]
+        self._kept = kept
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the values back."""
+        protected = self._smallest.keys() | self._changing.keys()
+        lost = sorted(self._note_changes() - protected) if self._watched else []
+        if self._kept:
+            torch._foreach_copy_(self._kept, self._values)
+        if lost:
+            warnings.warn(
+                "In a window that is discarded, `forward` has changed frozen parameters that it had not changed before:"
+                f" {', '.join(lost[:_NUM_TOLD])}{', …' if len(lost) > _NUM_TOLD else ''}. These changes stay.",
+                TrainloopWarning,
+                stacklevel=2,
+            )
+
+    def _find_smallest(self) -> dict[str, nn.Parameter]:
+        found, total = {}, 0
+        for name, param in sorted(self._watched.items(), key=lambda item: local_tensor(item[1]).nbytes):
+            total += local_tensor(param).nbytes
+            if total > self._first_bytes:
+                break
+            found[name] = param
+        return found
+
+    def _note_changes(self) -> set[str]:
+        """Find those that have changed since the last time; from now on they are kept."""
+        sums = self._checksums()
+        changed = {name for name, value in sums.items() if self._sums[name] != value}
+        self._changing |= {name: self._watched.pop(name) for name in sorted(changed)}
+        # A version that counts up without a change says nothing.
+        is_said = {name: self._versions.get(name, p._version) == p._version for name, p in self._watched.items()}
+        self._versions = {name: p._version for name, p in self._watched.items() if is_said[name]}
+        return changed
+
+    def _checksums(self) -> dict[str, int]:
+        """Of those that are watched: one pass over their memory, and one read for each device."""
+        tensors = [local_tensor(p) for p in self._watched.values()]
+        return dict(zip(self._watched, sums_of_bytes(tensors), strict=True))
