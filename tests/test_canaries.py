@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainloop import BaseHook
-from trainloop.state.live import load_optimizer_state, optimizer_state
+from trainloop.state.optimizer import load_optimizer_state, optimizer_state
 from trainloop.step.gradients import Gradients
 
 from .launching import REPOSITORY, launch

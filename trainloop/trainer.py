@@ -42,6 +42,7 @@ from .setup.report import announce
 from .state.live import model_state, unwrap
 from .state.training import load_run_state, restore_run, run_state
 from .step.agreement import Agreement
+from .step.built import BuiltModel
 from .step.gradients import Gradients
 from .step.info import StepInfo
 from .step.non_finite import clean_name
@@ -160,6 +161,7 @@ class BaseTrainer(Recipe):
     _update: Update
     _window: Window
     _agreement: Agreement
+    _built_model: BuiltModel
     _is_built: bool
     _is_restored: bool
     _unheard: set[str]
@@ -337,6 +339,7 @@ class BaseTrainer(Recipe):
         self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
         self._window = Window(self, self._feed, self._gradients)
         self._agreement = Agreement(self, self._feed)
+        self._built_model = BuiltModel.of(self.unwrapped_model)
         self._is_built = True
         if self.timeout is not None:
             collectives.set_timeout(self.timeout, self.model)

@@ -22,7 +22,7 @@ from torch import nn
 from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
 from trainloop.ranks import collectives
-from trainloop.state.live import optimizer_state
+from trainloop.state.optimizer import optimizer_state
 
 STEP = 7
 ABOUT: dict[str, Any] = {"run_id": "run"}

@@ -21,8 +21,8 @@ from ..errors import describe
 from ..ranks import collectives
 from ..records import check_output, check_records, unflatten_nested_dict
 from ..rng import load_rng_state, rng_state
+from ..step.buffers import share_rank_zero_buffers
 from ..step.loss_weights import host_weight
-from ..step.non_finite import BufferKeeper
 from .batches import EvaluationBatches, seed_for
 from .totals import REDUCTIONS, Metrics, Reduce, Totals
 
@@ -129,8 +129,8 @@ def _untouched(trainer: BaseTrainer) -> Iterator[None]:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # A forward pass without gradients has DDP leave out its sharing of buffers at the next one.
             stack.callback(setattr, model, "require_forward_param_sync", model.require_forward_param_sync)
-        stack.enter_context(BufferKeeper(trainer.unwrapped_model).kept())
-        collectives.share_rank_zero_buffers(trainer.unwrapped_model)
+        stack.enter_context(trainer._window.buffers.fork(trainer.unwrapped_model).kept())
+        share_rank_zero_buffers(trainer.unwrapped_model)
         model.eval()
         trainer.optimizer.eval()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
         stack.callback(trainer.optimizer.train)  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from ..errors import check_int, describe
 from ..hook import BaseHook
 from ..ranks.collectives import reshard
 from ..state.live import like_param
+from ..state.modules import made_entries
 from ..step.non_finite import clean_name
 
 if TYPE_CHECKING:
@@ -209,10 +210,14 @@ class EmaHook(BaseHook):
         self._bind(trainer)
         pairs = zip(self._averages, self._params.values(), strict=True)
         averages = dict(zip(self._params, (_sharded_like(param, average) for average, param in pairs), strict=True))
-        # Frozen parameters, buffers and the second names of tied ones too, so that it is a model's whole state.
-        state_dict[self.name] = {
+        # Frozen parameters, buffers and the second names of tied ones too, so that it is a model's whole state. Not what
+        # a module makes of its weights for `state_dict`: that would be of the model's own.
+        live = trainer.live_model_state()
+        made = made_entries(self._unwrapped, live)
+        state_dict[self.name] = averages | {
             name: averages.get(self._first_names.get(name, name), tensor)
-            for name, tensor in trainer.live_model_state().items()
+            for name, tensor in live.items()
+            if name not in made
         }
         state_dict[f"{self.name}_hook"] = {"num_updates": self.num_updates}
 

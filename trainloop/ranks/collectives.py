@@ -161,14 +161,14 @@ def share_rank_zero_weights(model: torch.nn.Module, device: torch.device) -> boo
 
 
 @torch.no_grad()
-def share_rank_zero_buffers(model: torch.nn.Module) -> None:
-    """Give every rank the buffers of rank 0, on the device. Call on every rank."""
+def share_rank_zero_tensors(tensors: Sequence[torch.Tensor]) -> None:
+    """Give every rank the values of rank 0. Call on every rank, with tensors of the same shapes and dtypes."""
     if world_size() == 1:
         return
-    for buffer in model.buffers():
-        flat = buffer.detach().reshape(-1).contiguous()
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).contiguous()
         dist.broadcast(flat.view(torch.uint8), src=0)  # as bytes: not every backend knows every dtype
-        buffer.copy_(flat.view_as(buffer))
+        tensor.copy_(flat.view_as(tensor))
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -23,7 +23,8 @@ from ..ranks import collectives
 from ..rng import derived_seed
 from ..setup.factories import raw_optimizer
 from ..step.non_finite import clean_name
-from .live import empty_like_param, load_optimizer_state, optimizer_state
+from .live import empty_like_param
+from .optimizer import load_optimizer_state, optimizer_state
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer

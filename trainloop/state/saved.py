@@ -7,53 +7,71 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint import Checkpoint, Content
+from ..checkpoint.content import is_dtensor
 from ..errors import CheckpointError
 from ..ranks import collectives
-from ..step.non_finite import clean_name
+from ..step.buffers import memory_of, write_into
+from ..step.built import buffer_slots
 from .live import empty_like_param
+from .modules import check_complete, finite_names, load_made_entries, made_entries, new_buffers, place_buffers
+from .optimizer import check_unsharded
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _OURS = {"model", "training_state", "rank"}
+_OF_MODEL = ("buffers", "built_sums", "extra_state")
+"""What a rank's state has of the model."""
 _FOLDERS = {"optim", "state"}
 """Names in a checkpoint that no hook's weights can have."""
 
 
-def content_of(trainer: BaseTrainer, run_id: str) -> Content:
+def content_of(trainer: BaseTrainer, run_id: str, *, is_first: bool = False) -> Content:
     """The trainer's state, sorted by how it is stored. Call on every rank.
 
     A hook's value that is a flat dict of tensors, as an average of the weights is, becomes a folder of its own.
+
+    Args:
+        trainer: The trainer.
+        run_id: Names the run.
+        is_first: Check also that all of the model would come back.
+
+    Raises:
+        TypeError: The optimizer keeps state that cannot be stored.
+        ValueError: The model's `state_dict` leaves out what is trained.
     """
     state_dict = trainer.live_state_dict()
+    if is_first:
+        check_complete(trainer, state_dict["model"])
     training_state = dict(state_dict["training_state"])
     optimizer = training_state.pop("optimizer")
-    shards: dict[str, torch.Tensor] = {}
-    other: dict[str, dict[str, Any]] = {}
-    for name, state in optimizer["state"].items():
-        other[name] = {}
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                shards[f"{name}/{key}"] = value
-            else:
-                other[name][key] = value
+    check_unsharded(trainer._raw_optimizer, {"other": optimizer["other"], **optimizer["own"]})
+    shards, other, keys = _split(optimizer["state"])
     weights = {"model": state_dict["model"]}
     hooks: dict[str, Any] = {}
     for key, value in state_dict.items():
         if key not in _OURS:
-            (weights if key.isidentifier() and key not in _FOLDERS and _is_weights(value) else hooks)[key] = value
+            is_folder = isinstance(key, str) and key.isidentifier() and key not in _FOLDERS and _is_weights(value)
+            (weights if is_folder else hooks)[key] = value
+    params, buffers = finite_names(trainer)
+    trained = {name for name, param in trainer.named_parameters().items() if param.requires_grad}
     return Content(
         weights=weights,
         shards={"optim": shards},
         global_state={
             **training_state,
             "run_id": run_id,
-            "optimizer": {"state": other, "param_groups": optimizer["param_groups"]},
+            "optimizer": {**optimizer, "state": other, "keys": keys},
             "hooks": hooks,
         },
-        must_be_finite={f"model/{name}" for name in trainer.named_parameters()},
-        of_rank_zero={clean_name(name) for name, _ in trainer.unwrapped_model.named_buffers()},
-        rank_state={**state_dict["rank"], "buffers": _buffers(trainer)},
+        must_be_finite={
+            *(f"model/{name}" for name in params | buffers),
+            *(f"{group}/{name}" for group in weights for name in trained if group != "model"),
+            *(f"optim/{name}" for name in shards),
+            *(f"state/buffers/{name}" for name in buffers),
+        },
+        of_rank_zero=buffer_slots(trainer.unwrapped_model).keys(),
+        rank_state=state_dict["rank"],
     )
 
 
@@ -67,19 +85,22 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
     training_state = dict(checkpoint.global_state())
     hooks = training_state.pop("hooks")
     training_state.pop("run_id")
-    saved_optimizer = training_state["optimizer"]
-    groups = {name: group for group in saved_optimizer["param_groups"] for name in group["params"]}
+    optimizer = training_state["optimizer"] = dict(training_state["optimizer"])
+    keys = optimizer.pop("keys", {})
+    groups = {name: group for group in optimizer["param_groups"] for name in group["params"]}
     optim: dict[str, torch.Tensor] = {}
-    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in saved_optimizer["state"].items()}
+    state: dict[str, dict[Any, Any]] = {name: dict(values) for name, values in optimizer["state"].items()}
     for full_name, (shape, dtype) in checkpoint.tensors("optim").items():
         name, key = full_name.rsplit("/", 1)
         if name not in params:
             raise CheckpointError(f"{checkpoint.folder} holds optimizer state of {name}, which the model has not.")
-        group = groups[name]
+        group = groups.get(name, {})
         on_host = not shape and not (group.get("fused") or group.get("capturable"))
-        optim[full_name] = state[name][key] = empty_like_param(params[name], shape, dtype, on_host=on_host)
-    live = trainer.live_model_state()
-    checkpoint.read_into("model", live)  # checks all names and shapes before it writes
+        optim[full_name] = state[name][keys.get(full_name, key)] = empty_like_param(
+            params[name], shape, dtype, on_host=on_host
+        )
+    optimizer["state"] = state
+    _read_model(trainer, checkpoint, training_state.get("changed_buffers", {}))
     checkpoint.read_into("optim", optim)
     for group_name, tensors in checkpoint.manifest.tensors.items():
         if group_name in ("model", "optim"):
@@ -90,26 +111,56 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
         }
         checkpoint.read_into(group_name, averages)
         hooks[group_name] = averages
-    training_state["optimizer"] = {"state": state, "param_groups": saved_optimizer["param_groups"]}
-    state_dict = {"model": live, "training_state": training_state, **hooks}
+    state_dict = {"model": trainer.live_model_state(), "training_state": training_state, **hooks}
     rank_state = checkpoint.rank_state(collectives.rank())
     if rank_state is not None:
-        own = _buffers(trainer)
-        for name, buffer in rank_state.pop("buffers").items():
-            if name in own and own[name].shape == buffer.shape:  # else a cache that has grown, or is gone
-                own[name].copy_(buffer)
         state_dict["rank"] = rank_state
+    else:  # what does not lie with the model's tensors, as the first rank had it
+        first = checkpoint.saved_rank_state(0)
+        state_dict["first_rank"] = {name: first[name] for name in _OF_MODEL if name in first}
     return state_dict
 
 
-def _buffers(trainer: BaseTrainer) -> dict[str, torch.Tensor]:
-    """Each rank's own: BatchNorm's statistics are of the rank's data, and under FSDP2 nobody makes them equal. Of a
-    single process those that are not among the model's tensors, because they are not persistent.
-    """
-    model = trainer.unwrapped_model
-    kept = model.state_dict().keys() if collectives.world_size() == 1 else ()
-    return {name: buffer.detach() for name, buffer in model.named_buffers() if name not in kept}
+def _read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str, Any]) -> None:
+    """Read the weights in place, or into memory that the modules take them from."""
+    model, described = trainer.unwrapped_model, checkpoint.tensors("model")
+    live = trainer.live_model_state()
+    made = made_entries(model, live)
+    buffers = new_buffers(trainer, changed, described)
+    fresh: dict[str, torch.Tensor] = {}
+    for name in made & described.keys():
+        shape, dtype = described[name]
+        fresh[name] = torch.empty(shape, dtype=dtype, device=live[name].device)
+    shared = {n: t for n, t in live.items() if n not in made and not is_dtensor(t) and memory_of(t) is not t}
+    copies = {name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in shared.items()}
+    targets: dict[str, Any] = live | fresh | copies | buffers
+    # Checks all names, shapes and dtypes before it writes.
+    checkpoint.read_into("model", {name: tensor for name, tensor in targets.items() if tensor is not None})
+    for name in copies.keys() - buffers.keys():
+        write_into(shared[name], copies[name])
+    place_buffers(model, buffers, is_persistent=True)
+    load_made_entries(model, fresh)
+
+
+def _split(
+    state: dict[str, dict[Any, Any]],
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[Any, Any]], dict[str, Any]]:
+    """The optimizer's tensors by full name, its other values, and the keys that a full name does not show."""
+    tensors: dict[str, torch.Tensor] = {}
+    other: dict[str, dict[Any, Any]] = {}
+    keys: dict[str, Any] = {}
+    for name, values in state.items():
+        other[name] = {}
+        for key, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                other[name][key] = value
+            elif isinstance(key, str) and "/" not in key and not key.startswith("$"):
+                tensors[f"{name}/{key}"] = value
+            else:
+                full_name = f"{name}/${len(keys)}"
+                tensors[full_name], keys[full_name] = value, key
+    return tensors, other, keys
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+    return type(value) is dict and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())

@@ -8,7 +8,8 @@ import torch
 from accelerate.utils import set_seed
 
 from ..rng import derived_seed, load_rng_state, rng_state
-from .live import load_optimizer_state, optimizer_state
+from .modules import changed_forms, extra_state, load_made_entries, load_rank_buffers, rank_buffers
+from .optimizer import load_optimizer_state, optimizer_state
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -26,8 +27,14 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
             "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
             "grad_scaler": scaler.state_dict() if scaler is not None else None,
             "data": trainer._feed.state_dict(),
+            "changed_buffers": changed_forms(trainer),
         },
-        "rank": {"rng": rng_state(trainer.device), "data": trainer._feed.rank_state_dict()},
+        "rank": {
+            "rng": rng_state(trainer.device),
+            "data": trainer._feed.rank_state_dict(),
+            "extra_state": extra_state(trainer.unwrapped_model),
+            **rank_buffers(trainer),
+        },
     }
     for hook in trainer.hooks:
         hook.on_state_dict(trainer, state_dict)
@@ -51,6 +58,10 @@ def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         if (state[name] is None) != (own is None):
             has, had = ("no", "one") if own is None else ("one", "none")
             raise ValueError(f"`build_{name}` gives this run {has} {name}, but the saved one had {had}.")
+    own_state = rank_state if rank_state is not None else state_dict.get("first_rank")
+    if own_state is not None:
+        load_rank_buffers(trainer, own_state, state["seed"])
+        load_made_entries(trainer.unwrapped_model, own_state.get("extra_state", {}))
     load_optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer, state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["lr_scheduler"])

@@ -5,6 +5,7 @@ A discarded window, an evaluation and a micro-batch of weight 0 must leave none 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ranks import collectives
 from .frozen import FrozenKeeper
 
 _PLAIN = (int, float, bool, str, type(None))
@@ -29,13 +31,17 @@ class BufferKeeper:
     """
 
     def __init__(self, model: nn.Module, frozen: FrozenKeeper | None = None) -> None:
-        self.frozen = frozen if frozen is not None else FrozenKeeper(model)
+        self._frozen = frozen if frozen is not None else FrozenKeeper(model)
         self._modules = list(model.modules())
         self._is_first = True
         self._before: list[_Before] = []
         self._live: list[torch.Tensor] = []
         self._forms: list[Any] = []
         self._values: list[torch.Tensor] = []
+
+    def fork(self, model: nn.Module) -> BufferKeeper:
+        """Another keeper of the same model, for use within a window or between two."""
+        return BufferKeeper(model, self._frozen.fork())
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -45,12 +51,12 @@ class BufferKeeper:
         self._is_first = False
         self._live = [b for before in self._before for b in before.buffers.values() if b is not None]
         if self._live:
-            forms = [_form(buffer) for buffer in self._live]
+            forms = [form_of(buffer) for buffer in self._live]
             if forms == self._forms and all(forms):
-                torch._foreach_copy_(self._values, [_memory(buffer) for buffer in self._live])
+                torch._foreach_copy_(self._values, [memory_of(buffer) for buffer in self._live])
             else:
-                self._forms, self._values = forms, [_memory(buffer).detach().clone() for buffer in self._live]
-        self.frozen.remember()
+                self._forms, self._values = forms, [memory_of(buffer).detach().clone() for buffer in self._live]
+        self._frozen.remember()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -61,8 +67,8 @@ class BufferKeeper:
         for buffer, form, value in zip(self._live, self._forms, self._values, strict=False):
             if form is None:
                 put_back[id(buffer)] = value.clone()  # not to be written into: the module gets another one
-            elif _form(buffer) == form:
-                _memory(buffer).copy_(value)
+            elif form_of(buffer) == form:
+                memory_of(buffer).copy_(value)
             else:
                 buffer.set_(value.clone())  # type: ignore[call-overload]
         known = {id(before.module) for before in self._before}
@@ -71,7 +77,7 @@ class BufferKeeper:
         for module in self._modules:
             if id(module) not in known:
                 module._buffers.clear()
-        self.frozen.restore()
+        self._frozen.restore()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -81,6 +87,22 @@ class BufferKeeper:
             yield
         finally:
             self.restore()
+
+
+def share_rank_zero_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, on the device. Call on every rank.
+
+    Left out are those that have not the same shape everywhere, as a cache that grows with each rank's own data.
+    """
+    if collectives.world_size() == 1:
+        return
+    named = {name: buffer for name, buffer in model.named_buffers() if form_of(buffer) is not None}
+    forms = {name: f"{tuple(buffer.shape)} {buffer.stride()} {buffer.dtype}" for name, buffer in named.items()}
+    if len(set(collectives.gather_objects(zlib.crc32(repr(forms).encode())))) > 1:
+        by_rank = collectives.gather_objects(forms)
+        named = {n: b for n, b in named.items() if all(other.get(n) == forms[n] for other in by_rank)}
+        named = {name: named[name] for name in by_rank[0] if name in named}
+    collectives.share_rank_zero_tensors([memory_of(buffer) for buffer in named.values()])
 
 
 class _Before:
@@ -108,14 +130,14 @@ class _Before:
                 attributes[name] = self._attributes[name]
 
 
-def _form(tensor: torch.Tensor) -> Any:
+def form_of(tensor: torch.Tensor) -> Any:
     """What must be the same for one tensor to be copied into the other; None: it cannot be written into."""
     if tensor.layout is not torch.strided or tensor.is_inference() or tensor.is_quantized:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _memory(tensor: torch.Tensor) -> torch.Tensor:
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or, where several of its elements are the same memory (`expand`), that memory once."""
     if tensor.layout is not torch.strided or tensor.is_contiguous():
         return tensor
@@ -126,6 +148,17 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
                 return tensor.as_strided((_num_elements_spanned(tensor),), (1,))
             end = (size - 1) * stride + end
     return tensor
+
+
+@torch.no_grad()
+def write_into(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a value of the same shape, also where several elements are the same memory."""
+    memory = memory_of(tensor)
+    if memory is tensor:
+        tensor.copy_(value)
+    else:
+        places = torch.arange(memory.numel(), device=memory.device).as_strided(tensor.shape, tensor.stride())
+        memory[places.reshape(-1)] = value.to(memory.device, memory.dtype).reshape(-1)
 
 
 def _num_elements_spanned(tensor: torch.Tensor) -> int:

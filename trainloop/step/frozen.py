@@ -1,11 +1,12 @@
 """Frozen parameters that `forward` changes itself: a codebook, the teacher of a student.
 
-Most frozen parameters never change, and copying a large backbone at each step would cost its size in memory and in time.
-So only those are copied that were seen to change.
+Most frozen parameters never change, and copying a large backbone at each step would cost as much memory again, and
+time. So only those are copied that were seen to change.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
@@ -45,6 +46,13 @@ class FrozenKeeper:
         self._num_windows = 0
         trained = sum(local_tensor(p).nbytes for p in params.values() if p.requires_grad)
         self._first_bytes = max(trained, _SMALL_BYTES)
+
+    def fork(self) -> FrozenKeeper:
+        """Another keeper of those that are known to change, for use within a window or between two."""
+        other = copy.copy(self)
+        other._watched, other._versions, other._smallest, other._values = {}, {}, {}, []
+        other._changing = self._smallest | self._changing
+        return other
 
     @property
     def changing(self) -> set[str]:

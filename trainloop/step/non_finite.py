@@ -1,13 +1,12 @@
-"""What a discarded window leaves behind: nothing in the model, and a report that one can act on.
+"""Finds out what is not finite, and reports it such that one can act on it.
 
-Everything here but `BufferKeeper.remember` runs on the retry path only.
+All of it runs on the retry path only, but for `non_finite_tensors`, which also runs once when the model is built.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,50 +15,6 @@ from torch import nn
 from ..ranks.collectives import gather_objects
 
 _SHOWN = 5  # names in a report: enough to see the pattern
-
-
-class BufferKeeper:
-    """Keeps a model's buffers as they were before a window, to put them back if the window is discarded.
-
-    Costs one copy of the buffers a step. Which of them `forward` changes can't be told more cheaply: BatchNorm updates
-    its statistics without counting up the tensor's version.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._slots = [(module._buffers, key) for module in model.modules() for key in module._buffers]
-        self._seen: list[torch.Tensor | None] = []
-        self._values: list[torch.Tensor] = []
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Take note of every buffer's present value."""
-        if not self._slots:
-            return
-        present = [buffers[key] for buffers, key in self._slots]
-        live = [buffer for buffer in present if buffer is not None]
-        if [_form(buffer) for buffer in live] == [_form(value) for value in self._values]:
-            torch._foreach_copy_(self._values, live)
-        else:
-            self._values = [buffer.detach().clone() for buffer in live]
-        self._seen = present
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put back what `remember` saw, also where `forward` has put another tensor in a buffer's place."""
-        live = [buffer for buffer in self._seen if buffer is not None]
-        if live:
-            torch._foreach_copy_(live, self._values)
-        for (buffers, key), buffer in zip(self._slots, self._seen, strict=True):
-            buffers[key] = buffer
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Within it, whatever happens to the buffers is undone at the end."""
-        self.remember()
-        try:
-            yield
-        finally:
-            self.restore()
 
 
 @dataclass(frozen=True)
@@ -75,9 +30,10 @@ class NonFiniteReport:
     parameter_count: int
     """How many parameters have a gradient."""
     parameters: list[str]
-    """Parameters that are themselves non-finite, on any rank."""
+    """Parameters that are trained and are themselves non-finite, on any rank."""
     buffers: list[str]
-    """Buffers that were non-finite before the window, on any rank."""
+    """Buffers and frozen parameters that were non-finite before the window, on any rank, but not when the model was
+    built."""
 
     @property
     def non_finite_loss_ranks(self) -> list[int]:
@@ -90,7 +46,10 @@ class NonFiniteReport:
         if self.parameters:
             return "Resume from a healthy checkpoint, with a lower learning rate or `grad_clip`."
         if self.buffers:
-            return "A buffer was non-finite before the window: look at what `forward` writes, BatchNorm included."
+            return (
+                "A buffer or frozen parameter was non-finite before the window. Look at what `forward` writes, as"
+                " BatchNorm does."
+            )
         if self.non_finite_loss_ranks:
             return "Look at the data of those ranks, and at log, exp and division on the way to the loss."
         return (
@@ -107,7 +66,7 @@ class NonFiniteReport:
         lines.append(
             f"non-finite gradients in {self.gradient_count} of {self.parameter_count} parameters: {shown}{more}"
         )
-        for kind, names in (("parameters", self.parameters), ("buffers", self.buffers)):
+        for kind, names in (("parameters", self.parameters), ("buffers or frozen parameters", self.buffers)):
             if names:
                 more = ", …" if len(names) > _SHOWN else ""
                 lines.append(f"non-finite {kind}: {', '.join(names[:_SHOWN])}{more}")
@@ -115,7 +74,9 @@ class NonFiniteReport:
 
 
 @torch.no_grad()
-def diagnose(model: nn.Module, losses: Sequence[torch.Tensor]) -> NonFiniteReport:
+def diagnose(
+    model: nn.Module, losses: Sequence[torch.Tensor], non_finite_when_built: Collection[str] = ()
+) -> NonFiniteReport:
     """Find out what is not finite, while the window's gradient is still there and the buffers are put back.
 
     Call on every rank.
@@ -123,13 +84,14 @@ def diagnose(model: nn.Module, losses: Sequence[torch.Tensor]) -> NonFiniteRepor
     Args:
         model: The model without its wrappers.
         losses: This rank's losses of the window, 0-dim.
+        non_finite_when_built: Clean names of buffers and frozen parameters that are meant to be so, as masks are.
     """
     named = [(clean_name(name), param) for name, param in model.named_parameters()]
     own = (
         [float(loss) for loss in losses],
         [name for name, p in named if p.grad is not None and not _is_finite(p.grad)],
-        [name for name, p in named if not _is_finite(p)],
-        [clean_name(name) for name, b in model.named_buffers() if not _is_finite(b)],
+        non_finite_tensors((name, p) for name, p in named if p.requires_grad),
+        [name for name in non_finite_tensors(untrained_tensors(model)) if name not in non_finite_when_built],
     )
     by_rank = gather_objects(own)
     found = [name for name, p in named if any(name in ranks_own[1] for ranks_own in by_rank)]
@@ -143,20 +105,31 @@ def diagnose(model: nn.Module, losses: Sequence[torch.Tensor]) -> NonFiniteRepor
     )
 
 
+def untrained_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers and frozen parameters, by clean name."""
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    return [(clean_name(name), tensor) for name, tensor in [*model.named_buffers(), *frozen]]
+
+
+@torch.no_grad()
+def non_finite_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of those that hold infinities or NaN on this rank. Reads each with the host."""
+    return [name for name, tensor in named if not _is_finite(tensor)]
+
+
 def clean_name(name: str) -> str:
     """A parameter's name without what compilation and activation checkpointing put into it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if local.is_sparse:
         local = local.coalesce().values()
-    return bool(torch.isfinite(local).all()) if local.is_floating_point() or local.is_complex() else True
+    if not (local.is_floating_point() or local.is_complex()) or local.is_meta:
+        return True
+    wide = local.float() if local.element_size() == 1 else local  # `isfinite` knows no fp8
+    return bool(torch.isfinite(wide).all())
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -17,9 +17,10 @@ from accelerate.utils import DistributedType
 from ..errors import LossNoneWarning, NonFiniteGradientError, TrainingError
 from ..ranks.collectives import gather_objects
 from ..records import Records, check_output, check_records, map_nested_tensor
+from .buffers import BufferKeeper
 from .gradients import Gradients, no_contribution
 from .loss_weights import loss_factors, weighted_loss
-from .non_finite import BufferKeeper, NonFiniteReport, diagnose
+from .non_finite import NonFiniteReport, diagnose
 
 if TYPE_CHECKING:
     from ..data.feed import DataFeed
@@ -49,7 +50,7 @@ class Window:
         self._trainer = trainer
         self._feed = feed
         self._gradients = gradients
-        self._buffers = BufferKeeper(trainer.unwrapped_model)
+        self.buffers = BufferKeeper(trainer.unwrapped_model)
         self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
         self._is_weighted = trainer._has_batch_weight()
         self._defers_reduction = trainer.no_sync_accumulate and accelerator.num_processes > 1
@@ -102,7 +103,7 @@ class Window:
         start = time.perf_counter()
         info.losses, info.records, info.loss_factors = [], [], None
         self.skipped = []
-        self._buffers.remember()
+        self.buffers.remember()
         self._has_run = True
         batches = self._draw_weighted(num_micro_steps) if self._is_weighted else None
         micro_step = num_drawn = 0
@@ -136,8 +137,8 @@ class Window:
                 finite gradient.
         """
         trainer, info = self._trainer, self._trainer.step_info
-        self._buffers.restore()
-        report = diagnose(trainer.unwrapped_model, info.losses)
+        self.buffers.restore()
+        report = diagnose(trainer.unwrapped_model, info.losses, trainer._built_model.non_finite)
         self._gradients.drop()
         if report.parameters:
             raise NonFiniteGradientError(self._final_report("the parameters themselves are non-finite", report))
@@ -238,7 +239,7 @@ class Window:
             stack.enter_context(trainer.accelerator.no_sync(trainer.model))
         if is_dropped:
             stack.enter_context(no_contribution(trainer.model))
-            stack.enter_context(BufferKeeper(trainer.unwrapped_model).kept())
+            stack.enter_context(self.buffers.fork(trainer.unwrapped_model).kept())
         return stack
 
     def _check(self, output: Any) -> tuple[torch.Tensor | None, Records]:

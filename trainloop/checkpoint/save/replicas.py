@@ -39,12 +39,14 @@ def replica_checksums(content: Content, world_size: int) -> Checksums:
     seen = set()
     for group, tensors in content.groups().items():
         for name, tensor in tensors.items():
-            if id(tensor) in seen or (group in content.weights and name in content.of_rank_zero):
-                continue
-            seen.add(id(tensor))  # a second group may show the same tensors
             part = _part(tensor)
-            if part != ():
-                held[part, f"{group}/{name}"] = local_tensor(tensor)
+            if part == () or (group in content.weights and name in content.of_rank_zero):
+                continue
+            local = local_tensor(tensor)
+            memory = (local.data_ptr(), local.shape, local.stride(), local.dtype, local.device)
+            if memory not in seen:  # a second group may show the same tensors
+                seen.add(memory)
+                held[part, f"{group}/{name}"] = local
     checksums: Checksums = defaultdict(dict)
     for (part, name), value in zip(held, sums_of_bytes(list(held.values())), strict=True):
         checksums[part][name] = value
