@@ -27,6 +27,7 @@ LAYERS = [
     "checkpoint.disk.housekeeping",
     "checkpoint.save.__init__ checkpoint.save.snapshot",
     "checkpoint.save.writer",
+    "checkpoint.save.replicas",
     "checkpoint.save.saving",
     "checkpoint.load.__init__ checkpoint.load.reader",
     "checkpoint.load.loading",

@@ -210,8 +210,8 @@ class EmaHook(BaseHook):
         self._bind(trainer)
         pairs = zip(self._averages, self._params.values(), strict=True)
         averages = dict(zip(self._params, (_sharded_like(param, average) for average, param in pairs), strict=True))
-        # Frozen parameters, buffers and the second names of tied ones too, so that it is a model's whole state. Not what
-        # a module makes of its weights for `state_dict`: that would be of the model's own.
+        # Frozen parameters, buffers and the second names of tied ones too, so that it is a model's whole state. But not
+        # what a module makes of its weights for `state_dict`: it would be made of the weights that are not averaged.
         live = trainer.live_model_state()
         made = made_entries(self._unwrapped, live)
         state_dict[self.name] = averages | {

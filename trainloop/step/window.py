@@ -75,7 +75,7 @@ class Window:
             return  # see `check_whole`
         self._trainer.step -= 1
         if self._has_run:
-            self._buffers.restore()
+            self.buffers.restore()
 
     def check_whole(self) -> None:
         """Raise if the last `train` ended in the middle of an update.
