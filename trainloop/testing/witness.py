@@ -42,7 +42,8 @@ class Witness(BaseHook):
     ) -> None:
         self.count = 0
         self.after_train: list[Any] = []
-        self._trainer, self._notes, self._kill = trainer, notes, kill
+        self.kill = kill
+        self._trainer, self._notes = trainer, notes
         self._logged: list[Any] = []
         self._recorded: list[Any] = []
         build_hooks, forward = trainer.build_hooks, trainer.forward
@@ -123,7 +124,7 @@ class Witness(BaseHook):
         return watched
 
     def _reach(self, event: str) -> None:
-        kill = self._kill
+        kill = self.kill
         if kill is None or self._trainer.step < kill.step:
             return
         if event == kill.event or (kill.event == "disk" and event in FILE_OPERATIONS):
