@@ -154,6 +154,8 @@ class BaseTrainer(Recipe):
     """What the other ranks are doing, for the error if one is gone."""
 
     # Internal.
+    settings: dict[str, Any]  # in force, by flat name; the checkpoints record them
+    _asked_seed: int | None
     _forces_cpu: bool
     _raw_optimizer: Optimizer
     _feed: DataFeed
@@ -191,7 +193,7 @@ class BaseTrainer(Recipe):
         self.workspace = parse_absolute_path("workspace", workspace) if workspace is not None else None
         self.no_sync_accumulate = no_sync_accumulate
         self.state_dict_options = state_dict_options
-        self.seed = seed
+        self.seed = self._asked_seed = seed
         self.timeout = factories.parse_timeout(timeout)
         factories.check_arguments(self, BaseTrainer, accelerator, gradient_accumulation_steps)
         self.mixed_precision = launch.resolve_mixed_precision(mixed_precision)
@@ -202,7 +204,7 @@ class BaseTrainer(Recipe):
         self.hooks, self.checkpointers = [], []
         self.step, self.step_info, self.control, self.peers = 0, StepInfo(), Control(), Peers()
         self._is_built = self._is_restored = False
-        self._restored_rng, self._unheard = None, set()
+        self._restored_rng, self._unheard, self.settings = None, set(), {}
 
     def build_accelerator(self) -> Accelerator:
         """Make the `Accelerator`. The constructor calls it: set what an override needs before `super().__init__`."""
@@ -395,7 +397,6 @@ class BaseTrainer(Recipe):
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
         self._build()
-        self._window.is_updating = False
         load_run_state(self, state_dict)
         set_model_state_dict(self.model, state_dict["model"], options=self.state_dict_options)
         for hook in self.hooks:
@@ -423,13 +424,15 @@ class BaseTrainer(Recipe):
         for hook in listeners(self, "log_images", records):
             hook.on_log_images(self, records, dry_run)
 
-    def request_stop(self) -> None:
+    def request_stop(self, reason: str | None = None) -> None:
         """End the run early, on all ranks after the same step. Call on any rank.
 
         The ranks agree once a window, before the update. A request made in `forward` or earlier ends the run with this
-        step; a later one (`on_after_step`) ends it with the next step. One process does the same.
+        step; a later one (`on_after_step`) ends it with the next step. One process does the same. Started again, a run
+        that was stopped ends at once, unless `max_steps` is raised (see `on_resume` of `CheckpointingHook`). It then
+        shows the `reason`; by default, the name of the function that made the request.
         """
-        self.control.ask("stop")
+        self.control.ask_to_stop(reason)
 
     def request_checkpoint(self) -> None:
         """Have the `CheckpointingHook`s save as soon as the ranks have agreed, as `request_stop`. Call on any rank."""

@@ -107,11 +107,20 @@ class Raising(BaseHook):
             raise MemoryError("on this rank only")
 
 
+class StopOnRankOne(BaseHook):
+    """Rank 1 alone asks for a stop, after step 5."""
+
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        if trainer.step == 5 and trainer.accelerator.process_index == 1:
+            trainer.request_stop()
+
+
 HOOKS: dict[str, Callable[[], BaseHook]] = {
     "again": lambda: Again(is_late=False),
     "again late": lambda: Again(is_late=True),
     "full": Full,
     "raising": Raising,
+    "stop on rank 1": StopOnRankOne,
 }
 
 

@@ -132,6 +132,8 @@ class CheckpointStore:
         metrics: Mapping[str, Any] | None = None,
         retention: Iterable[RetentionPolicy] = (),
         extra: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        stopped_by: str = "",
     ) -> None:
         """Save and return when the checkpoint is durable; a thread then removes old ones. A save in flight is waited
         for first.
@@ -143,13 +145,15 @@ class CheckpointStore:
             metrics: Numbers, nested or flat, by which checkpoints are judged.
             retention: What to keep besides the newest and the newest healthy; all others are removed.
             extra: Small texts to put into the checkpoint, by path: `{"model/config.json": ...}`. Rank 0's are written.
+            settings: The run's settings by flat name, to be compared at a resume. Rank 0's are written.
+            stopped_by: Who stopped the run with this checkpoint.
 
         Raises:
             CheckpointError: On every rank, naming those that failed and why. The earlier checkpoints are untouched.
         """
         self._join()
         policies = tuple(retention)
-        saving, ranks = self._saving(step, run_id, metrics, policies), Ranks()
+        saving, ranks = self._saving(step, run_id, metrics, policies, settings, stopped_by), Ranks()
         saving.start(content, extra or {}, self._buffers, ranks, copy=False)
         replaced = self._finish(saving, ranks)
         if ranks.rank == 0:  # what was written may be gigabytes, and the others would wait for rank 0
@@ -164,6 +168,8 @@ class CheckpointStore:
         metrics: Mapping[str, Any] | None = None,
         retention: Iterable[RetentionPolicy] = (),
         extra: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        stopped_by: str = "",
     ) -> None:
         """As `save`, but return when `content` is copied; a thread does the rest. A save in flight is waited for first.
 
@@ -173,7 +179,7 @@ class CheckpointStore:
         if self._async_ranks is None:
             self._async_ranks = Ranks(self._timeout)
         policies = tuple(retention)
-        saving, ranks = self._saving(step, run_id, metrics, policies), self._async_ranks
+        saving, ranks = self._saving(step, run_id, metrics, policies, settings, stopped_by), self._async_ranks
         saving.start(content, extra or {}, self._buffers, Ranks(), copy=True)
 
         def finish() -> None:
@@ -213,12 +219,16 @@ class CheckpointStore:
         run_id: str,
         metrics: Mapping[str, Any] | None,
         retention: tuple[RetentionPolicy, ...],
+        settings: Mapping[str, Any] | None,
+        stopped_by: str,
     ) -> Saving:
         self.open()
         about = {
             "run_id": run_id,
             "metrics": _flat(metrics or {}),
             "retention": describe_policies(retention),
+            "settings": settings or {},
+            "stopped_by": stopped_by,
         }
         return Saving(self._fs, self._catalog, step, about)
 

@@ -88,7 +88,8 @@ class DataFeed:
         if state["kind"] != type(self._source).__name__:
             raise ValueError(
                 f"The data position was saved by a {state['kind']}, but `build_data_loader` now gives a"
-                f" {type(self._source).__name__}. Resume with the same kind of data."
+                f" {type(self._source).__name__}. Resume with the same kind of data, or let"
+                ' the script\'s begin at its first epoch: `CheckpointingHook(on_resume=["data"])`.'
             )
         self._source.load_state_dict(state, rank_state)
 

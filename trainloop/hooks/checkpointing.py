@@ -19,6 +19,7 @@ from ..ranks import collectives
 from ..records import Records, flatten_nested_dict, is_number
 from ..state.adoption import adopt
 from ..state.pretrained import config_text
+from ..state.resuming import parse_on_resume, script_wins, settings_in_force, stays_stopped, tell_differences
 from ..state.saved import content_of, read_state
 from ..state.training import load_run_state
 
@@ -53,6 +54,12 @@ class CheckpointingHook(CheckpointerHook):
         verify: How a checkpoint is checked before it is loaded: "full", "size" or "off".
         on_busy: An async save is due and the last one still runs: "wait" for it, or "skip".
         max_failures: Saves in a row that may fail before the run ends.
+        on_resume: What the script wins over the checkpoint, by name. "hyperparameters": the learning rate, the weight
+            decay and whatever else the optimizer's groups hold. "lr_scheduler": the schedule, moved to the run's step.
+            "optimizer": both, with a fresh optimizer state. "data": the data begins at its first epoch. "stop": a run
+            that was stopped goes on. By default the checkpoint wins, and a table in the log shows what differs. A name
+            applies once: when it is new, or when its settings have changed again. So the same command can be killed
+            and started again.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -77,6 +84,7 @@ class CheckpointingHook(CheckpointerHook):
         verify: str = "full",
         on_busy: str = "wait",
         max_failures: int = 3,
+        on_resume: Iterable[str] | str = (),
     ) -> None:
         for name, value, lowest in (
             ("interval", interval, 1),
@@ -108,6 +116,7 @@ class CheckpointingHook(CheckpointerHook):
         self.verify: Any = verify
         self.on_busy = on_busy
         self.max_failures = max_failures
+        self.on_resume = parse_on_resume(on_resume)
         self._retention: list[RetentionPolicy] = [KeepPrevious(keep_previous), *keep]
         if keep_interval:
             self._retention.append(KeepInterval(keep_interval))
@@ -135,11 +144,18 @@ class CheckpointingHook(CheckpointerHook):
             self._run_id = collectives.broadcast_object(uuid.uuid4().hex)
             trainer.logger.info(f"No checkpoint is loaded from {self._store.path}: the run starts at step 0.")
             return None
+        manifest, asked = checkpoint.manifest, trainer.settings
+        wins = script_wins(self.on_resume, asked, manifest.settings, checkpoint.folder)
         state_dict = read_state(trainer, checkpoint)
-        load_run_state(trainer, state_dict)
-        self._run_id = checkpoint.manifest.run_id
+        load_run_state(trainer, state_dict, wins)
+        self._run_id = manifest.run_id
         self._saved_step = trainer.step
+        trainer.settings = settings_in_force(asked, manifest.settings, wins)
         trainer.logger.info(f"Resumed from {checkpoint.folder}: the run goes on after step {trainer.step}.")
+        tell_differences(trainer, asked, manifest, wins)
+        is_own = checkpoint.folder.parent == self._store.path
+        if is_own and stays_stopped(trainer, manifest, wins):
+            trainer.control.agreed["stop"] = 1
         if state_dict.get("rank") is None:
             trainer.logger.warning(
                 f"The checkpoint was saved by {checkpoint.manifest.world_size} processes, and there are now"
@@ -219,6 +235,13 @@ class CheckpointingHook(CheckpointerHook):
                 content,
                 run_id=self._run_id,
                 metrics={name: float(value) for name, value in self._metrics.items()},
+                settings={
+                    **trainer.settings,
+                    "max_steps": trainer.max_steps,
+                    "seed": trainer.seed,
+                    "on_resume": list(self.on_resume),
+                },
+                stopped_by=trainer.control.who_stopped(),
                 retention=self._retention,
                 extra={f"{group}/config.json": config for group in content.weights} if config is not None else None,
             )

@@ -73,7 +73,7 @@ class EarlyStoppingHook(BaseHook):
                 f"Step {trainer.step}: {self.metric} was {value:.6g}, and for {self.num_bad} times no better than"
                 f" {'nothing' if self.best is None else f'{self.best:.6g}'}: the run is stopped."
             )
-            trainer.request_stop()
+            trainer.request_stop(f"EarlyStoppingHook ({self.metric} no better {self.num_bad} times in a row)")
 
     def _is_better(self, value: float) -> bool:
         if math.isnan(value):

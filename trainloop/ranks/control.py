@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -25,12 +26,19 @@ class Control:
     def __init__(self) -> None:
         self._asked = dict.fromkeys(REQUESTS, 0)
         self.agreed = dict.fromkeys(REQUESTS, 0)
+        self.stopped_by = ""
+        """Who has asked for a stop on this rank."""
 
     def ask(self, request: str, value: int = 1) -> None:
         """Make a request on this rank; it is agreed on with the next exchange. The first value that is asked for
         stays: of several signals the first decides.
         """
         self._asked[request] = self._asked[request] or value
+
+    def ask_to_stop(self, reason: str | None) -> None:
+        """Ask for a stop; without a reason, `who_stopped` gives the name of the caller's caller."""
+        self.stopped_by = self.stopped_by or reason or sys._getframe(2).f_code.co_qualname
+        self.ask("stop")
 
     def take(self, request: str) -> int:
         """What was agreed on, which is thereby done with; 0: nothing."""
@@ -41,6 +49,13 @@ class Control:
         """Drop all requests: one that was made in a `train` ends with it."""
         self._asked = dict.fromkeys(REQUESTS, 0)
         self.agreed = dict.fromkeys(REQUESTS, 0)
+        self.stopped_by = ""
+
+    def who_stopped(self) -> str:
+        """Who has asked for the stop that was agreed on, on any rank; "" if there is none. Call on every rank."""
+        if not self.agreed["stop"]:
+            return ""
+        return next(filter(None, collectives.gather_objects(self.stopped_by)), "request_stop")
 
     def agree_on_exit(self) -> bool:
         """Whether any rank was sent an exit signal, told at once. Call on every rank; for long work between two

@@ -124,8 +124,9 @@ def check_hook(hook: BaseHook) -> None:
         )
     for base in cls.__mro__:
         init = vars(base).get("__init__")
-        if init and _is_ours(base):  # each of ours stores some argument under its name
-            check_initialised(hook, inspect.signature(init).parameters, base.__name__)
+        if init and _is_ours(base):  # each of ours stores some argument under its name, perhaps a private one
+            arguments = [*inspect.signature(init).parameters]
+            check_initialised(hook, [*arguments, *(f"_{name}" for name in arguments)], base.__name__)
 
 
 def check_call(name: str, function: Any, arguments: list[str]) -> None:

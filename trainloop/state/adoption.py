@@ -6,7 +6,6 @@ before anything is touched, and each rank reads the parts that it holds.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..setup.factories import raw_optimizer
 from ..step.non_finite import clean_name
 from .live import empty_like_param
 from .optimizer import load_optimizer_state, optimizer_state
+from .resuming import move_schedule
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -262,10 +262,7 @@ def _place_schedule(trainer: BaseTrainer, foreign: Foreign, taken: list[str], no
             f"the learning rate schedule, which stood at {saved.get('last_epoch')} after {step} steps (a prepared one"
             " moves once for each process)"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another process took
-        for _ in range(step):
-            own.step()
+    move_schedule(own, step)
     if step:
         notes.append(f"the parameter groups' hyperparameters: this run's own schedule was moved to step {step}")
     return not step

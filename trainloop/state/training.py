@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,8 @@ from accelerate.utils import set_seed
 from ..rng import derived_seed, load_rng_state, rng_state
 from .modules import changed_forms, extra_state, load_made_entries, load_rank_buffers, rank_buffers
 from .optimizer import load_optimizer_state, optimizer_state
+from .resuming import ScriptHyperparameters, check_schedule_length
+from .settings import run_settings
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -41,13 +44,14 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
     return state_dict
 
 
-def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any], script_wins: Collection[str] = ()) -> None:
     """Put back everything but the model, which a resume reads in place, and the hooks' part. Call on every rank.
 
     Args:
         trainer: The trainer; it is built.
         state_dict: As for `BaseTrainer.load_state_dict`; `"model"` isn't looked at. Without `"rank"` the random
             generators are derived anew from seed, step and rank.
+        script_wins: What is not put back, out of `resuming.ON_RESUME`.
 
     Raises:
         ValueError: The state is not that of this optimizer, schedule, scaler or data.
@@ -55,20 +59,25 @@ def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
     state, rank_state = state_dict["training_state"], state_dict.get("rank")
     scheduler, scaler = trainer.lr_scheduler, trainer.grad_scaler
     for name, own in (("lr_scheduler", scheduler), ("grad_scaler", scaler)):
-        if (state[name] is None) != (own is None):
+        if (state[name] is None) != (own is None) and name not in script_wins:
             has, had = ("no", "one") if own is None else ("one", "none")
             raise ValueError(f"`build_{name}` gives this run {has} {name}, but the saved one had {had}.")
     own_state = rank_state if rank_state is not None else state_dict.get("first_rank")
     if own_state is not None:
         load_rank_buffers(trainer, own_state, state["seed"])
         load_made_entries(trainer.unwrapped_model, own_state.get("extra_state", {}))
-    load_optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer, state["optimizer"])
-    if scheduler is not None:
+    script = ScriptHyperparameters(trainer)
+    if "optimizer" not in script_wins:
+        load_optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer, state["optimizer"])
+    if scheduler is not None and "lr_scheduler" not in script_wins:
         scheduler.load_state_dict(state["lr_scheduler"])
     if scaler is not None:
         scaler.load_state_dict(state["grad_scaler"])
     trainer.step, trainer.seed = state["step"], state["seed"]
-    trainer._feed.load_state_dict(state["data"], rank_state["data"] if rank_state is not None else None)
+    script.put_back(script_wins)
+    trainer._window.is_updating = False
+    if "data" not in script_wins:
+        trainer._feed.load_state_dict(state["data"], rank_state["data"] if rank_state is not None else None)
     if rank_state is None:
         set_seed(derived_seed(state["seed"], trainer.step, trainer.accelerator.process_index))
     else:
@@ -86,7 +95,14 @@ def restore_run(trainer: BaseTrainer) -> None:
     state_dict = None
     if not trainer._is_restored:
         trainer._is_restored = True
+        trainer.settings = run_settings(trainer) if trainer.checkpointers else {}
         state_dict = next(filter(None, (hook.restore(trainer) for hook in trainer.checkpointers)), None)
+    check_schedule_length(trainer)
+    if trainer.step >= trainer.max_steps and trainer.step > 0 and not trainer.control.agreed["stop"]:
+        trainer.logger.info(
+            f"The run is complete: it has reached step {trainer.step}, and `max_steps` is {trainer.max_steps}. To go"
+            " on, raise `max_steps`."
+        )
     for hook in trainer.hooks:
         hook.on_before_train(trainer)
         if state_dict is not None:

@@ -140,6 +140,8 @@ class ManifestInfo:
     """Of all files but the manifest."""
     retention: Sequence[Mapping[str, Any]] | None = field(default=None, kw_only=True)
     """The policies of the run, as `retention.describe_policies` has them. None: it was not written down."""
+    stopped_by: str = field(default="", kw_only=True)
+    """Who stopped the run with this checkpoint; "": nobody."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class Manifest(ManifestInfo):
     """By path in the folder; all but the manifest."""
     tensors: Mapping[str, Mapping[str, TensorRecord]]
     """By group and name."""
+    settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """The settings of the run, by flat name; empty: they were not written down."""
 
     def info(self) -> ManifestInfo:
         """The small part, without the tables of files and tensors."""
@@ -166,6 +170,7 @@ def manifest_text(manifest: Manifest) -> str:
     content = {"format": FORMAT, "version": VERSION, **vars(manifest)}
     content["metrics"], _ = encode(dict(manifest.metrics))
     content["retention"], _ = encode(manifest.retention)
+    content["settings"], _ = encode(dict(manifest.settings))
     return _sealed(_lines(content, 3).removesuffix("\n}") + ",\n ")
 
 
@@ -192,6 +197,7 @@ def parse_manifest(text: str) -> Manifest:
     own: dict[str, Any] = {field.name: content[field.name] for field in fields(Manifest) if field.name in content}
     own["metrics"] = decode(own["metrics"], {})
     own["retention"] = decode(own.get("retention"), {})
+    own["settings"] = decode(own.get("settings", {}), {})
     own["files"] = {path: FileRecord(**record) for path, record in own["files"].items()}
     own["tensors"] = {
         group: {name: _tensor_record(record) for name, record in tensors.items()}
