@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from trainloop import BaseHook, LoggingHook, ProgressHook, Trainer
+from trainloop import BaseHook, BaseTrainer, CheckpointingHook, LoggingHook, ProgressHook, Trainer
 
 from .launching import REPOSITORY, launch
 from .small import SmallTrainer
@@ -49,6 +50,24 @@ class Empty(IterableDataset):  # type: ignore[type-arg]
 
 class NeedsWorkspace(BaseHook):
     needs_workspace = True
+
+
+class TimmScheduler:
+    """As `timm.scheduler.Scheduler`, which steps by the epoch."""
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class AccumulateBy(BaseHook):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_before_step(self, trainer: BaseTrainer) -> None:
+        trainer.gradient_accumulation_steps = self.number
 
 
 PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -103,6 +122,42 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "`build_lr_scheduler` must return a scheduler that steps without a metric, but returned ReduceLROnPlateau.",
     ),
     (train(lr_scheduler_=lambda self: 0.1), TypeError, "`build_lr_scheduler` must return a scheduler or None"),
+    (
+        train(lr_scheduler_=lambda self: TimmScheduler()),
+        TypeError,
+        "`build_lr_scheduler` must return a scheduler whose `step()` needs no argument, but that of"
+        " tests.test_errors.TimmScheduler needs epoch.",
+    ),
+    (
+        train(optimizer_=lambda self: torch.optim.LBFGS(self.model.parameters())),
+        TypeError,
+        "`build_optimizer` must return an optimizer that steps once for each gradient, but LBFGS evaluates the loss",
+    ),
+    (
+        train(model_=lambda self: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))),
+        ValueError,
+        "but 2 parameters of lazy modules have no shape yet (first: 0.weight). Run one batch through the model",
+    ),
+    (
+        train(model_=lambda self: nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 1))),
+        ValueError,
+        "`build_model` returned embeddings with sparse gradients (first: 0)",
+    ),
+    (
+        train(hooks_=lambda self: [AccumulateBy(0)]),
+        ValueError,
+        "`gradient_accumulation_steps` must be at least 1, but is 0.",
+    ),
+    (
+        lambda: SmallTrainer(kwargs_handlers=[{"find_unused_parameters": True}]),
+        TypeError,
+        "`kwargs_handlers` must be a list of Accelerate's kwargs handlers",
+    ),
+    (
+        lambda: SmallTrainer(kwargs_handlers=[accelerate.InitProcessGroupKwargs()], timeout=3.0),
+        ValueError,
+        "`timeout` and the `InitProcessGroupKwargs` in `kwargs_handlers` both set the timeout. Give only one.",
+    ),
     (train(grad_scaler_=lambda self: 8), TypeError, "`build_grad_scaler` must return a GradScaler, but returned 8"),
     (train(hooks_=lambda self: 3), TypeError, "`build_hooks` must return a list of hooks, but returned 3 (int)."),
     (train(hooks_=lambda self: [print]), TypeError, "`build_hooks` must return objects of BaseHook, but one is"),
@@ -232,6 +287,48 @@ def test_a_conflict_with_the_launch_is_an_error(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(message)):
         SmallTrainer(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split_batches": True}, "Divide it by the number of processes"),
+        ({"dispatch_batches": True}, "each rank reads its own batches here."),
+        ({"data_seed": 5}, "the order of the data follows the trainer's `seed`, which is 0. Pass it as `seed`."),
+        ({"even_batches": False, "use_seedable_sampler": True, "non_blocking": True, "data_seed": 0}, None),
+    ],
+)
+def test_each_option_of_a_data_loader_configuration_is_honoured_or_refused(
+    options: dict[str, Any], message: str | None
+) -> None:
+    """What the trainer does in another way is refused with the remedy; nothing is ignored."""
+    config = accelerate.DataLoaderConfiguration(**options)
+    trainer = SmallTrainer(accelerator=accelerate.Accelerator(cpu=True, dataloader_config=config))
+    if message is None:
+        trainer.train()
+        assert trainer.step == 2
+        assert trainer._feed.non_blocking
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer.train()
+
+
+def test_exit_signals_are_refused_outside_of_the_main_thread(tmp_path: Path) -> None:
+    """Python handles signals in the main thread only; the error says so, before the first step."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        hooks: Any = lambda self: [CheckpointingHook(1, exit_signals="SIGTERM")]  # noqa: E731
+        try:
+            SmallTrainer(workspace=tmp_path, hooks_=hooks).train()
+        except ValueError as ex:
+            errors.append(ex)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    assert str(errors[0]).startswith("`exit_signals` needs `train` to be called in the main thread")
 
 
 def test_two_trainers_of_a_process_share_one_mixed_precision() -> None:

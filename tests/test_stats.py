@@ -72,6 +72,24 @@ def test_an_interval_is_averaged_over_its_micro_batches() -> None:
     ]
 
 
+def test_records_of_narrow_dtypes_are_averaged_as_numbers() -> None:
+    """A bool is 0 or 1, and neither uint8 nor fp16 overflows in the sum over micro-batches."""
+    records = {
+        "hit": torch.tensor(True),
+        "level": torch.tensor(200, dtype=torch.uint8),
+        "scale": torch.tensor(60000.0, dtype=torch.float16),
+    }
+    log = Log()
+    SmallTrainer(
+        2,
+        gradient_accumulation_steps=4,
+        forward_=lambda self, batch: (self.model(batch[0]).sum(), records),
+        hooks_=lambda self: [LoggingHook(interval=2), log],
+    ).train()
+    (logged,) = log.logged
+    assert (logged["hit"], logged["level"], logged["scale"]) == (1.0, 200.0, 60000.0)
+
+
 def test_a_resume_within_an_interval_logs_the_whole_interval() -> None:
     """As a run that was never stopped."""
 
@@ -184,6 +202,16 @@ def test_nested_records() -> None:
         "l": {"0": 1, "1": 2},
     }
     assert key_average([]) == {}
+    for value, mean in [
+        (torch.tensor(True), 1.0),
+        (torch.tensor(200, dtype=torch.uint8), 200.0),
+        (torch.tensor(60000.0, dtype=torch.float16), 60000.0),
+        (torch.tensor(2**40 + 1), 2.0**40 + 1),
+        (np.uint8(200), 200.0),
+        (np.float16(60000.0), 60000.0),
+        (np.bool_(True), 1.0),
+    ]:
+        assert float(key_average([{"x": value}] * 4)["x"]) == mean, value
     doubled = map_nested_tensor(lambda t: t * 2, {"a": [torch.tensor(1), "s"], "b": (torch.tensor(2), None)})
     assert doubled == {"a": [2, "s"], "b": (4, None)}
     assert map_nested_tensor(torch.Tensor.detach, nn.Parameter(torch.ones(1))).requires_grad is False

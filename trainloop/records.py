@@ -13,6 +13,7 @@ import torch
 from .errors import describe
 
 K = TypeVar("K")
+_WIDE = (torch.float32, torch.float64)
 Records: TypeAlias = Mapping[str, Any]
 """Mapping of numbers and 0-dim tensors, or of such mappings and sequences."""
 
@@ -112,10 +113,21 @@ def flat_average(records: Iterable[Records]) -> dict[tuple[Any, ...], Any]:
     counts: dict[tuple[Any, ...], int] = {}
     for record in records:
         for key, value in flatten_nested_dict(without_sequences(record)).items():
-            number = value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+            number = _summable(value)
             sums[key] = sums[key] + number if key in sums else number
             counts[key] = counts.get(key, 0) + 1
     return {key: total / counts[key] if counts[key] > 1 else total for key, total in sums.items()}
+
+
+def _summable(value: Any) -> Any:
+    """A value in a type whose sums don't overflow: a bool saturates at True, uint8 wraps at 256, fp16 ends at 65504."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach() if value.requires_grad else value
+        if value.dtype in _WIDE:
+            return value
+        is_whole = not value.is_floating_point() and value.device.type != "mps"  # which has no double precision
+        return value.to(torch.float64 if is_whole else torch.float32)
+    return value if isinstance(value, int | float) else float(value)
 
 
 def read_rows(rows: Sequence[Mapping[K, Any]]) -> list[dict[K, float]]:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import KwargsHandler, set_seed
 from torch import nn
 
 from .data.feed import DataFeed
@@ -81,6 +81,7 @@ class BaseTrainer(Recipe):
         timeout: How long a collective waits for a rank that hangs or is slow, as a timedelta or in seconds, in all
             process groups of the process. A rank that dies is noticed at once. None: Accelerate's default, 10 minutes
             with NCCL and 30 with gloo.
+        kwargs_handlers: Accelerate's options, as `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -157,6 +158,7 @@ class BaseTrainer(Recipe):
     settings: dict[str, Any]  # in force, by flat name; the checkpoints record them
     _asked_seed: int | None
     _forces_cpu: bool
+    _kwargs_handlers: list[KwargsHandler]
     _raw_optimizer: Optimizer
     _feed: DataFeed
     _gradients: Gradients
@@ -185,6 +187,7 @@ class BaseTrainer(Recipe):
         accelerator: Accelerator | None = None,
         seed: int | None = None,
         timeout: timedelta | float | None = None,
+        kwargs_handlers: Sequence[KwargsHandler] = (),
     ) -> None:
         self.max_steps = max_steps
         self.grad_clip = grad_clip
@@ -195,6 +198,7 @@ class BaseTrainer(Recipe):
         self.state_dict_options = state_dict_options
         self.seed = self._asked_seed = seed
         self.timeout = factories.parse_timeout(timeout)
+        self._kwargs_handlers = list(kwargs_handlers)
         factories.check_arguments(self, BaseTrainer, accelerator, gradient_accumulation_steps)
         self.mixed_precision = launch.resolve_mixed_precision(mixed_precision)
         device = factories.parse_device(device)
@@ -330,7 +334,7 @@ class BaseTrainer(Recipe):
         self.eval_data_loader = self.build_eval_data_loader()
         set_seed(self.seed)  # the model doesn't depend on what building the data drew
         self.model = factories.check_model(self.build_model())
-        self.optimizer = factories.check_type(self.build_optimizer(), torch.optim.Optimizer, "build_optimizer")
+        self.optimizer = factories.check_optimizer(self.build_optimizer())
         self.lr_scheduler = factories.check_lr_scheduler(self.build_lr_scheduler())
         self.grad_scaler = factories.choose_grad_scaler(accelerator, self.build_grad_scaler())
         self.model, self.optimizer = factories.prepare(accelerator, self.model, self.optimizer)
@@ -353,7 +357,7 @@ class BaseTrainer(Recipe):
         if self._restored_rng is not None:  # last: starting the iterator may draw from the generators
             load_rng_state(self._restored_rng, self.device)
             self._restored_rng = None
-        self.model.train()
+        self._window.modes.begin(self.model)
         self.optimizer.train()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
         self._gradients.drop()
         self._update = Update(self, self._gradients, self._agreement)

@@ -25,9 +25,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.inner = nn.Linear(6, 6)
         self.head = nn.Linear(6, 1)
+        self.unused = nn.Linear(2, 2).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(6).requires_grad_(False)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.inner(x).tanh()
+        y: torch.Tensor = self.inner(self.norm(x)).tanh()
         return y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,29 +41,49 @@ class Trainer(BaseTrainer):
     hook: BaseHook | None = None
     bypasses = False
     scale = 0.0
+    rate = 1e-2
+    norms: Norms
+    used_on: tuple[int, ...] = ()
+    in_forward = in_eval_mode = is_whole = uses_not = False
 
     def build_data_loader(self) -> Any:
-        return DataLoader(TensorDataset(torch.randn(48, 6)), batch_size=2)
+        samples = torch.randn(48, 6) if self.rate else torch.randn(1, 6).expand(48, 6)
+        return DataLoader(TensorDataset(samples), batch_size=2)
 
     def build_model(self) -> nn.Module:
         model = Encoder()
         model.inner.requires_grad_(not isinstance(self.hook, Unfreeze))
-        return model
+        model.unused.requires_grad_(self.uses_not)
+        model.norm.train(not (self.in_eval_mode or self.rate == 0))
+        return model.eval() if self.is_whole else model
 
     def build_optimizer(self) -> Any:
-        return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        return torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=0.0)
 
     def build_grad_scaler(self) -> Any:
         return torch.amp.GradScaler("cpu", init_scale=self.scale) if self.scale else None
 
     def build_hooks(self) -> list[BaseHook]:
-        return [] if self.hook is None else [self.hook]
+        return [self.norms] if self.hook is None else [self.norms, self.hook]
 
     def forward(self, batch: Any) -> Any:
         model = self.unwrapped_model
         assert isinstance(model, Encoder)
         y = model.head(model.encode(batch[0])) if self.bypasses else self.model(batch[0])
-        return (y - batch[0].sum(1, keepdim=True)).pow(2).mean(), {}
+        loss = (y - batch[0].sum(1, keepdim=True)).pow(2).mean()
+        if self.in_forward:
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        if self.uses_not and self.accelerator.process_index in self.used_on:
+            loss = loss + model.unused(batch[0][:, :2]).mean()
+        return loss, {}
+
+
+class Norms(BaseHook):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        self.values.append(trainer.step_info.grad_norm)
 
 
 class AtStepThree(BaseHook):
@@ -76,6 +98,11 @@ class AtStepThree(BaseHook):
 class Unfreeze(AtStepThree):
     def act(self, trainer: BaseTrainer) -> None:
         trainer.unwrapped_model.inner.requires_grad_(True)  # type: ignore[operator, union-attr]
+
+
+class Accumulate(AtStepThree):
+    def act(self, trainer: BaseTrainer) -> None:
+        trainer.gradient_accumulation_steps = 4
 
 
 class OtherRate(AtStepThree):
@@ -107,6 +134,10 @@ def with_hook(cls: type[BaseHook]) -> Callable[[Trainer], None]:
     return prepare
 
 
+def with_values(**values: Any) -> Callable[[Trainer], None]:
+    return lambda trainer: vars(trainer).update(values)
+
+
 def other_scale(trainer: Trainer) -> None:
     trainer.scale = 8.0 if trainer.accelerator.process_index else 16.0
 
@@ -119,6 +150,12 @@ SCENARIOS: dict[str, Callable[[Trainer], None]] = {
     "last": with_hook(AfterTheLastStep),
     "scale": other_scale,
     "none": lambda trainer: None,
+    "in forward": with_values(in_forward=True),
+    "backbone": with_values(in_eval_mode=True),
+    "whole": with_values(is_whole=True),
+    "accumulate": with_values(rate=0.0, hook=Accumulate()),
+    "unused": with_values(uses_not=True),
+    "unused on one": with_values(uses_not=True, used_on=(0, 2)),
 }
 
 
@@ -126,13 +163,21 @@ def main() -> None:
     out, *names = sys.argv[1:]
     for name in names:
         trainer = Trainer(STEPS, seed=3)
+        trainer.norms = Norms()
         SCENARIOS[name](trainer)
         error = None
         try:
             trainer.train()
         except Exception as ex:
             error = f"{type(ex).__name__}: {ex}"
-        result = {"error": error, "step": trainer.step}
+        model: Any = trainer.unwrapped_model
+        result = {
+            "error": error,
+            "step": trainer.step,
+            "norms": trainer.norms.values,
+            "moved": bool(model.norm.running_mean.abs().sum() > 0),
+            "trains": model.head.training,
+        }
         Path(out, f"{name}.{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
 
 

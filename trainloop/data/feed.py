@@ -29,17 +29,28 @@ class DataFeed:
         rank: This rank.
         world_size: Number of ranks.
         device: Where the batches go.
+        non_blocking: Whether the host doesn't wait for the copy, also of a loader without `pin_memory`.
 
     Raises:
         TypeError: `loader` is not iterable.
         ValueError: It is empty.
     """
 
-    def __init__(self, loader: Any, *, seed: int, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        non_blocking: bool = False,
+    ) -> None:
         self._source = source_of(loader, seed, rank, world_size)
         self._next: Any = None
+        self.non_blocking = non_blocking
         is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
-        self._transfer = None if is_prepared and loader.device is not None else transfer(loader, device)
+        self._transfer = None if is_prepared and loader.device is not None else transfer(loader, device, non_blocking)
 
     @property
     def epoch(self) -> int:
@@ -94,10 +105,11 @@ class DataFeed:
         self._source.load_state_dict(state, rank_state)
 
 
-def transfer(loader: Any, device: torch.device) -> Callable[[Any], Any] | None:
+def transfer(loader: Any, device: torch.device, non_blocking: bool = False) -> Callable[[Any], Any] | None:
     """What moves a batch of this loader to the device; None: it is there already."""
     if device.type == "cpu":
         return None
     # Asynchronous where the user's loader has pinned the batch; from pageable memory the copy waits anyway.
-    send = partial(send_to_device, device=device, non_blocking=bool(getattr(loader, "pin_memory", False)))
+    is_pinned = bool(getattr(loader, "pin_memory", False))
+    send = partial(send_to_device, device=device, non_blocking=non_blocking or is_pinned)
     return partial(map_nested, send, is_leaf=lambda value: hasattr(value, "to"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -179,6 +180,11 @@ class CheckpointingHook(CheckpointerHook):
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._open(trainer)
         self._last_save = time.monotonic()
+        if self.exit_signals and threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                "`exit_signals` needs `train` to be called in the main thread, since Python handles signals only there."
+                " Call it in the main thread, or leave `exit_signals` out and call `request_stop`."
+            )
         for number in self.exit_signals:
             # Only a note is made here: all ranks agree on it within the next window.
             previous = signal.signal(number, lambda received, frame: trainer.control.ask("exit_signal", received))

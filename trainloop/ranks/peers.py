@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -32,7 +33,9 @@ _SEARCH_SECONDS = 10.0  # no longer than this for all ranks together
 _NUM_ASKED_AT_ONCE = 64
 _MAX_LINE = 2**16
 _NUM_NAMED = 3  # ranks that are named with all their particulars
-_LOST = (  # gloo raises plain RuntimeErrors
+_GLOO = re.compile(r"\[\S+\.(cc|h):\d+\]")
+"""How gloo begins its errors, which are plain RuntimeErrors; a script may raise one with the same words."""
+_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -47,7 +50,8 @@ def is_lost_contact(exception: BaseException | None) -> bool:
     """Whether a collective failed because another rank is gone or did not come in time."""
     while exception is not None:
         text = str(exception)
-        is_ours = type(exception) is RuntimeError and any(lost in text for lost in _LOST)
+        is_gloo = type(exception) is RuntimeError and _GLOO.search(text) is not None
+        is_ours = is_gloo and any(lost in text for lost in _LOST)
         if is_ours or (dist.is_available() and isinstance(exception, dist.DistError)):
             return True
         exception = exception.__cause__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainloopWarning
+from ..step.gradient_checks import ddp_modules
 
 
 def settle_buckets(model: nn.Module) -> None:
@@ -28,7 +28,7 @@ def settle_buckets(model: nn.Module) -> None:
         model: The prepared model. Nothing happens without DDP. With `find_unused_parameters=True` the buckets are never
             rearranged.
     """
-    for ddp in _ddp_modules(model):
+    for ddp in ddp_modules(model):
         if ddp._has_rebuilt_buckets or ddp._use_python_reducer:
             continue
         if ddp.static_graph:  # counts the hooks of its first backward pass, so ours would upset it
@@ -69,7 +69,3 @@ def _reduce_zeros(ddp: DistributedDataParallel, num_params: int) -> None:
         output.register_hook(fire)  # type: ignore[no-untyped-call]
         ddp.reducer.prepare_for_backward([])
         output.backward()  # type: ignore[no-untyped-call]
-
-
-def _ddp_modules(model: nn.Module) -> Iterator[DistributedDataParallel]:
-    return (module for module in model.modules() if isinstance(module, DistributedDataParallel))

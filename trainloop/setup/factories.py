@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import sys
@@ -23,6 +24,7 @@ from ..data.feed import DataFeed
 from ..errors import check_int, describe
 from ..hook import BaseHook, CheckpointerHook
 from ..ranks import collectives
+from .accelerate_options import check_data_loader_options, check_kwargs_handlers
 from .buckets import settle_buckets
 from .launch import choose_fsdp2_precision
 from .subclasses import check_hook, check_trainer_class
@@ -63,6 +65,9 @@ def check_arguments(
         raise TypeError(f"`no_sync_accumulate` must be True or False, but is {describe(trainer.no_sync_accumulate)}.")
     if accelerator is not None and not isinstance(accelerator, Accelerator):
         raise TypeError(f"`accelerator` must be an accelerate.Accelerator, but is {describe(accelerator)}.")
+    check_kwargs_handlers(
+        trainer._kwargs_handlers, has_accelerator=accelerator is not None, has_timeout=trainer.timeout is not None
+    )
     if trainer.state_dict_options is not None and type(trainer.state_dict_options).__name__ != "StateDictOptions":
         raise TypeError(
             "`state_dict_options` must be torch.distributed.checkpoint.state_dict.StateDictOptions, but is"
@@ -132,6 +137,22 @@ def check_type(value: Any, wanted: type[T], factory: str) -> T:
 def check_model(model: Any) -> nn.Module:
     """`model`, if it is one that can be prepared and trained."""
     checked: nn.Module = check_type(model, nn.Module, "build_model")
+    lazy = [name for name, p in checked.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"`build_model` must return a model with real weights, but {len(lazy)} parameters of lazy modules have no"
+            f" shape yet (first: {lazy[0]}). Run one batch through the model in `build_model`."
+        )
+    sparse = [
+        name
+        for name, module in checked.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    ]
+    if sparse:
+        raise ValueError(
+            f"`build_model` returned embeddings with sparse gradients (first: {sparse[0]}), which can be neither"
+            " clipped nor checked together with dense ones. Build them with `sparse=False`."
+        )
     on_meta = [name for name, p in checked.named_parameters() if p.is_meta]
     if on_meta:
         raise ValueError(
@@ -144,6 +165,25 @@ def check_model(model: Any) -> nn.Module:
     return checked
 
 
+def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer, if it is one whose `step` can be called alone."""
+    checked: torch.optim.Optimizer = check_type(optimizer, torch.optim.Optimizer, "build_optimizer")
+    raw = raw_optimizer(checked)
+    if _required_parameters(type(raw).step)[1:]:  # after `self`
+        raise TypeError(
+            f"`build_optimizer` must return an optimizer that steps once for each gradient, but {type(raw).__name__}"
+            " evaluates the loss several times in a step (it needs a closure). Use a first-order one, such as AdamW."
+        )
+    return checked
+
+
+def _required_parameters(function: Any) -> list[str]:
+    """Names of the parameters that a call must give."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+
+
 def check_lr_scheduler(scheduler: Any) -> Any:
     """The raw scheduler: a prepared one would step once for each process."""
     if isinstance(scheduler, AcceleratedScheduler):
@@ -153,6 +193,13 @@ def check_lr_scheduler(scheduler: Any) -> Any:
             raise TypeError(
                 "`build_lr_scheduler` must return a scheduler that steps without a metric, but returned"
                 " ReduceLROnPlateau. Step it in a hook, with the metric that it watches."
+            )
+        required = _required_parameters(scheduler.step) if scheduler is not None else []
+        if required:
+            raise TypeError(
+                f"`build_lr_scheduler` must return a scheduler whose `step()` needs no argument, but that of"
+                f" {type(scheduler).__module__}.{type(scheduler).__name__} needs {', '.join(required)}. Use one of"
+                " `torch.optim.lr_scheduler`, or step yours in a hook's `on_after_step`."
             )
         return scheduler
     raise TypeError(f"`build_lr_scheduler` must return a scheduler or None, but returned {describe(scheduler)}.")
@@ -207,12 +254,14 @@ def raw_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
     """The stream of this rank's batches."""
+    check_data_loader_options(loader, seed, accelerator)
     return DataFeed(
         loader,
         seed=seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
+        non_blocking=accelerator.non_blocking,
     )
 
 

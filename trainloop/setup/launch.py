@@ -226,7 +226,7 @@ def default_accelerator(trainer: BaseTrainer) -> Accelerator:
                 cpu=trainer._forces_cpu,
                 mixed_precision=trainer.mixed_precision,
                 gradient_accumulation_plugin=accumulation,
-                kwargs_handlers=timeout,
+                kwargs_handlers=[*timeout, *trainer._kwargs_handlers],
             )
     except ValueError as ex:
         if "already been initialized" not in str(ex):

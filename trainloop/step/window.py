@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
-from ..errors import LossNoneWarning, NonFiniteGradientError, TrainingError
+from ..errors import LossNoneWarning, NonFiniteGradientError, TrainingError, check_int
 from ..ranks.collectives import gather_objects
 from ..records import Records, check_output, check_records, map_nested_tensor
 from .buffers import BufferKeeper
+from .gradient_checks import GradientChecks
 from .gradients import Gradients, no_contribution
 from .loss_weights import loss_factors, weighted_loss
+from .modes import Modes
 from .non_finite import NonFiniteReport, diagnose
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ class Window:
         self._feed = feed
         self._gradients = gradients
         self.buffers = BufferKeeper(trainer.unwrapped_model)
+        self.modes = Modes(trainer.unwrapped_model)
+        self._checks = GradientChecks(trainer.model)
+        self._num_micro_steps = -1
         self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
         self._is_weighted = trainer._has_batch_weight()
         self._defers_reduction = trainer.no_sync_accumulate and accelerator.num_processes > 1
@@ -99,7 +104,8 @@ class Window:
             ValueError: The loss does not require grad, or it is None although the window's weights are agreed on.
         """
         trainer, info = self._trainer, self._trainer.step_info
-        num_micro_steps = trainer.gradient_accumulation_steps
+        num_micro_steps = self._take_accumulation()
+        self._checks.before_forward()
         start = time.perf_counter()
         info.losses, info.records, info.loss_factors = [], [], None
         self.skipped = []
@@ -118,6 +124,7 @@ class Window:
                 if loss is None:
                     self._skip(num_drawn)
                 else:
+                    self._checks.after_forward()
                     info.losses.append(loss.detach())
                     info.records.append(map_nested_tensor(torch.Tensor.detach, records) if records else records)
                     if is_last:
@@ -125,6 +132,7 @@ class Window:
                     self._backward(loss if factor is None else weighted_loss(loss, factor), num_micro_steps)
                     micro_step += 1
             num_drawn += 1
+        self._checks.after_backward()
 
     def discard(self) -> bool:
         """Undo the window, which every rank has run to its end. Call on every rank.
@@ -172,6 +180,19 @@ class Window:
         text = f"the gradient norm overflowed ({overflown:.3g}), but every gradient is finite."
         trainer.logger.warning(f"Step {trainer.step}: {text} The step is taken{clipped}.")
         return True
+
+    def _take_accumulation(self) -> int:
+        """Micro-batches of this window. A hook may change `gradient_accumulation_steps` between two steps, alike on
+        every rank; Accelerate divides each loss by a number of its own.
+        """
+        trainer = self._trainer
+        num_micro_steps = trainer.gradient_accumulation_steps
+        if num_micro_steps != self._num_micro_steps:
+            check_int("gradient_accumulation_steps", num_micro_steps, 1)
+            trainer.accelerator.gradient_state.plugin_kwargs["num_steps"] = num_micro_steps
+            trainer.accelerator.sync_gradients = True
+            self._num_micro_steps = num_micro_steps
+        return num_micro_steps
 
     # ------------------------------------------------------------------ drawing
 

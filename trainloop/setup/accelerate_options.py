@@ -1,0 +1,60 @@
+"""Options of Accelerate, each either honoured or refused: none is ignored in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
+
+from ..errors import describe
+
+
+def check_kwargs_handlers(handlers: Sequence[Any], *, has_accelerator: bool, has_timeout: bool) -> None:
+    """Raise for a `kwargs_handlers` argument that cannot be meant, or that something else makes ineffective."""
+    for handler in handlers:
+        if not isinstance(handler, KwargsHandler):
+            raise TypeError(
+                "`kwargs_handlers` must be a list of Accelerate's kwargs handlers, for example"
+                f" `accelerate.DistributedDataParallelKwargs()`, but one is {describe(handler)}."
+            )
+        if has_timeout and isinstance(handler, InitProcessGroupKwargs):
+            raise ValueError(
+                "`timeout` and the `InitProcessGroupKwargs` in `kwargs_handlers` both set the timeout. Give only one."
+            )
+    if handlers and has_accelerator:
+        raise ValueError(
+            "`kwargs_handlers` has no effect on a given `accelerator`. Pass them to the `Accelerator` instead."
+        )
+
+
+def check_data_loader_options(loader: Any, seed: int, accelerator: Accelerator) -> None:
+    """Raise where the accelerator's `DataLoaderConfiguration` asks for what the trainer does in another way.
+
+    `even_batches` and `use_seedable_sampler` hold whatever they are: all ranks have equally many samples without
+    repeating one, and the order is a function of the seed. `non_blocking` is honoured. A loader that the script has
+    prepared follows the configuration by itself.
+    """
+    if isinstance(loader, DataLoaderShard | DataLoaderDispatcher):
+        return
+    config = accelerator.dataloader_config
+    remedies = {
+        "split_batches": (
+            "the loader's `batch_size` is that of one process here. Divide it by the number of processes, and leave out"
+            " `split_batches`"
+        ),
+        "dispatch_batches": "each rank reads its own batches here. Leave it out",
+        "use_stateful_dataloader": (
+            "the position in the data is saved without it. Leave it out, or return a `torchdata` StatefulDataLoader"
+        ),
+    }
+    for name, remedy in remedies.items():
+        if getattr(config, name, None):
+            raise ValueError(f"The `Accelerator` was built with `DataLoaderConfiguration({name}=True)`, but {remedy}.")
+    if config.data_seed is not None and config.data_seed != seed:
+        raise ValueError(
+            f"The `Accelerator` was built with `DataLoaderConfiguration(data_seed={config.data_seed})`, but the order"
+            f" of the data follows the trainer's `seed`, which is {seed}. Pass it as `seed`."
+        )

@@ -1,0 +1,74 @@
+"""What a window relies on: who computes gradients, and of which parameters. Told at the first step without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .non_finite import clean_name
+
+_NUM_SHOWN = 4
+
+
+class GradientChecks:
+    """Checks around a window's backward passes. They read no tensor.
+
+    Args:
+        model: The prepared model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(clean_name(name).removeprefix("module."), param) for name, param in model.named_parameters()]
+        self._trainable = {name: param for name, param in named if param.requires_grad}
+        self._frozen = {name: param for name, param in named if not param.requires_grad}
+        self._is_first = True
+        # With these options DDP accepts that a parameter gets no gradient.
+        self._needs_all = any(not (d.find_unused_parameters or d.static_graph) for d in ddp_modules(model))
+
+    def before_forward(self) -> None:
+        """Raise if a parameter that was frozen when the model was built is not any more."""
+        thawed = [name for name, param in self._frozen.items() if param.requires_grad]
+        if thawed:
+            raise ValueError(
+                f"`requires_grad` of {_listed(thawed)} was set after the model was built. They would be neither reduced"
+                " over the ranks by DDP nor averaged by EmaHook. To train them from here on, end the run and resume it"
+                " with a `build_model` that leaves them trainable."
+            )
+
+    def after_forward(self) -> None:
+        """Raise if `forward` has left gradients behind. Looks in the first window of the run only."""
+        if not self._is_first:
+            return
+        self._is_first = False
+        found = [name for name, param in self._trainable.items() if param.grad is not None]
+        if found:
+            raise ValueError(
+                f"`forward` has computed gradients itself: {_listed(found)} had one before the trainer called"
+                " `backward`. They would be counted twice. Return the loss and leave `backward` to the trainer; a"
+                " gradient that is a part of the loss comes from `torch.autograd.grad`."
+            )
+
+    def after_backward(self) -> None:
+        """Raise if DDP still waits for gradients, which it would tell in the next step only, in terms of its own."""
+        if not self._needs_all:
+            return
+        missing = [name for name, param in self._trainable.items() if param.grad is None]
+        if missing:
+            raise ValueError(
+                f"{_listed(missing)} got no gradient in this step, but DDP waits for every one, so no rank has the mean"
+                " over the ranks. Freeze them in `build_model` (`requires_grad_(False)`), let the loss depend on them"
+                " on every rank, or have DDP look for unused parameters in each step: pass"
+                " `kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)]`."
+            )
+
+
+def ddp_modules(model: nn.Module) -> Iterator[DistributedDataParallel]:
+    """The DDP wrappers in a prepared model."""
+    return (module for module in model.modules() if isinstance(module, DistributedDataParallel))
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_NUM_SHOWN])
+    return f"{len(names)} parameters ({shown}{', …' if len(names) > _NUM_SHOWN else ''})"
