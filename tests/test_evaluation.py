@@ -15,7 +15,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EarlyStoppingHook, EvaluationHook, Trainer
+from trainloop import (
+    BaseHook,
+    BaseTrainer,
+    CheckpointingHook,
+    EarlyStoppingHook,
+    EvaluationHook,
+    LoggingHook,
+    Trainer,
+)
 from trainloop.checkpoint import BestK, Checkpoint
 
 from .launching import NUM_PROCESSES, REPOSITORY, launch
@@ -298,7 +306,47 @@ def test_early_stopping_says_when_its_metric_never_came(caplog: pytest.LogCaptur
     hooks = [EarlyStoppingHook("val/los"), EvaluationHook(1, data_loader=evaluation_data())]
     with caplog.at_level("WARNING", "trainloop"):
         SmallTrainer(1, hooks_=lambda self: hooks).train()
-    assert "EarlyStoppingHook never saw 'val/los'; what was logged: val/loss." in caplog.text
+    told = "Step 1: EarlyStoppingHook has not seen 'val/los', and stops nothing without it. What was logged: val/loss."
+    assert caplog.text.count(told) == 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_wrong_name_of_a_metric_is_told_at_once_and_costs_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, order: int
+) -> None:
+    """`val_loss` for `val/loss`: warned of with the first evaluation and the first commit after it, with the right name
+    in the list; once; every checkpoint stays. With the right name nothing is said, and the best ones stay.
+    """
+
+    def run(folder: Path, metric: str) -> list[str]:
+        hooks: list[BaseHook] = [
+            CheckpointingHook(1, keep=[BestK(metric)]),
+            EarlyStoppingHook(metric, patience=100),
+            EvaluationHook(2, data_loader=evaluation_data()),
+            LoggingHook(1),
+        ]
+        caplog.clear()
+        with caplog.at_level("WARNING", "trainloop"):
+            SmallTrainer(5, workspace=folder, hooks_=lambda self: hooks[::order]).train()
+        return sorted(path.name[-1] for path in (folder / "checkpoints").glob("step_*"))
+
+    assert run(tmp_path / "wrong", "val_loss") == list("12345")
+    told = [line for line in caplog.messages if "val_loss" in line]
+    hook, policy = sorted(told, key=lambda line: "BestK" in line)
+    assert "Step 2: BestK(metric='val_loss', k=1, mode='min') finds no metric of that name." in policy
+    assert "Step 2: EarlyStoppingHook has not seen 'val_loss'" in hook
+    assert all("train/loss" in line and "val/loss" in line for line in (policy, hook))
+    assert len(run(tmp_path / "right", "val/loss")) <= 2
+    assert caplog.messages == []
+
+
+def test_a_name_that_is_nearly_right_is_told_without_an_evaluation(caplog: pytest.LogCaptureFixture) -> None:
+    """As soon as the right one was logged."""
+    hooks = [LoggingHook(1), EarlyStoppingHook("train_loss")]
+    with caplog.at_level("WARNING", "trainloop"):
+        SmallTrainer(3, hooks_=lambda self: hooks).train()
+    (told,) = caplog.messages
+    assert "Step 1: EarlyStoppingHook has not seen 'train_loss'" in told
 
 
 class NotMean:

@@ -215,3 +215,34 @@ def test_a_url_is_refused(url: str, argument: str, make: Any) -> None:
     """No store serves it yet, and a folder named `s3:` is what nobody wants."""
     with pytest.raises(ValueError, match=rf"`{argument}` must be a path of the local file system, but is '\w+:/"):
         make(url)
+
+
+# ---------------------------------------------------------------------- what a restart will do
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_interruption_names_the_last_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[BaseException], is_async: bool
+) -> None:
+    """And says that a restart goes on from it; or that there is none yet."""
+
+    def stop(trainer: BaseTrainer) -> None:
+        raise error("stop")
+
+    for interval, step, told in (
+        (2, 5, f"The run ends after step 4. Started again, it goes on from {tmp_path}/checkpoints/step_0000004."),
+        (9, 6, f"The run ends after step 5. Started again, it goes on from {tmp_path}/checkpoints/step_0000004."),
+        (9, 2, "The run ends after step 1. Started again, it begins anew: there is no checkpoint yet."),
+    ):
+        folder = tmp_path if step > 2 else tmp_path / "fresh"
+        hooks = [At("on_before_step", step, stop), CheckpointingHook(interval, async_save=is_async)]
+        caplog.clear()
+        with pytest.raises(error), caplog.at_level("INFO", "trainloop"):
+            SmallTrainer(8, workspace=folder, hooks_=lambda self, hooks=hooks: hooks).train()
+        assert told in caplog.text
+    hooks = [At("on_before_step", 2, stop), CheckpointingHook(9, load=None)]
+    caplog.clear()
+    with pytest.raises(error), caplog.at_level("INFO", "trainloop"):
+        SmallTrainer(8, workspace=tmp_path, hooks_=lambda self: hooks).train()
+    assert "Started again" not in caplog.text  # it would not load anything

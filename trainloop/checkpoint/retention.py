@@ -76,7 +76,7 @@ class KeepSteps:
 @dataclass(frozen=True)
 class BestK:
     """The `k` with the best value of a metric; of equal ones the earlier. One without the metric, or with NaN, is not
-    among them.
+    among them. While no checkpoint has the metric, all of them: its name may be wrong.
     """
 
     metric: str
@@ -91,6 +91,8 @@ class BestK:
             raise ValueError(f'`mode` must be "min" or "max", but is {self.mode!r}.')
 
     def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
+        if not any(self.metric in manifest.metrics for manifest in manifests):
+            return {manifest.step for manifest in manifests}
         sign = 1 if self.mode == "min" else -1
         ranked = [m for m in manifests if not math.isnan(m.metrics.get(self.metric, math.nan))]
         ranked.sort(key=lambda manifest: (sign * manifest.metrics[self.metric], manifest.seq))

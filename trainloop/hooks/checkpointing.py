@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
 from ..checkpoint.format.foreign import is_importable
+from ..checkpoint.format.layout import step_name
 from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
 from ..paths import parse_absolute_path, parse_path
@@ -23,6 +24,7 @@ from ..state.pretrained import config_text
 from ..state.resuming import parse_on_resume, script_wins, settings_in_force, stays_stopped, tell_differences
 from ..state.saved import content_of, read_state
 from ..state.training import load_run_state
+from .metrics import tell_missing_metrics
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -128,6 +130,7 @@ class CheckpointingHook(CheckpointerHook):
         self._saved_step = -1
         self._num_failures = 0
         self._is_settled = True
+        self._has_looked = False
         self._metrics: dict[str, Any] = {}
         self._previous_handlers: dict[int, Any] = {}
 
@@ -257,6 +260,9 @@ class CheckpointingHook(CheckpointerHook):
             self._count_failure(trainer, ex)
         else:
             self._saved_step = trainer.step
+            if not self._has_looked and collectives.rank() == 0:
+                logged = {*self._metrics, *(name for info in self._store.checkpoints() for name in info.metrics)}
+                self._has_looked = tell_missing_metrics(trainer, self._retention, logged)
             self._metrics = {}
             self._is_settled = not runs_in_thread
             if self._is_settled:
@@ -302,10 +308,15 @@ class CheckpointingHook(CheckpointerHook):
         self._close()
 
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
+        store, is_latest = self._store, self.load == "latest"
         try:
             self._close()  # waits for the save in flight, which the threads of all ranks finish without this one
         except CheckpointError as ex:  # told, and not raised in place of what ended the run
             trainer.logger.error(f"Step {trainer.step}: {ex}")
+        if store is not None and is_latest and not isinstance(exception, SystemExit):
+            folders = [step_name(info.step) for info in store.checkpoints() if info.health]
+            last = f"goes on from {store.path / folders[-1]}" if folders else "begins anew: there is no checkpoint yet"
+            trainer.logger.info(f"The run ends after step {trainer.step}. Started again, it {last}.")
 
     def _close(self) -> None:
         store, self._store = self._store, None

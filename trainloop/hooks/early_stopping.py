@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import check_int, describe
 from ..hook import BaseHook
 from ..records import Records, flatten_nested_dict
+from .metrics import is_misnamed, list_names
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -49,7 +50,7 @@ class EarlyStoppingHook(BaseHook):
         self.best: float | None = None
         self.num_bad = 0
         """Values in a row that were no better than `best`."""
-        self._is_stopping = False
+        self._is_stopping = self._has_warned = False
         self._others: set[str] = set()
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
@@ -61,6 +62,9 @@ class EarlyStoppingHook(BaseHook):
         flat = {"/".join(map(str, key)): value for key, value in flatten_nested_dict(records).items()}
         if self.metric not in flat:
             self._others |= flat.keys()
+            is_new = self.best is None and not self.num_bad and not self._has_warned
+            if is_new and is_misnamed(trainer, self.metric, self._others):
+                self._warn(trainer)
             return
         value = float(flat[self.metric])
         if self._is_better(value):
@@ -84,9 +88,15 @@ class EarlyStoppingHook(BaseHook):
         return gain > self.min_delta
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
-        if self.best is None and not self.num_bad:
-            logged = ", ".join(sorted(self._others)) or "nothing"
-            trainer.logger.warning(f"EarlyStoppingHook never saw {self.metric!r}; what was logged: {logged}.")
+        if self.best is None and not self.num_bad and not self._has_warned:
+            self._warn(trainer)
+
+    def _warn(self, trainer: BaseTrainer) -> None:
+        self._has_warned = True
+        trainer.logger.warning(
+            f"Step {trainer.step}: EarlyStoppingHook has not seen {self.metric!r}, and stops nothing without it. What"
+            f" was logged: {list_names(self._others)}."
+        )
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         state_dict[f"early_stopping_{self.metric}"] = {"best": self.best, "num_bad": self.num_bad}
