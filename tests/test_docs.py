@@ -82,6 +82,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         run_page(page, vars(module))
     finally:
         torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(False)
 
 
 def commands(page: Path) -> Iterator[list[str]]:

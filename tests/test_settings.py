@@ -92,6 +92,7 @@ def test_the_manifest_records_the_settings(tmp_path: Path) -> None:
         "gradient_accumulation_steps": 2,
         "grad_clip": 0.5,
         "mixed_precision": "no",
+        "deterministic": None,
         "world_size": 1,
         "data/length": 8,
         "data/order": "RandomSampler, drop_last",

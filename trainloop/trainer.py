@@ -43,6 +43,7 @@ from .state.live import model_state, unwrap
 from .state.training import load_run_state, restore_run, run_state
 from .step.agreement import Agreement
 from .step.built import BuiltModel
+from .step.garbage import GarbageCollection
 from .step.gradients import Gradients
 from .step.info import StepInfo
 from .step.non_finite import clean_name
@@ -71,16 +72,17 @@ class BaseTrainer(Recipe):
         gradient_accumulation_steps: Micro-batches a step. None: what the launch says, else 1.
         workspace: Folder that hooks write to. A relative path is taken from the current folder, at construction.
         device: None: Accelerate's choice. "cpu" forces the CPU.
-        no_sync_accumulate: False: gradients are reduced at each micro-batch, which saves memory under FSDP2 and costs
-            communication.
+        no_sync_accumulate: False: gradients are reduced at each micro-batch: less memory (FSDP2), more communication.
         state_dict_options: For `state_dict` and `load_state_dict`.
         logger: None: the logger "trainloop", on rank 0; it gets a handler if logging is not configured.
         accelerator: One that the script already has. None: `build_accelerator` makes it.
         seed: In [0, 2^31): the initial model (same on all ranks), the order of the data, and each rank's random
             generators. None: drawn from torch's global generator on rank 0.
-        timeout: How long a collective waits for a rank that hangs or is slow, as a timedelta or in seconds, in all
-            process groups of the process. A rank that dies is noticed at once. None: Accelerate's default, 10 minutes
-            with NCCL and 30 with gloo.
+        timeout: How long a collective waits for a rank that hangs, as a timedelta or in seconds. A rank that dies is
+            noticed at once. None: Accelerate's default, 10 minutes with NCCL and 30 with gloo.
+        deterministic: True: the same bits again on a GPU, for some speed; what cannot give them raises. For the whole
+            process. False: switched off. None: torch's settings are left alone.
+        gc_interval: Steps between Python's garbage collections, on all ranks at once. None: left to Python.
         kwargs_handlers: Accelerate's options, as `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
     Raises:
@@ -129,6 +131,8 @@ class BaseTrainer(Recipe):
     logger: logging.Logger
     seed: int | None
     timeout: timedelta | None
+    deterministic: bool | None
+    gc_interval: int | None
 
     # What was built.
     accelerator: Accelerator
@@ -188,27 +192,22 @@ class BaseTrainer(Recipe):
         seed: int | None = None,
         timeout: timedelta | float | None = None,
         kwargs_handlers: Sequence[KwargsHandler] = (),
+        deterministic: bool | None = None,
+        gc_interval: int | None = 1000,
     ) -> None:
-        self.max_steps = max_steps
-        self.grad_clip = grad_clip
-        self.max_non_finite_grad_retries = max_non_finite_grad_retries
-        self.mixed_precision = mixed_precision
+        self.max_steps, self.grad_clip = max_steps, grad_clip
+        self.max_non_finite_grad_retries, self.mixed_precision = max_non_finite_grad_retries, mixed_precision
         self.workspace = parse_absolute_path("workspace", workspace) if workspace is not None else None
-        self.no_sync_accumulate = no_sync_accumulate
-        self.state_dict_options = state_dict_options
-        self.seed = self._asked_seed = seed
-        self.timeout = factories.parse_timeout(timeout)
-        self._kwargs_handlers = list(kwargs_handlers)
+        self.no_sync_accumulate, self.state_dict_options = no_sync_accumulate, state_dict_options
+        self.seed, self._asked_seed, self.deterministic, self.gc_interval = seed, seed, deterministic, gc_interval
+        self.timeout, self._kwargs_handlers = factories.parse_timeout(timeout), list(kwargs_handlers)
         factories.check_arguments(self, BaseTrainer, accelerator, gradient_accumulation_steps)
         self.mixed_precision = launch.resolve_mixed_precision(mixed_precision)
-        device = factories.parse_device(device)
         launch.choose_accelerator(self, accelerator, gradient_accumulation_steps, device, BaseTrainer)
         self.logger = logger if logger is not None else factories.default_logger()
-
-        self.hooks, self.checkpointers = [], []
+        self.hooks, self.checkpointers, self.settings = [], [], {}
         self.step, self.step_info, self.control, self.peers = 0, StepInfo(), Control(), Peers()
-        self._is_built = self._is_restored = False
-        self._restored_rng, self._unheard, self.settings = None, set(), {}
+        self._is_built, self._is_restored, self._restored_rng, self._unheard = False, False, None, set()
 
     def build_accelerator(self) -> Accelerator:
         """Make the `Accelerator`. The constructor calls it: set what an override needs before `super().__init__`."""
@@ -230,13 +229,14 @@ class BaseTrainer(Recipe):
         with reported_failure(self):
             self._build()
             restore_run(self)
-            with self._feed, factories.accumulation_state(self.accelerator, self.gradient_accumulation_steps):
+            with self._feed, factories.accumulation_state(self), GarbageCollection(self.gc_interval) as garbage:
                 self._begin()
                 while self.step < self.max_steps and not self.control.agreed["stop"]:
                     self._run_step()
                     self.peers.enter("saving a checkpoint")
                     for checkpointer in self.checkpointers:  # after every hook, so that their order doesn't matter
                         checkpointer.save_if_due(self)
+                    garbage.collect_if_due(self.step)
                 self._agreement.check()
             for hook in self.hooks:
                 hook.on_after_train(self)
@@ -277,12 +277,9 @@ class BaseTrainer(Recipe):
         self.control.start(self._window.skipped, self._agreement.checksum())
         norm = self._gradients.norm()
         self.peers.enter("waiting for the other ranks' messages")
-        # Before the host waits for the device, which may wait for a rank that died.
-        self.control.finish(self.step, self._agreement.explain)
+        self.control.finish(self.step, self._agreement.explain)  # first: the device may wait for a rank that died
         self.step_info.grad_norm = self._update.start(norm)  # the step's one device-to-host sync
-        if math.isfinite(self.step_info.grad_norm):
-            return True
-        return self._window.clip_overflown()
+        return math.isfinite(self.step_info.grad_norm) or self._window.clip_overflown()
 
     # ------------------------------------------------------------------ evaluation
 

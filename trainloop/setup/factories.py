@@ -49,6 +49,7 @@ def check_arguments(
     check_int("max_non_finite_grad_retries", trainer.max_non_finite_grad_retries, 0, optional=True)
     check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
     check_int("seed", trainer.seed, 0, optional=True)
+    check_int("gc_interval", trainer.gc_interval, 1, optional=True)
     if trainer.seed is not None and trainer.seed >= 2**31:
         raise ValueError(f"`seed` must be below 2**31, but is {trainer.seed}.")
     if trainer.grad_clip is not None:
@@ -73,16 +74,6 @@ def check_arguments(
             "`state_dict_options` must be torch.distributed.checkpoint.state_dict.StateDictOptions, but is"
             f" {describe(trainer.state_dict_options)}."
         )
-
-
-def parse_device(device: torch.device | str | int | None) -> torch.device | None:
-    """The `device` argument as a `torch.device`."""
-    if device is None:
-        return None
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as ex:
-        raise ValueError(f"`device` must name a torch device, for example 'cpu' or 'cuda', but is {device!r}.") from ex
 
 
 def parse_timeout(timeout: timedelta | float | None) -> timedelta | None:
@@ -291,13 +282,14 @@ def _has_persistent_buffers(model: nn.Module) -> bool:
 
 
 @contextmanager
-def accumulation_state(accelerator: Accelerator, num_micro_steps: int) -> Iterator[None]:
+def accumulation_state(trainer: BaseTrainer) -> Iterator[None]:
     """Accelerate's accumulation settings, which are shared by the whole process, as this run needs them; left behind
     usable by the next trainer, also after an exception in mid-window.
     """
+    accelerator = trainer.accelerator
     state = accelerator.gradient_state
     before = dict(state.plugin_kwargs)
-    state.plugin_kwargs.update(num_steps=num_micro_steps, sync_with_dataloader=False)
+    state.plugin_kwargs.update(num_steps=trainer.gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator.sync_gradients = True
     try:
         yield

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 
 from ..errors import TrainloopWarning, describe
 from ..ranks import collectives
+from .deterministic import choose_determinism
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -171,11 +172,21 @@ def check_accelerator(
             )
 
 
+def parse_device(device: torch.device | str | int | None) -> torch.device | None:
+    """The `device` argument as a `torch.device`."""
+    if device is None:
+        return None
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as ex:
+        raise ValueError(f"`device` must name a torch device, for example 'cpu' or 'cuda', but is {device!r}.") from ex
+
+
 def choose_accelerator(
     trainer: BaseTrainer,
     given: Accelerator | None,
     gradient_accumulation_steps: int | None,
-    device: torch.device | None,
+    device: torch.device | str | int | None,
     base: type[BaseTrainer],
 ) -> None:
     """Give `trainer` its accelerator, and with it the settings that the launch may decide. Sets `accelerator`,
@@ -192,6 +203,8 @@ def choose_accelerator(
         TypeError: `build_accelerator` returned something else.
         ValueError: The launch, the accelerator and the arguments contradict each other.
     """
+    device = parse_device(device)
+    choose_determinism(trainer.deterministic)
     trainer._forces_cpu = device is not None and device.type == "cpu"
     if given is None:
         check_fsdp_version()

@@ -33,7 +33,7 @@ def announce(trainer: BaseTrainer) -> None:
     if trainable != _count(params):
         size += f", {trainable:,} trainable"
     batch = _batch(trainer, len(by_rank))
-    last = f"seed {trainer.seed}, {_checkpoints(trainer)}"
+    last = f"seed {trainer.seed}{', deterministic' if trainer.deterministic else ''}, {_checkpoints(trainer)}"
     if is_alone:
         trainer.logger.info(f"{first}; {size}, {_dtypes(trainer, params)}\n  {batch}; {last}")
         return

@@ -39,6 +39,7 @@ def run_settings(trainer: BaseTrainer) -> Settings:
         "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
         "grad_clip": trainer.grad_clip,
         "mixed_precision": trainer.mixed_precision,
+        "deterministic": trainer.deterministic,
         "world_size": collectives.world_size(),
         **_data_settings(trainer.data_loader),
         **_optimizer_settings(trainer._raw_optimizer),
