@@ -66,7 +66,7 @@ LAYERS = [
     "evaluation.__init__",
     "trainer",
     "ready_made",
-    "hooks.__init__ hooks.ema hooks.tracking hooks.wandb_files hooks.wandb_run_file",
+    "hooks.__init__ hooks.ema hooks.metrics hooks.tracking hooks.wandb_files hooks.wandb_run_file",
     "hooks",
     "testing.kills testing.comparison",
     "testing.witness",
