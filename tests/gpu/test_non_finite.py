@@ -72,6 +72,7 @@ def test_fifty_retries_hold_no_memory() -> None:
 
     trainer = SmallTrainer(
         5,
+        max_non_finite_grad_retries=50,  # without a limit the run ends after an epoch of them
         data_loader=lambda self: [(torch.ones(64, 256),)],
         model_=lambda self: nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.Linear(256, 1)),
         optimizer_=lambda self: torch.optim.AdamW(self.model.parameters()),

@@ -43,7 +43,9 @@ class Update:
         self._optimizer: Any = trainer._raw_optimizer
         self._scaler = trainer.grad_scaler
         self._is_queued = False
-        self._pinned: torch.Tensor | None = None
+        self._pinned: torch.Tensor | None = None  # where the norm arrives on the host
+        self._stream: Any = None
+        self._event: Any = None
         # A hook that looks at the gradient before the update must be called with one that is known to be finite.
         calls_hooks = any(_overrides(hook, "on_before_optimizer_step") for hook in trainer.hooks)
         self.reads_last = not calls_hooks and gradients.can_clip_unread and skips_on_device(trainer._raw_optimizer)
@@ -115,12 +117,16 @@ class Update:
         pinned = self._pinned
         if pinned is None or pinned.dtype != readable.dtype:
             pinned = self._pinned = torch.empty(readable.shape, dtype=readable.dtype, pin_memory=True)
-        pinned.copy_(readable, non_blocking=True)
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+            self._stream = torch.cuda.Stream(readable.device)  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # On a stream of its own: between two kernels of the compute stream a copy would leave the device idle.
+        self._stream.wait_stream(torch.cuda.current_stream(readable.device))
+        with torch.cuda.stream(self._stream):
+            pinned.copy_(readable, non_blocking=True)
+            self._event.record()
 
         def wait() -> torch.Tensor:
-            event.synchronize()
+            self._event.synchronize()
             return pinned
 
         return wait
