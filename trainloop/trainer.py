@@ -36,11 +36,10 @@ from .ranks.failure import reported_failure
 from .ranks.peers import Peers
 from .recipe import Recipe
 from .records import Records
-from .rng import load_rng_state
 from .setup import factories, launch
 from .setup.report import announce
 from .state.live import model_state, unwrap
-from .state.training import load_run_state, restore_run, run_state
+from .state.training import load_run_state, restore_rng, restore_run, run_state
 from .step.agreement import Agreement
 from .step.built import BuiltModel
 from .step.garbage import GarbageCollection
@@ -351,9 +350,7 @@ class BaseTrainer(Recipe):
     def _begin(self) -> None:
         self._window.check_whole()
         self._feed.start()
-        if self._restored_rng is not None:  # last: starting the iterator may draw from the generators
-            load_rng_state(self._restored_rng, self.device)
-            self._restored_rng = None
+        restore_rng(self)  # last: starting the iterator may draw from the generators
         self._window.modes.begin(self.model)
         self.optimizer.train()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
         self._gradients.drop()

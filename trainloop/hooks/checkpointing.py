@@ -21,9 +21,9 @@ from ..ranks import collectives
 from ..records import Records, flatten_nested_dict, is_number
 from ..state.adoption import adopt
 from ..state.pretrained import config_text
-from ..state.resuming import parse_on_resume, script_wins, settings_in_force, stays_stopped, tell_differences
-from ..state.saved import content_of, read_state
-from ..state.training import load_run_state
+from ..state.resuming import parse_on_resume, settings_to_save, stays_stopped
+from ..state.saved import content_of
+from ..state.training import resume
 from .metrics import tell_missing_metrics
 
 if TYPE_CHECKING:
@@ -148,24 +148,12 @@ class CheckpointingHook(CheckpointerHook):
             self._run_id = collectives.broadcast_object(uuid.uuid4().hex)
             trainer.logger.info(f"No checkpoint is loaded from {self._store.path}: the run starts at step 0.")
             return None
-        manifest, asked = checkpoint.manifest, trainer.settings
-        wins = script_wins(self.on_resume, asked, manifest.settings, checkpoint.folder)
-        state_dict = read_state(trainer, checkpoint)
-        load_run_state(trainer, state_dict, wins)
-        self._run_id = manifest.run_id
+        state_dict = resume(trainer, checkpoint, self.on_resume)
+        self._run_id = checkpoint.manifest.run_id
         self._saved_step = trainer.step
-        trainer.settings = settings_in_force(asked, manifest.settings, wins)
-        trainer.logger.info(f"Resumed from {checkpoint.folder}: the run goes on after step {trainer.step}.")
-        tell_differences(trainer, asked, manifest, wins)
         is_own = checkpoint.folder.parent == self._store.path
-        if is_own and stays_stopped(trainer, manifest, wins):
+        if is_own and stays_stopped(trainer, checkpoint.manifest, self.on_resume):
             trainer.control.agreed["stop"] = 1
-        if state_dict.get("rank") is None:
-            trainer.logger.warning(
-                f"The checkpoint was saved by {checkpoint.manifest.world_size} processes, and there are now"
-                f" {collectives.world_size()}: model, optimizer and data go on exactly, the random generators of each"
-                " rank are seeded anew."
-            )
         return state_dict
 
     def _import(self, trainer: BaseTrainer, path: Path) -> dict[str, Any]:
@@ -244,12 +232,7 @@ class CheckpointingHook(CheckpointerHook):
                 content,
                 run_id=self._run_id,
                 metrics={name: float(value) for name, value in self._metrics.items()},
-                settings={
-                    **trainer.settings,
-                    "max_steps": trainer.max_steps,
-                    "seed": trainer.seed,
-                    "on_resume": list(self.on_resume),
-                },
+                settings=settings_to_save(trainer, self.on_resume),
                 stopped_by=trainer.control.who_stopped(),
                 retention=self._retention,
                 extra={f"{group}/config.json": config for group in content.weights} if config is not None else None,

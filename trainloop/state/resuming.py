@@ -96,6 +96,12 @@ def settings_in_force(asked: Mapping[str, Any], saved: Mapping[str, Any], wins: 
     return in_force
 
 
+def settings_to_save(trainer: BaseTrainer, on_resume: Collection[str]) -> Settings:
+    """The settings for a checkpoint that is saved now."""
+    now = {"max_steps": trainer.max_steps, "seed": trainer.seed, "on_resume": list(on_resume)}
+    return {**trainer.settings, **now}
+
+
 def tell_differences(trainer: BaseTrainer, asked: Mapping[str, Any], manifest: Manifest, wins: Collection[str]) -> None:
     """Log one table of what differs: what the checkpoint has, what the script asks for, and what is in force."""
     versions = library_versions()
@@ -212,9 +218,11 @@ def check_schedule_length(trainer: BaseTrainer) -> None:
         )
 
 
-def stays_stopped(trainer: BaseTrainer, manifest: Manifest, wins: Collection[str]) -> bool:
+def stays_stopped(trainer: BaseTrainer, manifest: Manifest, on_resume: Collection[str]) -> bool:
     """Whether a run that was stopped ends again at once. Says so."""
-    if not manifest.stopped_by or "stop" in wins or trainer.max_steps > manifest.settings.get("max_steps", 0):
+    if "stop" in on_resume and "stop" not in manifest.settings.get("on_resume", ()):
+        return False
+    if not manifest.stopped_by or trainer.max_steps > manifest.settings.get("max_steps", 0):
         return False
     trainer.logger.warning(
         f"The run was stopped after step {trainer.step} by {manifest.stopped_by}, so it ends here. To go on, raise"

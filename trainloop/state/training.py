@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import set_seed
 
+from ..checkpoint import Checkpoint
+from ..ranks import collectives
 from ..rng import derived_seed, load_rng_state, rng_state
 from .modules import changed_forms, extra_state, load_made_entries, load_rank_buffers, rank_buffers
 from .optimizer import load_optimizer_state, optimizer_state
-from .resuming import ScriptHyperparameters, check_schedule_length
+from .resuming import ScriptHyperparameters, check_schedule_length, script_wins, settings_in_force, tell_differences
+from .saved import read_state
 from .settings import run_settings
 
 if TYPE_CHECKING:
@@ -107,3 +110,41 @@ def restore_run(trainer: BaseTrainer) -> None:
         hook.on_before_train(trainer)
         if state_dict is not None:
             hook.on_load_state_dict(trainer, state_dict)
+
+
+def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[str]) -> dict[str, Any]:
+    """Load a checkpoint into a trainer that is built, and tell what differs. Call on every rank.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: One of ours.
+        on_resume: What the script wins, out of `resuming.ON_RESUME`.
+
+    Returns:
+        What the hooks' `on_load_state_dict` gets.
+
+    Raises:
+        CheckpointError: The checkpoint is not of this model; nothing was changed.
+        ValueError: Its optimizer, schedule or data cannot go on in this run's.
+    """
+    asked, saved = trainer.settings, checkpoint.manifest.settings
+    wins = script_wins(on_resume, asked, saved, checkpoint.folder)
+    state_dict = read_state(trainer, checkpoint)
+    load_run_state(trainer, state_dict, wins)
+    trainer.settings = settings_in_force(asked, saved, wins)
+    trainer.logger.info(f"Resumed from {checkpoint.folder}: the run goes on after step {trainer.step}.")
+    tell_differences(trainer, asked, checkpoint.manifest, wins)
+    if state_dict.get("rank") is None:
+        trainer.logger.warning(
+            f"The checkpoint was saved by {checkpoint.manifest.world_size} processes, and there are now"
+            f" {collectives.world_size()}: model, optimizer and data go on exactly, the random generators of each rank"
+            " are seeded anew."
+        )
+    return state_dict
+
+
+def restore_rng(trainer: BaseTrainer) -> None:
+    """Put back the random generators of a run that was restored, once."""
+    if trainer._restored_rng is not None:
+        load_rng_state(trainer._restored_rng, trainer.device)
+        trainer._restored_rng = None
