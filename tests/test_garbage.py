@@ -15,6 +15,8 @@ from trainloop import BaseHook
 from .launching import REPOSITORY, launch
 from .small import SmallTrainer
 
+FEW = 1000
+"""More than Python 3.12 freezes when it starts."""
 WORKER = REPOSITORY / "tests" / "workers" / "garbage.py"
 
 
@@ -28,9 +30,9 @@ def test_ranks_collect_after_the_same_steps(tmp_path: Path) -> None:
         for name in ("in step", "failed"):  # when the run has ended, Python collects what is left
             assert results[name]["steps"][:2] == [5, 10]
             assert len(results[name]["steps"]) <= 3
-            assert results[name]["after"] == [True, 0]
-        assert results["off"] == {"steps": [5, 10], "after": [False, 0]}
-        assert results["python"]["after"] == [True, 0]
+            assert results[name]["after"] == [True, False]
+        assert results["off"] == {"steps": [5, 10], "after": [False, False]}
+        assert results["python"]["after"] == [True, False]
     assert first["python"]["steps"] != second["python"]["steps"]
 
 
@@ -38,7 +40,7 @@ class Frozen(BaseHook):
     """What Python's settings are within the run."""
 
     def on_after_step(self, trainer: Any) -> None:
-        self.settings = gc.isenabled(), gc.get_freeze_count() > 0
+        self.settings = gc.isenabled(), gc.get_freeze_count() > FEW
 
 
 @pytest.fixture
@@ -53,7 +55,8 @@ def test_one_process_freezes_what_was_built_and_collects_as_ever(gc_interval: in
     hook = Frozen()
     SmallTrainer(2, gc_interval=gc_interval, hooks_=lambda self: [hook]).train()
     assert hook.settings == (True, freezes)
-    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() < FEW
 
 
 def test_what_a_script_has_frozen_stays_frozen(thawed: None) -> None:

@@ -11,6 +11,9 @@ from types import TracebackType
 
 from ..ranks import collectives
 
+_FROZEN_BY_PYTHON = 1000
+"""More objects than Python freezes by itself at its start (3.12: 375), and far fewer than torch alone makes."""
+
 
 class GarbageCollection:
     """Within it, what exists at its beginning is never looked at again by a collection (a full one over all imported
@@ -29,7 +32,8 @@ class GarbageCollection:
     def __enter__(self) -> GarbageCollection:
         if self._interval is not None:
             self._was_enabled = gc.isenabled()
-            self._freezes = gc.get_freeze_count() == 0  # else somebody else has frozen, and `unfreeze` thaws everything
+            # If the script has frozen anything itself, `unfreeze` would thaw that as well.
+            self._freezes = gc.get_freeze_count() < _FROZEN_BY_PYTHON
             if self._freezes:
                 gc.collect(1)  # garbage of the build would stay till the end
                 gc.freeze()
