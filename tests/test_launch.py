@@ -80,6 +80,14 @@ def test_a_rehearsal_of_fsdp2_says_so_once(tmp_path: Path) -> None:
     assert output.count("FSDP2 runs on CPU processes: right for rehearsing a launch configuration") == 1
 
 
+def test_a_model_with_parameters_of_its_own_is_sharded_by_the_launch_s_defaults(tmp_path: Path) -> None:
+    """With `cpu_ram_efficient_loading`, Accelerate failed on them: "not enough values to unpack"."""
+    script = tiny(tmp_path)
+    script.write_text(re.sub(r"nn\.Sequential\(.*\)\)\n", "nn.Linear(3, 1))\n", script.read_text()))
+    arguments = ["--fsdp_cpu_ram_efficient_loading", "true"]
+    assert result(launch(script, "fsdp2", launch_args=arguments).stdout) == "2 no 1 True FSDPLinear"
+
+
 def test_fsdp1_is_refused_with_the_remedy(tmp_path: Path) -> None:
     """It names the option."""
     done = launch(tiny(tmp_path), "fsdp2", launch_args=["--fsdp_version", "1"], check=False)

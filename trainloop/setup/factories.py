@@ -266,7 +266,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
     if accelerator.is_fsdp2:
         returns_fp32 = choose_fsdp2_precision(accelerator)
         plugin = accelerator.state.fsdp_plugin
-        if plugin.cpu_ram_efficient_loading and _has_persistent_buffers(model):
+        if plugin.cpu_ram_efficient_loading and (_has_persistent_buffers(model) or _has_root_parameters(model)):
             plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours follows
         if not plugin.cpu_ram_efficient_loading:
             collectives.share_rank_zero_weights(model, accelerator.device)
@@ -275,6 +275,11 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
     if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
         prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))
     return prepared
+
+
+def _has_root_parameters(model: nn.Module) -> bool:
+    """Whether parameters belong to the model itself and not to a part of it."""
+    return any("." not in name for name, _ in model.named_parameters())
 
 
 def _has_persistent_buffers(model: nn.Module) -> bool:
