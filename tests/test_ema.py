@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,106 @@ def test_ema_model_keeps_the_autocast_that_accelerate_has_put_around_forward() -
     with torch.no_grad():
         trainer.model.weight.zero_()
     assert not torch.equal(hook.ema_model(x), trainer.model(x))
+
+
+def _replaced(how: str) -> nn.Module:
+    """A model whose `forward` was replaced on the instance, or that a hook gives other weights."""
+    model = nn.Linear(3, 1)
+    original = model.forward
+    if how == "closure":
+        model.forward = lambda x: 2 * original(x)  # type: ignore[method-assign]
+    elif how == "weight in a closure":
+        weight = model.weight
+        model.forward = lambda x: x @ weight.T  # type: ignore[method-assign]
+    elif how == "object":
+        model.forward = Doubled(model)  # type: ignore[method-assign]
+    else:
+        model.register_forward_hook(lambda module, args, output: output + model.bias)
+    return model
+
+
+class Doubled:
+    """A callable that deepcopy would copy, but that keeps the original."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.call = lambda x: 2 * nn.functional.linear(x, model.weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x)
+
+
+class Caching(nn.Linear):
+    """Keeps what it has computed, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(3, 1)
+        self.how, self.kept, self.by_name, self.offset = how, None, {}, torch.ones(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x) * self.offset
+        if self.how == "activation":
+            self.kept = y
+        elif self.how == "without gradient":
+            self.kept = y.detach()
+        elif self.how == "in a dict":
+            self.by_name["y"] = [y.detach()]
+        return y
+
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    **{how: partial(_replaced, how) for how in ("closure", "weight in a closure", "object", "hook")},
+    **{how: partial(Caching, how) for how in ("activation", "without gradient", "in a dict")},
+    "weight_norm": lambda: nn.utils.weight_norm(nn.Linear(3, 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("how", REFUSED)
+def test_a_model_that_would_be_copied_wrongly_is_refused(how: str) -> None:
+    """A copy that computes with the live weights is an error that names `swapped`, which is right for all of them."""
+    hook = EmaHook(0.5)
+    trainer = train(hook, 3, model_=lambda self: REFUSED[how]())
+    with pytest.raises(RuntimeError, match=r"cannot be a copy of this model: .* `with hook.swapped\(trainer\)`"):
+        hook.ema_model.eval()
+    x = torch.ones(2, 3)
+    live = trainer.model(x)
+    with hook.swapped(trainer):
+        assert not torch.equal(trainer.model(x), live)
+    assert torch.equal(trainer.model(x), live)
+
+
+class Harmless(Caching):
+    """A constant in a plain attribute, a forward that captures nothing of the model, and a buffer that grows."""
+
+    def __init__(self) -> None:
+        super().__init__("nothing")
+        self.register_buffer("queue", torch.zeros(1))
+        self.scale = lambda x: 2 * x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.queue = torch.cat([self.queue, x.detach().sum()[None]])
+        elif self.how == "in a copy":
+            self.kept = super().forward(x)
+        return self.scale(super().forward(x)) + self.queue.sum()
+
+
+def test_ema_model_has_the_models_present_buffers_and_none_of_its_own_caches() -> None:
+    """A buffer that has grown since the copy was made, and what the copy's `forward` has kept of earlier weights."""
+    hook = EmaHook(0.5)
+    trainer = train(hook, 2, model_=lambda self: Harmless())
+    for _ in range(2):
+        copied = hook.ema_model
+        assert torch.equal(copied.queue, trainer.model.queue)
+        assert copied.kept is None
+        copied.how = "in a copy"
+        x = torch.ones(2, 3)
+        with hook.swapped(trainer):
+            trainer.model.eval()
+            assert torch.equal(copied(x), trainer.model(x))
+            trainer.model.train()
+        trainer.max_steps += 2
+        trainer.train()
 
 
 def test_saving_and_training_inside_swapped_are_refused(tmp_path: Path) -> None:

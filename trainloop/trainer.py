@@ -39,7 +39,7 @@ from .records import Records
 from .setup import factories, launch
 from .setup.report import announce
 from .state.live import model_state, unwrap
-from .state.training import load_run_state, restore_rng, restore_run, run_state
+from .state.training import load_whole_state, restore_run, run_state, start_data
 from .step.agreement import Agreement
 from .step.built import BuiltModel
 from .step.garbage import GarbageCollection
@@ -264,6 +264,7 @@ class BaseTrainer(Recipe):
         self._window.is_updating = False
         for hook in self.hooks:
             hook.on_after_optimizer_step(self)
+        self._window.is_in_step = False
         info.step_time = time.perf_counter() - start
         self.peers.enter("hooks")
         for hook in self.hooks:
@@ -349,8 +350,7 @@ class BaseTrainer(Recipe):
 
     def _begin(self) -> None:
         self._window.check_whole()
-        self._feed.start()
-        restore_rng(self)  # last: starting the iterator may draw from the generators
+        start_data(self)
         self._window.modes.begin(self.model)
         self.optimizer.train()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
         self._gradients.drop()
@@ -384,21 +384,18 @@ class BaseTrainer(Recipe):
         """Put back what `state_dict` gave, the hooks' part included. Call on every rank, between steps.
 
         Without `"rank"` (saved at another number of processes) the random generators of each rank are derived anew
-        from seed, step and rank.
+        from seed, step and rank. In a hook's `on_after_step` the run goes on from the loaded step, at its place in the
+        data.
 
         Args:
             state_dict: As `state_dict` returned it, perhaps without `"rank"`.
 
         Raises:
+            RuntimeError: A step is under way.
             ValueError: The state is not that of this model and optimizer.
         """
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
         self._build()
-        load_run_state(self, state_dict)
-        set_model_state_dict(self.model, state_dict["model"], options=self.state_dict_options)
-        for hook in self.hooks:
-            hook.on_load_state_dict(self, state_dict)
+        load_whole_state(self, state_dict)
 
     # ------------------------------------------------------------------ for hooks and scripts
 

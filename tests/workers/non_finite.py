@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.hidden = nn.Linear(6, 8)
-        # BatchNorm takes no bf16 weights beside its fp32 buffers, which is what FSDP2 in bf16 gives it.
-        self.norm = nn.LayerNorm(8) if os.environ.get("NORM") == "layer" else nn.BatchNorm1d(8)
+        self.norm = nn.BatchNorm1d(8)
         self.out = nn.Linear(8, 1)
         self.scale = nn.Parameter(torch.ones(1))
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
@@ -44,7 +42,9 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor, is_zero: bool, spike: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         self.num_forwards += 1
         self.last_mean = x.detach().mean(0)  # a new tensor in the buffer's place
-        y = self.out(torch.tanh(self.norm(self.hidden(x))))
+        normed = self.norm(self.hidden(x))
+        assert self.norm.weight.dtype == self.norm.running_mean.dtype == torch.float32, "under every strategy"
+        y = self.out(torch.tanh(normed))
         aux = (self.scale * (0.0 if is_zero else 1.0)).sqrt().sum()
         if spike is not None:  # one element of one weight gets an infinite gradient
             element = self.out.weight.flatten()[spike]

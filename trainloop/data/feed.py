@@ -67,6 +67,11 @@ class DataFeed:
         """Whether the data is known to end: it has a length, or it has ended before."""
         return self._source.has_length or self.epoch > 0
 
+    @property
+    def is_started(self) -> bool:
+        """Whether a `train` draws from it."""
+        return self._next is not None
+
     def start(self) -> None:
         """Make the iterator, at the current position. After it the random generators may be restored."""
         self._next = self._source.open().__next__

@@ -128,6 +128,7 @@ class CheckpointingHook(CheckpointerHook):
         self._store: CheckpointStore | None = None
         self._run_id = ""
         self._saved_step = -1
+        self._has_saved = False
         self._num_failures = 0
         self._is_settled = True
         self._has_looked = False
@@ -225,7 +226,7 @@ class CheckpointingHook(CheckpointerHook):
         self._settle(trainer, is_final)
         save = self._store.save_async if runs_in_thread else self._store.save
         try:
-            content = content_of(trainer, self._run_id)
+            content = content_of(trainer, self._run_id, is_first=not self._has_saved)
             config = config_text(trainer.unwrapped_model)
             save(
                 trainer.step,
@@ -242,7 +243,7 @@ class CheckpointingHook(CheckpointerHook):
                 raise
             self._count_failure(trainer, ex)
         else:
-            self._saved_step = trainer.step
+            self._saved_step, self._has_saved = trainer.step, True
             if not self._has_looked and collectives.rank() == 0:
                 logged = {*self._metrics, *(name for info in self._store.checkpoints() for name in info.metrics)}
                 self._has_looked = tell_missing_metrics(trainer, self._retention, logged)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from ..errors import check_int, describe
 from ..hook import BaseHook
 from ..ranks.collectives import reshard
 from ..state.live import like_param
+from ..state.model_copy import CopyError, ModelCopy, loose_tensors
 from ..state.modules import made_entries
 from ..step.non_finite import clean_name
 
@@ -93,7 +93,7 @@ class EmaHook(BaseHook):
         self._warmup = _WARMUPS[warmup] if isinstance(warmup, str) else warmup
         self._device = torch.device(device) if device is not None else None
         self._model: nn.Module | None = None
-        self._copy: nn.Module | None = None
+        self._copy: ModelCopy | None = None
         self._is_swapped = False
 
     def _bind(self, trainer: BaseTrainer) -> None:
@@ -102,6 +102,7 @@ class EmaHook(BaseHook):
             return
         self._model, self._copy, self.num_updates = trainer.model, None, 0
         self._unwrapped = trainer.unwrapped_model
+        self._constants = loose_tensors(self._unwrapped)
         named = trainer.named_parameters()
         self._params = {name: p.detach() for name, p in named.items() if p.requires_grad}
         first_names = {p: name for name, p in named.items()}
@@ -178,7 +179,8 @@ class EmaHook(BaseHook):
         date. In a single process and under DDP; call it on any rank.
 
         Raises:
-            RuntimeError: The run has not begun, or the weights are sharded (FSDP2).
+            RuntimeError: The run has not begun, or the weights are sharded (FSDP2). Or a copy would compute with the
+                model's own weights: `forward` was replaced by a closure on the instance, or keeps what it computed.
         """
         if self._model is None:
             raise RuntimeError("`ema_model` is there as soon as the run has begun, and it has not.")
@@ -188,16 +190,17 @@ class EmaHook(BaseHook):
                 f" `with hook.swapped(trainer)`, or export them from a checkpoint: `python -m trainloop checkpoints"
                 f" export DIR --group {self.name}`."
             )
-        if self._copy is None:
-            self._copy = copy.deepcopy(self._unwrapped).eval().requires_grad_(False)
         averages = dict(zip(self._params, self._averages, strict=True))
-        with torch.no_grad():
-            for name, param in self._copy.named_parameters():
-                if (average := averages.get(clean_name(name))) is not None:
-                    param.copy_(average)
-            for buffer, live in zip(self._copy.buffers(), self._unwrapped.buffers(), strict=True):
-                buffer.copy_(live)
-        return self._copy
+        try:
+            if self._copy is None:
+                self._copy = ModelCopy(self._unwrapped, self._constants)
+            self._copy.update(averages)
+        except CopyError as ex:
+            raise RuntimeError(
+                f"`ema_model` cannot be a copy of this model: {ex}. Use the average in place, inside"
+                " `with hook.swapped(trainer)`."
+            ) from ex
+        return self._copy.module
 
     # ------------------------------------------------------------------ state
 

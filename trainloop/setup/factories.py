@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,7 @@ from ..ranks import collectives
 from .accelerate_options import check_data_loader_options, check_kwargs_handlers
 from .buckets import settle_buckets
 from .launch import choose_fsdp2_precision
+from .statistics import full_precision_statistics
 from .subclasses import check_hook, check_trainer_class
 
 if TYPE_CHECKING:
@@ -270,7 +271,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
             plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours follows
         if not plugin.cpu_ram_efficient_loading:
             collectives.share_rank_zero_weights(model, accelerator.device)
-    prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
+    with full_precision_statistics() if accelerator.is_fsdp2 else nullcontext():
+        prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
     settle_buckets(prepared[0])
     if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
         prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))

@@ -11,7 +11,15 @@ from accelerate.utils import set_seed
 from ..checkpoint import Checkpoint
 from ..ranks import collectives
 from ..rng import derived_seed, load_rng_state, rng_state
-from .modules import changed_forms, extra_state, load_made_entries, load_rank_buffers, rank_buffers
+from .modules import (
+    changed_forms,
+    extra_state,
+    load_made_entries,
+    load_rank_buffers,
+    new_buffers,
+    place_buffers,
+    rank_buffers,
+)
 from .optimizer import load_optimizer_state, optimizer_state
 from .resuming import ScriptHyperparameters, check_schedule_length, script_wins, settings_in_force, tell_differences
 from .saved import read_state
@@ -45,6 +53,47 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
     for hook in trainer.hooks:
         hook.on_state_dict(trainer, state_dict)
     return state_dict
+
+
+def load_whole_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+    """Put back what `BaseTrainer.state_dict` returned, also while `train` runs. Call on every rank.
+
+    Raises:
+        RuntimeError: A step is under way.
+        ValueError: The state is not that of this model and optimizer.
+    """
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    model, is_running = trainer.unwrapped_model, trainer._feed.is_started
+    if is_running and trainer._window.is_in_step:
+        raise RuntimeError(
+            f"`load_state_dict` was called in the middle of step {trainer.step}, which would mix two states. Call it in"
+            " a hook's `on_after_step`, or before or after `train`."
+        )
+    saved = state_dict["model"]
+    described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
+    changed = new_buffers(trainer, state_dict["training_state"].get("changed_buffers", {}), described)
+    trainer._window.is_updating = False
+    if is_running:
+        trainer._feed.close()  # it would go on at its old place
+    place_buffers(model, changed, is_persistent=True)
+    load_run_state(trainer, state_dict)
+    collectives.reshard(trainer.model)
+    set_model_state_dict(trainer.model, {**extra_state(model), **saved}, options=trainer.state_dict_options)
+    for hook in trainer.hooks:
+        hook.on_load_state_dict(trainer, state_dict)
+    if is_running:
+        start_data(trainer)
+
+
+def start_data(trainer: BaseTrainer) -> None:
+    """Make the iterator over the training data, and then give the random generators the state that was loaded: starting
+    an iterator may draw from them.
+    """
+    trainer._feed.start()
+    if trainer._restored_rng is not None:
+        load_rng_state(trainer._restored_rng, trainer.device)
+        trainer._restored_rng = None
 
 
 def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any], script_wins: Collection[str] = ()) -> None:
@@ -141,10 +190,3 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
             " are seeded anew."
         )
     return state_dict
-
-
-def restore_rng(trainer: BaseTrainer) -> None:
-    """Put back the random generators of a run that was restored, once."""
-    if trainer._restored_rng is not None:
-        load_rng_state(trainer._restored_rng, trainer.device)
-        trainer._restored_rng = None

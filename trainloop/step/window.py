@@ -61,6 +61,8 @@ class Window:
         self._defers_reduction = trainer.no_sync_accumulate and accelerator.num_processes > 1
         self.is_updating = False
         """Whether the optimizer step has begun and the learning rate has not moved on yet."""
+        self.is_in_step = False
+        """From a step's first hook until its update is complete."""
         self._has_run = False
         self._checked_step = -1
         self._first_epoch_without_loss = 0
@@ -68,6 +70,7 @@ class Window:
 
     def begin_step(self) -> None:
         """Count the step that begins now."""
+        self.is_in_step = True
         self._trainer.step += 1
         self._trainer.peers.step = self._trainer.step
         self._has_run = False
