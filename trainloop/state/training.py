@@ -73,7 +73,6 @@ def load_whole_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
     saved = state_dict["model"]
     described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
     changed = new_buffers(trainer, state_dict["training_state"].get("changed_buffers", {}), described)
-    trainer._window.is_updating = False
     if is_running:
         trainer._feed.close()  # it would go on at its old place
     place_buffers(model, changed, is_persistent=True)
