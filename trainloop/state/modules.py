@@ -32,8 +32,8 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
 
 def made_entries(model: nn.Module, tensors: Mapping[str, Any]) -> set[str]:
     """Names of the entries of `state_dict` that are not memory of a parameter or buffer."""
-    memory = {_address(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    return {name for name, tensor in tensors.items() if local_tensor(tensor).numel() and _address(tensor) not in memory}
+    memory = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return {name for name, tensor in tensors.items() if _storage(tensor) not in memory}
 
 
 def load_made_entries(model: nn.Module, entries: Mapping[str, Any]) -> None:
@@ -63,15 +63,14 @@ def check_complete(trainer: BaseTrainer, tensors: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It names the parameters.
     """
-    saved = {_address(tensor) for tensor in tensors.values()}
+    saved = {_storage(tensor) for tensor in tensors.values()}
     made = made_entries(trainer.unwrapped_model, tensors) | extra_state(trainer.unwrapped_model).keys()
     owners = {name.rpartition(".")[0] for name in made}
     lost = [
         name
         for name, param in trainer.named_parameters().items()
         if param.requires_grad
-        and local_tensor(param).numel()
-        and _address(param) not in saved
+        and _storage(param) not in saved
         and not any(f"{name}.".startswith(f"{owner}." if owner else "") for owner in owners)
     ]
     if lost:
@@ -204,6 +203,7 @@ def finite_names(trainer: BaseTrainer) -> tuple[set[str], set[str]]:
     return params, buffers
 
 
-def _address(tensor: torch.Tensor) -> Any:
+def _storage(tensor: torch.Tensor) -> int:
+    """Tells the memory of a tensor, or of this rank's shard, which may be empty and have no address."""
     local = local_tensor(tensor)
-    return (local.device, local.untyped_storage().data_ptr()) if local.layout is torch.strided else id(tensor)
+    return local.untyped_storage()._cdata if local.layout is torch.strided else id(tensor)

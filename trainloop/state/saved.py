@@ -129,8 +129,7 @@ def _read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str,
     buffers = new_buffers(trainer, changed, described)
     fresh: dict[str, torch.Tensor] = {}
     for name in made & described.keys():
-        shape, dtype = described[name]
-        fresh[name] = torch.empty(shape, dtype=dtype, device=live[name].device)
+        fresh[name] = empty_like_param(live[name], *described[name], on_host=False)
     shared = {n: t for n, t in live.items() if n not in made and not is_dtensor(t) and memory_of(t) is not t}
     copies = {name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in shared.items()}
     targets: dict[str, Any] = live | fresh | copies | buffers
