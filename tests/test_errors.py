@@ -118,8 +118,8 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (
         train(lr_scheduler_=lambda self: PLATEAU(self.optimizer)),
-        TypeError,
-        "`build_lr_scheduler` must return a scheduler that steps without a metric, but returned ReduceLROnPlateau.",
+        ValueError,
+        "`build_lr_scheduler` returned ReduceLROnPlateau without a metric.",
     ),
     (train(lr_scheduler_=lambda self: 0.1), TypeError, "`build_lr_scheduler` must return a scheduler or None"),
     (

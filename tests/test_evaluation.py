@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,57 @@ def test_a_name_that_is_nearly_right_is_told_without_an_evaluation(caplog: pytes
         SmallTrainer(3, hooks_=lambda self: hooks).train()
     (told,) = caplog.messages
     assert "Step 1: EarlyStoppingHook has not seen 'train_loss'" in told
+
+
+def test_reduce_lr_on_plateau_goes_by_the_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The learning rate falls after `patience` evaluations that are no better, in a run that was cut in two as in one
+    that was not; the schedule does not move with the updates.
+    """
+    losses = [5.0, 4.0, 4.5, 4.5, 4.5, 4.5, 4.5, 4.5]
+
+    def run(folder: Path, *lives: int, monitor: str = "val/loss") -> list[float]:
+        rates: list[float] = []
+
+        def evaluated(trainer: BaseTrainer, batch: Any) -> Any:
+            return None, {"loss": losses[trainer.step - 1]}
+
+        class Rates(BaseHook):
+            def on_before_optimizer_step(self, trainer: BaseTrainer) -> None:
+                rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+        def schedule(self: BaseTrainer) -> Any:
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.5, patience=1)
+            return {"scheduler": plateau, "monitor": monitor}
+
+        for max_steps in lives:
+            trainer = SmallTrainer(max_steps, workspace=folder, lr_scheduler_=schedule)
+            trainer.eval_forward = partial(evaluated, trainer)  # type: ignore[method-assign]
+            evaluation = EvaluationHook(1, data_loader=evaluation_data(), at_start=True)
+            trainer.given["hooks_"] = lambda self, evaluation=evaluation: [evaluation, Rates(), CheckpointingHook(1)]
+            trainer.train()
+        return rates
+
+    wanted = [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+    assert run(tmp_path / "whole", 8) == wanted
+    assert run(tmp_path / "cut", 3, 5, 8) == wanted
+    with caplog.at_level("WARNING", "trainloop"):
+        assert run(tmp_path / "wrong", 4, monitor="val_loss") == [0.1] * 4
+    told = "`monitor` is 'val_loss', which the evaluation has not logged. What it logs: val/loss."
+    assert caplog.text.count(told) == 1
+
+
+def test_a_metric_and_a_schedule_that_do_not_fit_are_refused() -> None:
+    """Before the first step, with the form that is right."""
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    constant = torch.optim.lr_scheduler.ConstantLR
+    for schedule, message in (
+        (lambda self: plateau(self.optimizer), "ReduceLROnPlateau without a metric"),
+        (lambda self: {"scheduler": constant(self.optimizer), "monitor": "val/loss"}, "ConstantLR with a metric"),
+        (lambda self: {"scheduler": plateau(self.optimizer), "interval": "epoch"}, '"monitor": "val/loss"'),
+        (lambda self: {"scheduler": plateau(self.optimizer), "monitor": "val/loss"}, "there is no EvaluationHook"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SmallTrainer(2, lr_scheduler_=schedule).train()
 
 
 class NotMean:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,8 @@ class Trainer(BaseTrainer):
         optimizer: Its optimizer.
         data_loader: The training data, as `BaseTrainer.build_data_loader` returns it.
         forward: Called as `forward(model, batch)`, with the prepared model; returns what `BaseTrainer.forward` does.
-        lr_scheduler: Moves once per applied update, at any number of processes; a prepared one is unwrapped.
+        lr_scheduler: Moves once per applied update, at any number of processes; a prepared one is unwrapped. Of
+            `ReduceLROnPlateau`, see `build_lr_scheduler`.
         hooks: Called in this order.
         batch_weight: As `BaseTrainer.batch_weight`.
         eval_data_loader: The evaluation data, as `BaseTrainer.build_eval_data_loader` returns it.
@@ -48,7 +49,7 @@ class Trainer(BaseTrainer):
         optimizer: Optimizer,
         data_loader: Iterable[Any],
         forward: Callable[[nn.Module, Any], tuple[torch.Tensor | None, Records]],
-        lr_scheduler: LRScheduler | None = None,
+        lr_scheduler: LRScheduler | Mapping[str, Any] | None = None,
         hooks: Sequence[BaseHook] = (),
         batch_weight: Callable[[Any], float | torch.Tensor | None] | None = None,
         eval_data_loader: Any = None,
@@ -74,7 +75,7 @@ class Trainer(BaseTrainer):
     def build_data_loader(self) -> Iterable[Any]:
         return self._given[2]
 
-    def build_lr_scheduler(self) -> LRScheduler | None:
+    def build_lr_scheduler(self) -> LRScheduler | Mapping[str, Any] | None:
         return self._given[3]
 
     def build_hooks(self) -> list[BaseHook]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +41,12 @@ class Recipe:
         """Return the optimizer of `self.model`'s parameters. Required."""
         raise NotImplementedError(f"{type(self).__name__} must define `build_optimizer`.")
 
-    def build_lr_scheduler(self) -> LRScheduler | None:
-        """Return a scheduler of `self.optimizer` that moves once per applied update, or None."""
+    def build_lr_scheduler(self) -> LRScheduler | Mapping[str, Any] | None:
+        """Return a scheduler of `self.optimizer` that moves once per applied update, or None.
+
+        `ReduceLROnPlateau` moves with each evaluation. Return it with the metric that an `EvaluationHook` logs:
+        `{"scheduler": ReduceLROnPlateau(self.optimizer), "monitor": "val/loss"}`.
+        """
         return None
 
     def build_grad_scaler(self) -> torch.amp.GradScaler | None:

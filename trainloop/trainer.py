@@ -141,6 +141,7 @@ class BaseTrainer(Recipe):
     """The model as Accelerate prepared it: wrapped, on the device."""
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None
+    lr_monitor: str | None  # the metric whose evaluations move the schedule; None: each update does
     grad_scaler: torch.amp.GradScaler | None
     """The grad scaler in force, Accelerate's own or `build_grad_scaler`'s; None: there is none."""
     hooks: list[BaseHook]
@@ -256,7 +257,7 @@ class BaseTrainer(Recipe):
                 hook.on_before_optimizer_step(self)
             self._update.finish()
             self._gradients.drop()
-            if self.lr_scheduler is not None:
+            if self.lr_scheduler is not None and self.lr_monitor is None:
                 self.lr_scheduler.step()
         except BaseException:
             self._window.take_back()
@@ -332,12 +333,12 @@ class BaseTrainer(Recipe):
         set_seed(self.seed)  # the model doesn't depend on what building the data drew
         self.model = factories.check_model(self.build_model())
         self.optimizer = factories.check_optimizer(self.build_optimizer())
-        self.lr_scheduler = factories.check_lr_scheduler(self.build_lr_scheduler())
+        self.lr_scheduler, self.lr_monitor = factories.check_lr_scheduler(self.build_lr_scheduler())
         self.grad_scaler = factories.choose_grad_scaler(accelerator, self.build_grad_scaler())
         self.model, self.optimizer = factories.prepare(accelerator, self.model, self.optimizer)
         self._raw_optimizer = factories.raw_optimizer(self.optimizer)
         factories.check_optimizer_params(self._raw_optimizer, self.model)
-        self.hooks, self.checkpointers = factories.check_hooks(self.build_hooks(), self.workspace)
+        self.hooks, self.checkpointers = factories.check_hooks(self.build_hooks(), self.workspace, self.lr_monitor)
         set_seed(self.seed, device_specific=True)  # from here on each rank draws its own noise
         self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
         self._window = Window(self, self._feed, self._gradients)

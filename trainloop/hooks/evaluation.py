@@ -41,6 +41,8 @@ class EvaluationHook(BaseHook):
         ValueError: An argument is out of range.
     """
 
+    evaluates = True  # so that `build_lr_scheduler` may monitor its numbers
+
     def __init__(
         self,
         interval: int,
@@ -64,7 +66,7 @@ class EvaluationHook(BaseHook):
         self.reduce = dict(reduce or {})
         self.at_start = at_start
         self.at_end = at_end
-        self._is_pending = False
+        self._is_pending = self._has_warned = False
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
         if self.data_loader is None and trainer.eval_data_loader is None:
@@ -107,9 +109,24 @@ class EvaluationHook(BaseHook):
             trainer.logger.warning(f"Step {trainer.step}: a signal ended the evaluation, the resumed run makes it.")
             return
         self._is_pending = False
-        shown = [f"{'/'.join(map(str, key))} {value:.4g}" for key, value in flatten_nested_dict(result).items()]
+        flat = flatten_nested_dict({self.prefix: result})
+        shown = [f"{'/'.join(map(str, key[1:]))} {value:.4g}" for key, value in flat.items()]
         trainer.logger.info(f"step {trainer.step}/{trainer.max_steps} | {self.prefix}: {' | '.join(shown)}")
         trainer.log(ShownRecords({self.prefix: result}))
+        if trainer.lr_monitor is not None and trainer.step > 0:
+            self._move_schedule(trainer, trainer.lr_monitor, {"/".join(map(str, key)): n for key, n in flat.items()})
+
+    def _move_schedule(self, trainer: BaseTrainer, monitor: str, numbers: Mapping[str, Any]) -> None:
+        """Step ReduceLROnPlateau with the metric that it monitors, which is the same on every rank."""
+        scheduler: Any = trainer.lr_scheduler
+        if monitor in numbers:
+            scheduler.step(numbers[monitor])
+        elif not self._has_warned and sum(isinstance(hook, EvaluationHook) for hook in trainer.hooks) == 1:
+            self._has_warned = True
+            trainer.logger.warning(
+                f"Step {trainer.step}: the learning rate stays as it is: `monitor` is {monitor!r}, which the"
+                f" evaluation has not logged. What it logs: {', '.join(sorted(numbers))}."
+            )
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         state_dict[f"evaluation_{self.prefix}"] = {"is_pending": self._is_pending}

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -176,16 +176,26 @@ def _required_parameters(function: Any) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
-def check_lr_scheduler(scheduler: Any) -> Any:
-    """The raw scheduler: a prepared one would step once for each process."""
+def check_lr_scheduler(returned: Any) -> tuple[Any, str | None]:
+    """The raw scheduler, because a prepared one would step once for each process, and the metric that it monitors."""
+    scheduler, monitor = returned, None
+    if isinstance(returned, Mapping):
+        if returned.keys() != {"scheduler", "monitor"} or not isinstance(returned["monitor"], str):
+            raise ValueError(
+                '`build_lr_scheduler` must return a scheduler, or {"scheduler": …, "monitor": "val/loss"}, but returned'
+                f" {describe(returned)}."
+            )
+        scheduler, monitor = returned["scheduler"], returned["monitor"]
     if isinstance(scheduler, AcceleratedScheduler):
         scheduler = scheduler.scheduler
     if scheduler is None or (callable(getattr(scheduler, "step", None)) and hasattr(scheduler, "state_dict")):
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise TypeError(
-                "`build_lr_scheduler` must return a scheduler that steps without a metric, but returned"
-                " ReduceLROnPlateau. Step it in a hook, with the metric that it watches."
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) != (monitor is not None):
+            raise ValueError(
+                f"`build_lr_scheduler` returned {type(scheduler).__name__} {'with' if monitor else 'without'} a metric."
+                ' ReduceLROnPlateau, and no other, goes by one: return {"scheduler": …, "monitor": "val/loss"}.'
             )
+        if monitor is not None:
+            return scheduler, monitor
         required = _required_parameters(scheduler.step) if scheduler is not None else []
         if required:
             raise TypeError(
@@ -193,11 +203,13 @@ def check_lr_scheduler(scheduler: Any) -> Any:
                 f" {type(scheduler).__module__}.{type(scheduler).__name__} needs {', '.join(required)}. Use one of"
                 " `torch.optim.lr_scheduler`, or step yours in a hook's `on_after_step`."
             )
-        return scheduler
+        return scheduler, None
     raise TypeError(f"`build_lr_scheduler` must return a scheduler or None, but returned {describe(scheduler)}.")
 
 
-def check_hooks(hooks: Any, workspace: Path | None) -> tuple[list[BaseHook], list[CheckpointerHook]]:
+def check_hooks(
+    hooks: Any, workspace: Path | None, lr_monitor: str | None
+) -> tuple[list[BaseHook], list[CheckpointerHook]]:
     """The hooks, and the checkpointers among them, if each can be called and has the workspace that it needs."""
     if not isinstance(hooks, Iterable):
         raise TypeError(f"`build_hooks` must return a list of hooks, but returned {describe(hooks)}.")
@@ -210,6 +222,11 @@ def check_hooks(hooks: Any, workspace: Path | None) -> tuple[list[BaseHook], lis
             raise ValueError(
                 f"{type(hook).__name__} writes to `workspace`, but it is None. Pass a folder to the trainer."
             )
+    if lr_monitor is not None and not any(getattr(hook, "evaluates", False) for hook in checked):
+        raise ValueError(
+            f"`build_lr_scheduler` monitors {lr_monitor!r}, but there is no EvaluationHook, whose numbers it goes by."
+            " Return one from `build_hooks`."
+        )
     return checked, [hook for hook in checked if isinstance(hook, CheckpointerHook)]
 
 

@@ -176,7 +176,7 @@ class ScriptHyperparameters:
                 group.update({key: value for key, value in own.items() if key not in scheduled})
             if "lr_scheduler" in wins:
                 group.update({key: own[key] for key in scheduled})
-        if scheduler is not None and "lr_scheduler" in wins and not isinstance(scheduler, ReduceLROnPlateau):
+        if scheduler is not None and "lr_scheduler" in wins:
             move_schedule(scheduler, self._trainer.step)
 
 
@@ -189,7 +189,11 @@ def _scheduled(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> set[str
 
 
 def move_schedule(scheduler: Any, num_steps: int) -> None:
-    """Move a schedule that has just been built to where it stands after `num_steps` steps."""
+    """Move a schedule that has just been built to where it stands after `num_steps` steps. One that goes by a metric
+    begins anew.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another process took
         for _ in range(num_steps):
