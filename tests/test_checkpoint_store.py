@@ -27,11 +27,12 @@ from safetensors.torch import load_file, save_file
 from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
 from trainloop.checkpoint.disk import fs as fs_module
+from trainloop.checkpoint.format.boxes import are_exact_cover
 from trainloop.checkpoint.format.layout import VERSION, parse_manifest
 from trainloop.checkpoint.format.nested import decode, encode
 from trainloop.checkpoint.save.snapshot import Buffers, Draft, Output
 from trainloop.checkpoint.save.writer import write_draft
-from trainloop.checkpoint.sharding import are_exact_cover, split_by_bytes
+from trainloop.checkpoint.sharding import split_by_bytes
 
 from .launching import REPOSITORY, launch
 from .workers.checkpoint_store import (

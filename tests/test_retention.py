@@ -69,6 +69,14 @@ def test_every_seconds_keeps_a_chain() -> None:
     assert kept(EverySeconds(100), [m for m in manifests if m.step in (1, 3, 6)]) == [1, 3, 6]
 
 
+def test_every_seconds_goes_on_where_the_clock_goes_back() -> None:
+    """After the clock went back by an hour, commits are kept at the same distances as before."""
+    times = [0, 50, 100, 150, -3500, -3450, -3400, -3350, -3300]
+    manifests = [info(step, time=time) for step, time in enumerate(times, 1)]
+    assert kept(EverySeconds(100), manifests) == [1, 3, 5, 7, 9]
+    assert kept(EverySeconds(100), [m for m in manifests if m.step in (1, 3, 5, 7, 9)]) == [1, 3, 5, 7, 9]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -21,6 +21,7 @@ from torch import nn
 
 from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
+from trainloop.checkpoint.newest import find_newest
 from trainloop.ranks import collectives
 from trainloop.state.optimizer import optimizer_state
 
@@ -374,6 +375,26 @@ def failures(folder: Path, form: str) -> dict[str, Any]:
     apart = CheckpointStore(folder / "apart0")
     apart.open()  # the lock was given back
     apart.close()
+
+    # The newest of two folders, in either order; and what one rank alone cannot read.
+    ages = CheckpointStore(folder / "ages")
+    ages.save(2, small(2), **ABOUT)
+    ages.close()
+    stores = [CheckpointStore(folder / name) for name in ("store", "ages")]
+    for both in (stores, stores[::-1]):
+        found = find_newest([(store, "full") for store in both], logging.getLogger("worker"))
+        assert found is not None
+        assert found[0] is stores[1]
+        assert_holds(found[1], 2)
+    meet()
+    if rank == 0:
+        (folder / "ages" / "step_0000002" / "state" / f"rank_{last:05d}.json").write_bytes(b"")
+    meet()
+    found = find_newest([(store, "full") for store in stores], logging.getLogger("worker"))
+    assert found is not None
+    assert found[0] is stores[0]
+    assert_holds(found[1], 3)
+    meet()
 
     # Damage that only the rank with that part of the files sees.
     victim = folder / "store" / "step_0000003"

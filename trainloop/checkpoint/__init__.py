@@ -30,17 +30,19 @@ The life of one load, of the latest checkpoint. Only lines 2 to 4 change the dis
 3. rank 0, `checkpoint/disk/lock.py` `FolderLock`. On the disk: `.lock`, held until the run ends.
 4. rank 0, `checkpoint/disk/housekeeping.py` `clean_up`. On the disk: no `.tmp-…`, `.trash-…` and `.replaced-…` of a run
    that died. If it died between the two renames that replace a checkpoint, the old one has its name again.
-5. every rank, `checkpoint/store.py` `CheckpointStore.resolve`.
-6. every rank, `checkpoint/load/loading.py` `find_latest`: tries one checkpoint after another, until one is whole.
-7. rank 0, `checkpoint/format/catalog.py` `Catalog.latest`: orders them, the newest healthy one first.
-8. every rank, `checkpoint/format/layout.py` `parse_manifest`: checks the text that rank 0 has read and sent to all.
-9. every rank, `checkpoint/format/integrity.py` `find_problems`: reads and checks its share of the files.
-10. every rank, `state/saved.py` `read_state`, which goes through lines 11 to 13.
-11. every rank, `checkpoint/load/reader.py` `Checkpoint.global_state`: step, schedule, position in the data, hooks.
-12. every rank, `checkpoint/load/reader.py` `Checkpoint.read_into`: compares names, shapes and dtypes with the live
+5. every rank, `checkpoint/newest.py` `find_newest`: looks into the folders of all hooks; here there is one.
+6. every rank, `checkpoint/store.py` `CheckpointStore.resolve`.
+7. every rank, `checkpoint/load/loading.py` `find_latest`: tries one checkpoint after another, until one is whole.
+8. rank 0, `checkpoint/format/catalog.py` `Catalog.latest`: orders them, the newest healthy one first.
+9. every rank, `checkpoint/format/layout.py` `parse_manifest`: checks the text that rank 0 has read and sent to all.
+10. every rank, `checkpoint/format/verification.py` `find_problems`: reads and checks its share of the files.
+11. every rank, `state/training.py` `resume`, which goes through lines 12 to 16; the ranks vote after line 15.
+12. every rank, `state/saved.py` `read_state`, which goes through lines 13 to 15.
+13. every rank, `checkpoint/load/reader.py` `Checkpoint.global_state`: step, schedule, position in the data, hooks.
+14. every rank, `checkpoint/load/reader.py` `Checkpoint.read_into`: compares names, shapes and dtypes with the live
     tensors, then reads the pieces that this rank holds into them.
-13. every rank, `checkpoint/load/reader.py` `Checkpoint.rank_state`: its random generators and buffers.
-14. every rank, `state/training.py` `load_run_state`: puts back optimizer, schedule and position.
+15. every rank, `checkpoint/load/reader.py` `Checkpoint.rank_state`: its random generators and buffers.
+16. every rank, `state/training.py` `load_run_state`: puts back optimizer, schedule and position.
 """
 
 from .content import Content

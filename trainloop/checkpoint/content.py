@@ -8,8 +8,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .format.layout import STATE
-from .format.tensorfile import check_storable, dtype_name
+from ..errors import describe
+from .format.dtypes import dtype_name
+from .format.nested import RESERVED_NAME
+from .format.tables import STATE
+from .format.tensorfile import check_storable
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 Described: TypeAlias = "dict[str, dict[str, tuple[str, tuple[int, ...], bool]]]"
@@ -59,6 +62,7 @@ class Content:
                 )
         for group, tensors in self.groups().items():
             for name, tensor in tensors.items():
+                _check_name(group, name)
                 check_storable(f"{group}/{name}", tensor)
                 if group in self.shards and is_dtensor(tensor):
                     _check_shard(f"{group}/{name}", tensor)
@@ -80,6 +84,13 @@ class Content:
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a `torch.distributed.tensor.DTensor`, which costs half a second to import."""
     return hasattr(tensor, "device_mesh")
+
+
+def _check_name(group: str, name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"Names of tensors must be strings, but one in {group} is {describe(name)}.")
+    if name == RESERVED_NAME:
+        raise ValueError(f"A tensor in {group} is named {name}, which safetensors keeps for itself. Rename it.")
 
 
 def _check_shard(name: str, tensor: torch.Tensor) -> None:

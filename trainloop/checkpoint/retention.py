@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from ..errors import check_int
+from ..errors import check_int, describe
 from .format.layout import ManifestInfo
 
 
@@ -86,6 +86,8 @@ class BestK:
     """Whether the least or the greatest value is the best."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, str):
+            raise TypeError(f"`metric` must be a string, but is {describe(self.metric)}.")
         check_int("k", self.k, 1)
         if self.mode not in ("min", "max"):
             raise ValueError(f'`mode` must be "min" or "max", but is {self.mode!r}.')
@@ -101,7 +103,9 @@ class BestK:
 
 @dataclass(frozen=True)
 class EverySeconds:
-    """A chain of commits, each the first that came at least `seconds` after the one before it in the chain."""
+    """A chain of commits, each the first that came at least `seconds` after the one before it in the chain. Where the
+    clock has gone back, the chain begins anew.
+    """
 
     seconds: float
 
@@ -113,7 +117,7 @@ class EverySeconds:
         kept: set[int] = set()
         last = -math.inf
         for manifest in manifests:
-            if manifest.time >= last + self.seconds:
+            if manifest.time >= last + self.seconds or manifest.time < last:
                 kept.add(manifest.step)
                 last = manifest.time
         return kept

@@ -1,19 +1,14 @@
-"""Where the parts of tensors lie: who writes which, and whether they make up the whole."""
+"""Where the parts of tensors lie on the ranks, and which rank writes what."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from .content import is_dtensor
-
-Box: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
-"""Offset and shape of a part of a tensor."""
+from .format.boxes import Box
 
 
 def split_by_bytes(sizes: Sequence[int], num_parts: int) -> list[int]:
@@ -74,44 +69,3 @@ def is_first_replica(tensor: torch.Tensor) -> bool:
     return coordinate is not None and not any(
         index for index, placement in zip(coordinate, placements, strict=True) if placement.is_replicate()
     )
-
-
-def overlap(box: Box, other: Box) -> Box | None:
-    """The box in which both lie; None: they have no element in common."""
-    begin = tuple(map(max, box[0], other[0]))
-    end = tuple(min(a + m, b + n) for a, m, b, n in zip(box[0], box[1], other[0], other[1], strict=True))
-    shape = tuple(e - b for b, e in zip(begin, end, strict=True))
-    return (begin, shape) if all(n > 0 for n in shape) else None
-
-
-def slices(box: Box, origin: Sequence[int]) -> tuple[slice, ...]:
-    """The index of `box` in a tensor whose first element lies at `origin`."""
-    return tuple(slice(b - o, b - o + n) for b, n, o in zip(box[0], box[1], origin, strict=True))
-
-
-def are_exact_cover(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
-    """Whether every element of a tensor of this shape lies in exactly one of the boxes.
-
-    The borders of all boxes cut the tensor into cells, of which each box takes some; parts made by sharding take one
-    each, so this is fast for any number of them.
-    """
-    boxes = [box for box in boxes if 0 not in box[1]]
-    if 0 in shape:
-        return not boxes
-    cuts = []
-    for dim, size in enumerate(shape):
-        borders = {0, size, *(b[dim] for b, _ in boxes), *(b[dim] + s[dim] for b, s in boxes)}
-        if min(borders) < 0 or max(borders) > size:
-            return False
-        cuts.append(sorted(borders))
-    taken: set[tuple[int, ...]] = set()
-    for begin, extent in boxes:
-        ranges = [
-            range(bisect_left(borders, b), bisect_left(borders, b + n))
-            for borders, b, n in zip(cuts, begin, extent, strict=True)
-        ]
-        for cell in itertools.product(*ranges):
-            if cell in taken:
-                return False
-            taken.add(cell)
-    return len(taken) == math.prod(len(borders) - 1 for borders in cuts)

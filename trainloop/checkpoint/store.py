@@ -13,13 +13,14 @@ from typing import Any
 from ..errors import CheckpointError
 from ..paths import parse_absolute_path
 from .agreement import Ranks
+from .clock import Clock
 from .content import Content
 from .disk.fs import FileSystem
-from .disk.housekeeping import clean_up, discard, make_folder, point_latest
+from .disk.housekeeping import discard, make_folder, point_latest, take_folder
 from .disk.lock import FolderLock, is_visible
 from .format.catalog import Catalog
-from .format.integrity import VERIFY_LEVELS, Verify
 from .format.layout import ManifestInfo, step_name
+from .format.verification import VERIFY_LEVELS, Verify
 from .load.loading import find_explicit, find_latest
 from .load.reader import Checkpoint
 from .retention import RetentionPolicy, describe_policies, to_delete
@@ -46,6 +47,7 @@ class CheckpointStore:
         fs: FileSystem | None = None,
         logger: logging.Logger | None = None,
         timeout: timedelta | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """
         Args:
@@ -53,11 +55,13 @@ class CheckpointStore:
             fs: The disk.
             logger: Hears on rank 0 what the user should know. None: the logger "trainloop".
             timeout: How long an async save waits for a rank that is slower in writing. None: 30 minutes.
+            clock: Gives the commits their times; stores that share one have times that can be compared.
         """
         self.path = parse_absolute_path("path", path)
         self._fs = fs if fs is not None else FileSystem()
         self._logger = logger if logger is not None else logging.getLogger("trainloop")
         self._timeout = timeout if timeout is not None else timedelta(minutes=30)
+        self.clock = clock if clock is not None else Clock()
         self._catalog = Catalog(self.path)
         self._buffers = Buffers()
         self._lock: FolderLock | None = None
@@ -81,8 +85,7 @@ class CheckpointStore:
 
         def take(_: Any) -> str:
             make_folder(self._fs, self.path)
-            self._lock = FolderLock(self.path)
-            clean_up(self._fs, self.path, self._logger)
+            self._lock = take_folder(self._fs, self.path, self._logger)
             return self._lock.token
 
         def look() -> None:
@@ -230,7 +233,7 @@ class CheckpointStore:
             "settings": settings or {},
             "stopped_by": stopped_by,
         }
-        return Saving(self._fs, self._catalog, step, about)
+        return Saving(self._fs, self._catalog, step, about, self.clock, self._lock)
 
     def _finish(self, saving: Saving, ranks: Ranks) -> list[Path]:
         """Returns, on rank 0, what the commit has replaced, to be discarded."""
@@ -281,7 +284,10 @@ class CheckpointStore:
 
     def checkpoints(self) -> list[ManifestInfo]:
         """What the readable manifests say, from the oldest commit to the newest. Reads only these; call on any rank."""
-        return self._catalog.infos()
+        infos = self._catalog.infos()
+        for info in infos:
+            self.clock.go_to(info.time)
+        return infos
 
     def resolve(self, which: int | str | Path, verify: Verify = "full") -> Checkpoint | None:
         """Find a checkpoint and verify it; the ranks share that work. Needs no `open`.

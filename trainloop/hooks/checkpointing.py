@@ -5,25 +5,22 @@ from __future__ import annotations
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
-from ..checkpoint.format.foreign import is_importable
 from ..checkpoint.format.layout import step_name
 from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
 from ..paths import parse_absolute_path, parse_path
 from ..ranks import collectives
 from ..records import Records, flatten_nested_dict, is_number
-from ..state.adoption import adopt
 from ..state.pretrained import config_text
-from ..state.resuming import parse_on_resume, settings_to_save, stays_stopped
+from ..state.restoring import Source, restore_from
+from ..state.resuming import parse_on_resume, settings_to_save
 from ..state.saved import content_of
-from ..state.training import resume
 from .metrics import tell_missing_metrics
 
 if TYPE_CHECKING:
@@ -43,10 +40,11 @@ class CheckpointingHook(CheckpointerHook):
         keep_previous: How many commits before the newest stay.
         keep_interval: Steps that are multiples of it stay. 0: none.
         path: Folder, relative to the trainer's `workspace`.
-        load: "latest": resume from the newest healthy one, start fresh only if there is none at all; a step; a path;
-            None: start fresh. A path may also be of what another tool has saved (`accelerator.save_state` or
-            `save_model`, the trainer's origin, a file of weights): what can be taken from it is, and the log says what
-            cannot. These are mostly pickles; they are read with `weights_only=True`, and only if named here.
+        load: "latest": resume from the newest healthy one, of all `CheckpointingHook`s of the run that look for it;
+            start fresh only if there is none at all; a step; a path; None: start fresh. A path may also be of what
+            another tool has saved (`accelerator.save_state` or `save_model`, the trainer's origin, a file of weights):
+            what can be taken from it is, and the log says what cannot. These are mostly pickles; they are read with
+            `weights_only=True`, and only if named here.
         exit_signals: Signals, by number or name, at which all ranks save after the same step and exit.
         exit_code: Of that exit; "128+signal" follows the shell.
         exit_wait: Seconds to wait before that exit.
@@ -138,36 +136,18 @@ class CheckpointingHook(CheckpointerHook):
     # ------------------------------------------------------------------ resume
 
     def restore(self, trainer: BaseTrainer) -> dict[str, Any] | None:
-        self._open(trainer)
-        assert self._store is not None
-        checkpoint = None
-        if _is_foreign(self.load):
-            return self._import(trainer, Path(str(self.load)))
-        if self.load is not None:
-            checkpoint = self._store.resolve(self.load, self.verify)
-        if checkpoint is None:
-            self._run_id = collectives.broadcast_object(uuid.uuid4().hex)
-            trainer.logger.info(f"No checkpoint is loaded from {self._store.path}: the run starts at step 0.")
-            return None
-        state_dict = resume(trainer, checkpoint, self.on_resume)
-        self._run_id = checkpoint.manifest.run_id
-        self._saved_step = trainer.step
-        is_own = checkpoint.folder.parent == self._store.path
-        if is_own and stays_stopped(trainer, checkpoint.manifest, self.on_resume):
-            trainer.control.agreed["stop"] = 1
-        return state_dict
-
-    def _import(self, trainer: BaseTrainer, path: Path) -> dict[str, Any]:
-        assert self._store is not None
-        state_dict = adopt(trainer, path)
-        self._run_id = collectives.broadcast_object(uuid.uuid4().hex)
-        own = self._store.checkpoints()
-        if own:
-            trainer.logger.warning(
-                f"{self._store.path} has checkpoints up to step {max(info.step for info in own)}, which are not loaded,"
-                f' since `load` names {path}. To go on with them, pass "latest".'
-            )
-        return state_dict
+        hooks = [hook for hook in trainer.checkpointers if isinstance(hook, CheckpointingHook)]
+        if self is not hooks[0]:
+            return None  # the first one has looked for all
+        for hook in hooks:
+            hook._open(trainer)
+        sources = [Source(hook._opened, hook.load, hook.verify, hook.on_resume) for hook in hooks]
+        restored = restore_from(trainer, sources)
+        for hook in hooks:
+            hook._run_id = restored.run_id
+            if hook._opened is restored.store:
+                hook._saved_step = trainer.step
+        return restored.state_dict
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._open(trainer)
@@ -191,8 +171,19 @@ class CheckpointingHook(CheckpointerHook):
 
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
-            self._store = CheckpointStore(self.saves_to(trainer), logger=trainer.logger, timeout=collectives.timeout())
+            hooks = [hook for hook in trainer.checkpointers if isinstance(hook, CheckpointingHook)]
+            self._store = CheckpointStore(
+                self.saves_to(trainer),
+                logger=trainer.logger,
+                timeout=collectives.timeout(),
+                clock=next((hook._store.clock for hook in hooks if hook._store is not None), None),
+            )
             self._store.open()
+
+    @property
+    def _opened(self) -> CheckpointStore:
+        assert self._store is not None
+        return self._store
 
     # ------------------------------------------------------------------ save
 
@@ -314,13 +305,6 @@ class CheckpointingHook(CheckpointerHook):
 
 
 _ON_BUSY = ("wait", "skip")
-
-
-def _is_foreign(load: Any) -> bool:
-    """Whether `load` names what another tool has saved: rank 0 looks. Call on every rank."""
-    if not isinstance(load, str | Path) or load == "latest":
-        return False
-    return collectives.broadcast_object(is_importable(Path(load)))
 
 
 def _signals(given: Any) -> list[int]:

@@ -9,6 +9,9 @@ import torch
 from accelerate.utils import set_seed
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.agreement import Ranks
+from ..checkpoint.load.reader import RemovedError
+from ..errors import CheckpointError
 from ..ranks import collectives
 from ..rng import derived_seed, load_rng_state, rng_state
 from .modules import (
@@ -172,13 +175,19 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
         What the hooks' `on_load_state_dict` gets.
 
     Raises:
-        CheckpointError: The checkpoint is not of this model; nothing was changed.
+        RemovedError: On every rank; the checkpoint's run has removed it meanwhile. Another can be read instead.
+        CheckpointError: On every rank; it cannot be read on one of them, or is not of this run's model.
         ValueError: Its optimizer, schedule or data cannot go on in this run's.
     """
     asked, saved = trainer.settings, checkpoint.manifest.settings
-    wins = script_wins(on_resume, asked, saved, checkpoint.folder)
-    state_dict = read_state(trainer, checkpoint)
-    load_run_state(trainer, state_dict, wins)
+    try:
+        wins = script_wins(on_resume, asked, saved, checkpoint.folder)
+        state_dict = _read_together(trainer, checkpoint)
+        load_run_state(trainer, state_dict, wins)
+    except (AttributeError, IndexError, KeyError, TypeError) as ex:  # no run of ours has written that
+        raise CheckpointError(
+            f"{checkpoint.folder} holds state that no run has saved ({type(ex).__name__}: {ex}). Load another one."
+        ) from ex
     trainer.settings = settings_in_force(asked, saved, wins)
     trainer.logger.info(f"Resumed from {checkpoint.folder}: the run goes on after step {trainer.step}.")
     tell_differences(trainer, asked, checkpoint.manifest, wins)
@@ -188,4 +197,21 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
             f" {collectives.world_size()}: model, optimizer and data go on exactly, the random generators of each rank"
             " are seeded anew."
         )
+    return state_dict
+
+
+def _read_together(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
+    """`read_state`; the ranks then vote, so that all raise what one of them met."""
+    state_dict: dict[str, Any] = {}
+
+    def read() -> str:
+        try:
+            state_dict.update(read_state(trainer, checkpoint))
+        except RemovedError as ex:
+            return str(ex)
+        return ""
+
+    removed: list[str] = Ranks().do(read, lambda told: list(filter(None, told)), "Cannot load the checkpoint")
+    if removed:
+        raise RemovedError(removed[0])
     return state_dict

@@ -77,7 +77,12 @@ class FileSystem:
             beside: A free name in the same folder, used on the way.
         """
         os.symlink(target, beside)
-        os.replace(beside, link)
+        try:
+            os.replace(beside, link)
+        except BaseException:  # `link` is a folder, as in a copy that followed links
+            with suppress(OSError):
+                os.unlink(beside)
+            raise
 
     def remove_tree(self, path: Path) -> None:
         """Remove what `path` is: a file, a link, or a folder with all that it holds."""

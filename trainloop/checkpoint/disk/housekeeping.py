@@ -19,9 +19,10 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ..format.catalog import read_manifest
-from ..format.integrity import is_whole
 from ..format.layout import LATEST, REPLACED, TEMPORARY, TRASH, step_name
+from ..format.verification import is_whole
 from .fs import FileSystem
+from .lock import FolderLock
 
 
 def make_folder(fs: FileSystem, folder: Path) -> None:
@@ -75,6 +76,29 @@ def discard(fs: FileSystem, folders: Sequence[Path], token: str) -> None:
         fs.remove_tree(trash)
 
 
+def take_folder(fs: FileSystem, root: Path, logger: logging.Logger, remedy: str | None = None) -> FolderLock:
+    """Take a folder for this process, and put right what a run left behind that died. On a full disk the leftovers go
+    first, or the lock file would have no room.
+
+    Args:
+        fs: The disk.
+        root: The folder.
+        logger: As for `clean_up`.
+        remedy: What whoever wants the folder is to do while another run holds it. None: wait, or take another folder.
+
+    Raises:
+        CheckpointError: Another run holds it.
+    """
+    about = {} if remedy is None else {"remedy": remedy}
+    lock = FolderLock(root, **about, make_room=lambda: clean_up(fs, root, logger))
+    try:
+        clean_up(fs, root, logger)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
 def clean_up(fs: FileSystem, root: Path, logger: logging.Logger) -> None:
     """Put right what a run left behind that died while it wrote. Nobody else may be writing.
 
@@ -84,7 +108,7 @@ def clean_up(fs: FileSystem, root: Path, logger: logging.Logger) -> None:
     for path in root.glob(f"{REPLACED}*"):
         try:
             manifest = read_manifest(path)
-            if is_whole(path, manifest.files):
+            if is_whole(path, manifest):
                 replaced.append((manifest.seq, manifest.step, path))
         except CheckpointError:
             continue

@@ -9,13 +9,21 @@ import secrets
 import socket
 import time
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ...errors import CheckpointError
+from ..format.files import read_regular
 from ..format.layout import LOCK
+from ..format.nested import parse_json
 
 _PATIENCE_SECONDS = 3.0
 """How long a run that was just killed may take to be gone."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_MAX_BYTES = 2**12
+"""Of a lock file."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
@@ -30,28 +38,51 @@ class FolderLock:
         token: What was written into the lock file, a text that no other run writes.
     """
 
-    def __init__(self, folder: Path, remedy: str = "Wait for its end, or give this run another folder") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        remedy: str = "Wait for its end, or give this run another folder",
+        make_room: Callable[[], None] | None = None,
+    ) -> None:
         """
         Args:
             folder: The folder.
             remedy: What whoever wants the folder is to do while another run holds it.
+            make_room: Removes what nobody needs; called, while nobody else has the folder, if the disk is full.
 
         Raises:
             CheckpointError: Another run holds it.
         """
-        self._descriptor = -1
+        self._folder, self._descriptor = folder, -1
         self.token = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
-        self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._lock(folder, remedy)
-            os.ftruncate(self._descriptor, 0)
-            holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime(), "token": self.token}
-            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
-            os.fsync(self._descriptor)  # so that the other nodes see it
+            self._descriptor = self._create(remedy, make_room)
+            _lock(self._descriptor, folder, remedy)
+            try:
+                self._sign()
+            except OSError as ex:
+                if make_room is None or ex.errno not in _FULL:
+                    raise
+                make_room()
+                self._sign()
         except BaseException:
             self.release()
             raise
         _held.add(self)
+
+    def check(self) -> None:
+        """Look whether the folder is still this run's. Somebody may have removed it, or its lock file, by hand.
+
+        Raises:
+            CheckpointError: It is not; another run may write there.
+        """
+        if _token_in(self._folder) != self.token:
+            is_taken = (self._folder / LOCK).exists()
+            why = f"{LOCK} is that of another run ({_holder(self._folder)})" if is_taken else f"{LOCK} was removed"
+            raise CheckpointError(
+                f"{self._folder} is no longer this run's: {why}, and two runs must not write into one folder. Stop the"
+                " other one, if there is one, and start this one again"
+            )
 
     def release(self) -> None:
         """Let another run have the folder. The file stays: whoever unlinked it could unlink another run's."""
@@ -62,36 +93,58 @@ class FolderLock:
     def __del__(self) -> None:
         self.release()  # a store that nobody closed must not lock out the next one of this process
 
-    def _lock(self, folder: Path, remedy: str) -> None:
+    def _create(self, remedy: str, make_room: Callable[[], None] | None) -> int:
         try:
-            import fcntl
-        except ImportError:  # Windows
+            return os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as ex:
+            if make_room is None or ex.errno not in _FULL:
+                raise
+        # Without the file there is nothing to lock but the folder itself.
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # NFS locks no folders
+                _lock(descriptor, self._folder, remedy)
+            make_room()
+        finally:
+            os.close(descriptor)
+        return os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def _sign(self) -> None:
+        """Say in the lock file who holds it."""
+        os.ftruncate(self._descriptor, 0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime(), "token": self.token}
+        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+        os.fsync(self._descriptor)  # so that the other nodes see it
+
+
+def _lock(descriptor: int, folder: Path, remedy: str) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        end = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as ex:
+            if ex.errno in _UNSUPPORTED:
                 return
-            except OSError as ex:
-                if ex.errno in _UNSUPPORTED:
-                    return
-                if ex.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-            if time.monotonic() > end:
-                raise CheckpointError(f"{folder} is in use by another run ({_holder(folder)}). {remedy}")
-            time.sleep(0.05)
+            if ex.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        if time.monotonic() > end:
+            raise CheckpointError(f"{folder} is in use by another run ({_holder(folder)}). {remedy}")
+        time.sleep(0.05)
 
 
 def is_visible(folder: Path, token: str) -> bool:
     """Whether the lock file that this process sees is the one with `token`; waits a little for network file systems."""
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        try:
+        with suppress(OSError):
             os.listdir(folder)  # has NFS look again
-            if json.loads((folder / LOCK).read_text()).get("token") == token:
-                return True
-        except (OSError, ValueError):
-            pass
+        if _token_in(folder) == token:
+            return True
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
@@ -99,10 +152,22 @@ def is_visible(folder: Path, token: str) -> bool:
 
 def _holder(folder: Path) -> str:
     try:
-        holder = json.loads((folder / LOCK).read_text())
+        holder = _read(folder)
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "which has not said its name"
+
+
+def _token_in(folder: Path) -> str | None:
+    """What the holder of a folder has written into the lock file; None: there is none, or it cannot be read."""
+    try:
+        return str(_read(folder)["token"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(folder: Path) -> Any:
+    return parse_json(read_regular(folder, LOCK, _MAX_BYTES))
 
 
 def _close_in_child() -> None:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError
-from .foreign import DISTINCT_KINDS, describe_folder, foreign_kind, is_importable
-from .layout import MANIFEST, Manifest, ManifestInfo, NewerFormatError, parse_manifest, parse_step_name, step_name
+from .files import open_regular, read_regular
+from .foreign import DISTINCT_KINDS, describe_folder, foreign_kind, has_manifest, is_importable
+from .layout import (
+    MANIFEST,
+    SEAL_BYTES,
+    Manifest,
+    ManifestInfo,
+    NewerFormatError,
+    parse_manifest,
+    parse_step_name,
+    seal_of,
+    state_file,
+    step_name,
+)
+from .limits import MAX_JSON_BYTES, MAX_WHOLE
 
 
 def read_manifest_text(folder: Path) -> str:
@@ -17,13 +31,32 @@ def read_manifest_text(folder: Path) -> str:
         CheckpointError: It cannot be read.
     """
     try:
-        return (folder / MANIFEST).read_bytes().decode()
+        return read_regular(folder, MANIFEST, MAX_JSON_BYTES).decode()
     except FileNotFoundError as ex:
         raise CheckpointError(f"{MANIFEST} is missing") from ex
     except UnicodeDecodeError as ex:
         raise CheckpointError(f"{MANIFEST} is damaged: it is no text") from ex
     except OSError as ex:
         raise CheckpointError(f"{MANIFEST} cannot be read ({ex.strerror or ex})") from ex
+
+
+def is_there(folder: Path, seal: str) -> bool:
+    """Whether a folder still holds the commit whose manifest has this seal: its run may have removed it, or saved its
+    step again.
+    """
+    try:
+        with open_regular(folder, MANIFEST) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - SEAL_BYTES))
+            return seal_of(file.read(SEAL_BYTES)) == seal
+    except OSError:
+        return False
+
+
+def follow_links(folder: Path) -> Path:
+    """The folder that a link leads to. To be asked once for a checkpoint: the link `latest` of a run moves on."""
+    while folder.is_symlink():
+        folder = folder.parent / os.readlink(folder)
+    return folder
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -47,9 +80,25 @@ def read_own_manifest(folder: Path) -> Manifest:
         manifest = read_manifest(folder)
     except NewerFormatError as ex:
         raise NewerFormatError(f"{folder}: {ex}") from ex
+    check_own(folder, manifest)
+    return manifest
+
+
+def check_own(folder: Path, manifest: Manifest) -> None:
+    """Raise unless a manifest can be that of a checkpoint of this name.
+
+    Raises:
+        CheckpointError: The folder has the name of another step, or nested state is missing.
+    """
     if parse_step_name(folder.name) not in (manifest.step, None):
         raise CheckpointError(f"{MANIFEST} is that of step {manifest.step}")
-    return manifest
+    # The number first: it may be any, and is counted up to below.
+    has_state = manifest.world_size < len(manifest.files) and state_file(None) in manifest.files
+    if not has_state or any(state_file(rank) not in manifest.files for rank in range(manifest.world_size)):
+        raise CheckpointError(
+            f"{MANIFEST} is damaged: the nested state of the run, or of one of {manifest.world_size} ranks, is none of"
+            " its files"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,8 +136,18 @@ class Catalog:
         return [entry.info for entry in self.entries() if entry.info is not None]
 
     def next_seq(self) -> int:
-        """Number of the next commit."""
-        return max((info.seq for info in self.infos()), default=0) + 1
+        """Number of the next commit.
+
+        Raises:
+            CheckpointError: There is no next number.
+        """
+        newest = max(self.infos(), key=lambda info: info.seq, default=None)
+        if newest is not None and newest.seq >= MAX_WHOLE:
+            raise CheckpointError(
+                f"{step_name(newest.step)} says that it is commit {newest.seq}, after which none can be counted. No"
+                " run has written that: remove it"
+            )
+        return newest.seq + 1 if newest is not None else 1
 
     def explicit(self, which: int | str | Path) -> Path:
         """The folder of a step, or the folder itself if it is a checkpoint.
@@ -102,10 +161,9 @@ class Catalog:
                 steps = ", ".join(str(info.step) for info in sorted(self.infos(), key=lambda info: info.step))
                 raise CheckpointError(f"{self.root} has no checkpoint of step {which}, only of: {steps or 'no step'}")
             return folder
-        folder = Path(which)
-        if not (folder / MANIFEST).is_file():
-            raise CheckpointError(f"{folder} is not a checkpoint of trainloop: it {describe_folder(folder)}")
-        return folder
+        if not has_manifest(Path(which)):
+            raise CheckpointError(f"{which} is not a checkpoint of trainloop: it {describe_folder(Path(which))}")
+        return follow_links(Path(which))
 
     def latest(self) -> list[Entry]:
         """All folders with a step's name in the order in which they are to be tried: the healthy from new to old, then

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
-from .layout import REPLACED, TEMPORARY, TRASH, parse_step_name
+from .layout import MANIFEST, REPLACED, TEMPORARY, TRASH, parse_step_name
 
 _MODEL_FILES = {
     "model.safetensors",
@@ -40,27 +41,41 @@ IMPORTABLE = frozenset({"accelerate", "origin", "safetensors", "torch", "trainer
 """The kinds that `importing` opens."""
 
 
+def has_manifest(path: Path) -> bool:
+    """Whether a folder has a manifest, readable or not: then it is a checkpoint of ours, whatever else lies there."""
+    return os.path.lexists(path / MANIFEST)
+
+
 def is_importable(path: Path) -> bool:
-    """Whether a file or folder looks like something that `importing.open_foreign` takes."""
-    return path.exists() and foreign_kind(path) in IMPORTABLE
+    """Whether a file or folder looks like something that `importing.open_foreign` takes. A folder with a manifest, or
+    one with checkpoints in it, is ours.
+    """
+    return path.exists() and not has_manifest(path) and not _steps_in(path) and foreign_kind(path) in IMPORTABLE
 
 
 def describe_folder(path: Path) -> str:
     """What a path is that was given for a checkpoint: the rest of a sentence that begins with "it"."""
     if not path.exists():
         return "does not exist"
+    if steps := _steps_in(path):
+        return f"holds checkpoints; give one of them: {', '.join(steps[:5])}{', ...' if len(steps) > 5 else ''}"
     kind = foreign_kind(path)
     if kind is not None:
         return f"{'holds' if kind in _FILES and path.is_dir() else 'looks like'} {_LOADERS[kind]}"
     if path.is_file():
         return "is a file, but a checkpoint is a folder"
+    if not path.is_dir():
+        return "is neither a file nor a folder"
     names = sorted(child.name for child in path.iterdir())
-    if steps := [name for name in names if parse_step_name(name) is not None]:
-        return f"holds checkpoints; give one of them: {', '.join(steps[:5])}{', ...' if len(steps) > 5 else ''}"
     if path.name.startswith((TEMPORARY, REPLACED, TRASH)):
         return "is what a save or a removal left behind that did not end"
     visible = [name for name in names if not name.startswith(".")]
     return f"has no manifest.json, only: {', '.join(visible[:5])}" if visible else "is empty"
+
+
+def _steps_in(path: Path) -> list[str]:
+    names = (child.name for child in path.iterdir()) if path.is_dir() else ()
+    return sorted(name for name in names if parse_step_name(name) is not None)
 
 
 def foreign_kind(path: Path) -> str | None:

@@ -22,7 +22,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ...errors import CheckpointError
-from .nested import decode, encode
+from .checks import finite, mapping, number, shown, text, whole
+from .limits import MAX_FILES, MAX_JSON_BYTES, MAX_TENSORS
+from .nested import decode, encode, parse_json
+from .tables import STATE, FileRecord, TensorRecord, read_files, read_tensors
 
 FORMAT = "trainloop checkpoint"
 VERSION = 2
@@ -32,11 +35,12 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 LOCK = ".lock"
 TEMPORARY, REPLACED, TRASH = ".tmp-", ".replaced-", ".trash-"
-STATE = "state"
-"""The folder of what is not in a group, so no group may have this name."""
 
 _STEP_NAME = re.compile(r"step_(\d{7,})")
 _SEAL = '"crc32": '
+_SEAL_AT_END = re.compile(rb'"crc32": "([0-9a-f]{8})"\n}\n\Z')
+SEAL_BYTES = 32
+"""Bytes at the end of a manifest that have the seal in them."""
 
 
 def step_name(step: int) -> str:
@@ -91,37 +95,6 @@ def tensors_beside(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """A file as it was written."""
-
-    num_bytes: int
-    crc32: int
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor, which lies in a file under `key`."""
-
-    file: str
-    key: str
-    offset: tuple[int, ...]
-    """Where the box begins in the tensor; () for a 0-dim one."""
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A tensor: the chunks cover it, and none overlaps another."""
-
-    dtype: str
-    """As torch names it, "bfloat16"."""
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-    alias_of: str | None = None
-    """The tensor of the same group that shares its memory (tied weights); the bytes are stored under that name only."""
-
-
-@dataclass(frozen=True)
 class ManifestInfo:
     """What is decided by: which checkpoint is loaded, which are kept."""
 
@@ -155,6 +128,8 @@ class Manifest(ManifestInfo):
     """By group and name."""
     settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """The settings of the run, by flat name; empty: they were not written down."""
+    seal: str = field(default="", kw_only=True, compare=False)
+    """The CRC-32 at the end of its text, by which one commit is told from another; "" before it is written."""
 
     def info(self) -> ManifestInfo:
         """The small part, without the tables of files and tensors."""
@@ -166,44 +141,61 @@ class NewerFormatError(CheckpointError):
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """The manifest as JSON. Its last entry is the CRC-32 of all text before that entry."""
+    """The manifest as JSON. Its last entry is the CRC-32 of all text before that entry.
+
+    Raises:
+        CheckpointError: It is larger than what `parse_manifest` takes.
+    """
     content = {"format": FORMAT, "version": VERSION, **vars(manifest)}
+    del content["seal"]
     content["metrics"], _ = encode(dict(manifest.metrics))
     content["retention"], _ = encode(manifest.retention)
     content["settings"], _ = encode(dict(manifest.settings))
-    return _sealed(_lines(content, 3).removesuffix("\n}") + ",\n ")
+    written = _sealed(_lines(content, 3).removesuffix("\n}") + ",\n ")
+    num_tensors = sum(map(len, manifest.tensors.values()))
+    for what, found, most in (
+        ("bytes", len(written), MAX_JSON_BYTES),
+        ("files", len(manifest.files), MAX_FILES),
+        ("tensors", num_tensors, MAX_TENSORS),
+    ):
+        if found > most:
+            raise CheckpointError(f"{MANIFEST} would have {found} {what}, but can have {most} at most")
+    return written
 
 
 def parse_manifest(text: str) -> Manifest:
-    """The inverse of `manifest_text`.
+    """The inverse of `manifest_text`. Whoever wrote it: what is returned has the right types, names only files inside
+    the checkpoint, and its chunks make up the tensors.
 
     Raises:
         NewerFormatError: It is a manifest, of a later version than ours.
-        CheckpointError: It is none, or not every character is as it was written.
+        CheckpointError: It is none, or not as it was written, or not possible.
     """
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as ex:
         raise CheckpointError(f"{MANIFEST} is damaged: it is no JSON ({ex})") from ex
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f'{MANIFEST} is not one of trainloop\'s: it has no `"format": "{FORMAT}"`')
     if text != _sealed(text[: text.rfind(_SEAL)]):
         raise CheckpointError(f"{MANIFEST} is damaged: its text is not what was written (CRC-32 differs)")
-    if content["version"] > VERSION:
-        raise NewerFormatError(
-            f"{MANIFEST} has version {content['version']} of the format, but this trainloop reads versions up to"
-            f" {VERSION}; it was written with {content.get('versions')}. Update trainloop to read it"
-        )
-    own: dict[str, Any] = {field.name: content[field.name] for field in fields(Manifest) if field.name in content}
-    own["metrics"] = decode(own["metrics"], {})
-    own["retention"] = decode(own.get("retention"), {})
-    own["settings"] = decode(own.get("settings", {}), {})
-    own["files"] = {path: FileRecord(**record) for path, record in own["files"].items()}
-    own["tensors"] = {
-        group: {name: _tensor_record(record) for name, record in tensors.items()}
-        for group, tensors in own["tensors"].items()
-    }
-    return Manifest(**own)
+    try:
+        if whole("version", content["version"], 1) > VERSION:
+            raise NewerFormatError(
+                f"{MANIFEST} has version {content['version']} of the format, but this trainloop reads versions up to"
+                f" {VERSION}; it was written with {shown(content.get('versions'))}. Update trainloop to read it"
+            )
+        return _manifest(content)
+    except KeyError as ex:
+        raise CheckpointError(f"{MANIFEST} is damaged: it has no {ex}") from ex
+    except (ArithmeticError, IndexError, TypeError, ValueError) as ex:
+        raise CheckpointError(f"{MANIFEST} is damaged: {ex}") from ex
+
+
+def seal_of(end: bytes) -> str:
+    """The seal of a manifest, by the last bytes of its text; "": there is none."""
+    match = _SEAL_AT_END.search(end)
+    return match[1].decode() if match else ""
 
 
 def _lines(value: Any, depth: int, indent: str = "\n ") -> str:
@@ -218,8 +210,38 @@ def _sealed(body: str) -> str:
     return f'{body}{_SEAL}"{zlib.crc32(body.encode()):08x}"\n}}\n'
 
 
-def _tensor_record(record: dict[str, Any]) -> TensorRecord:
-    chunks = tuple(
-        Chunk(chunk["file"], chunk["key"], tuple(chunk["offset"]), tuple(chunk["shape"])) for chunk in record["chunks"]
+# ---------------------------------------------------------------------- reading, with suspicion
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    metrics = mapping("metrics", decode(content["metrics"], {}), MAX_TENSORS)
+    files = read_files(content["files"])
+    return Manifest(
+        step=whole("step", content["step"]),
+        seq=whole("seq", content["seq"]),
+        run_id=text("run_id", content["run_id"]),
+        time=finite("time", content["time"]),
+        world_size=whole("world_size", content["world_size"], 1),
+        health=_flag("health", content["health"]),
+        metrics={text("metrics", name): number(name, value) for name, value in metrics.items()},
+        num_bytes=whole("num_bytes", content["num_bytes"]),
+        retention=_retention(decode(content.get("retention"), {})),
+        versions={n: text(n, v) for n, v in mapping("versions", content["versions"], MAX_FILES).items()},
+        files=files,
+        tensors=read_tensors(content["tensors"], files),
+        settings=mapping("settings", decode(content.get("settings", {}), {}), MAX_TENSORS),
+        stopped_by=text("stopped_by", content.get("stopped_by", "")),
+        seal=content["crc32"],
     )
-    return TensorRecord(record["dtype"], tuple(record["shape"]), chunks, record["alias_of"])
+
+
+def _flag(name: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"`{name}` must be true or false, but is {shown(value)}")
+    return value
+
+
+def _retention(value: Any) -> Sequence[Mapping[str, Any]] | None:
+    if value is not None and (type(value) is not list or any(type(policy) is not dict for policy in value)):
+        raise ValueError(f"`retention` must be a list of policies, but is {shown(value)}")
+    return value

@@ -17,6 +17,7 @@ a tensor               {"$tensor": "rng/torch"}     its name in the file beside
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ...errors import describe
+from .limits import MAX_JSON_DEPTH
 
 Json: TypeAlias = Any
 
@@ -34,9 +36,12 @@ _MAPPINGS = {"$Counter": Counter, "$OrderedDict": OrderedDict}
 _FACTORIES = {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
 """What a `defaultdict` may make its missing values with."""
 _TAGS: dict[type, str] = {kind: tag for tag, kind in [*_SEQUENCES.items(), *_MAPPINGS.items()]}
+_CONTAINERS = {dict, list, deque, defaultdict, *_TAGS}
 _NUMPY = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
 _NUMPY |= {"float16", "float32", "float64", "str"}
 """Scalars of numpy that JSON holds exactly, by the name of their type."""
+RESERVED_NAME = "__metadata__"
+"""No tensor in a safetensors file can have this name."""
 
 
 def encode(nested: Any) -> tuple[Json, dict[str, torch.Tensor]]:
@@ -51,48 +56,98 @@ def encode(nested: Any) -> tuple[Json, dict[str, torch.Tensor]]:
 
     Raises:
         TypeError: Something else is in there, a subclass of these included; the error says where.
+        ValueError: It is nested too deep.
     """
     tensors: dict[str, torch.Tensor] = {}
     return _encode(nested, (), tensors), tensors
 
 
-def decode(value: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `encode`."""
-    if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
+def decode(value: Json, tensors: Mapping[str, torch.Tensor], depth: int = 0) -> Any:
+    """The inverse of `encode`.
+
+    Args:
+        value: JSON values.
+        tensors: By the names that stand in `value`.
+        depth: Levels above `value`.
+
+    Raises:
+        KeyError: A tensor is not among `tensors`.
+        ArithmeticError, IndexError, TypeError, ValueError: `encode` has not written it, or it is nested too deep.
+    """
+    if not isinstance(value, list | dict):
         return value
-    if len(value) == 1:
-        (tag, payload), *_ = value.items()
+    if isinstance(value, dict) and len(value) == 1:
+        ((tag, payload),) = value.items()
         if tag.startswith("$"):
-            return _decode_tagged(tag, payload, tensors)
-    return {key: decode(item, tensors) for key, item in value.items()}
+            return _decode_tagged(tag, payload, tensors, depth)
+    _check_depth(depth)
+    if isinstance(value, list):
+        return [decode(item, tensors, depth + 1) for item in value]
+    return {key: decode(item, tensors, depth + 1) for key, item in value.items()}
 
 
-def _decode_tagged(tag: str, payload: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
+def parse_json(text: str | bytes) -> Json:
+    """JSON as the standard has it.
+
+    Raises:
+        ValueError: It is none, is not UTF-8, holds NaN or infinity as a number, or is nested deeper than can be parsed.
+    """
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=_refuse)
+    except RecursionError as ex:
+        raise ValueError("it is nested too deep") from ex
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _check_depth(depth: int) -> None:
+    if depth >= MAX_JSON_DEPTH:
+        raise ValueError(f"State must have at most {MAX_JSON_DEPTH} levels of mappings and lists, but has more")
+
+
+def _as_complex(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point() or not tensor.dim() or tensor.shape[-1] != 2:
+        raise ValueError(f"a tensor of {tensor.dtype} and shape {list(tensor.shape)} is not that of complex numbers")
+    return torch.view_as_complex(tensor)
+
+
+def _decode_tagged(tag: str, payload: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> Any:
     if tag == "$float":
         return float(payload)
-    if tag == "$items":
-        return {decode(key, tensors): decode(item, tensors) for key, item in payload}
     if tag == "$tensor":
         return tensors[payload]
     if tag == "$complex":
-        return torch.view_as_complex(tensors[payload])
-    if tag in _SEQUENCES:
-        return _SEQUENCES[tag](decode(item, tensors) for item in payload)
-    if tag in _MAPPINGS:
-        return _MAPPINGS[tag]({decode(key, tensors): decode(item, tensors) for key, item in payload})
-    if tag == "$deque":
-        items, length = payload
-        return deque((decode(item, tensors) for item in items), length)
-    if tag == "$defaultdict":
-        factory, items = payload
-        return defaultdict(_FACTORIES[factory], {decode(key, tensors): decode(item, tensors) for key, item in items})
+        return _as_complex(tensors[payload])
     if tag == "$numpy" and payload[0] in _NUMPY:
         import numpy
 
-        return numpy.dtype(payload[0]).type(decode(payload[1], tensors))
+        if isinstance(payload[1], list):
+            raise ValueError("a scalar of numpy cannot be a list")
+        return numpy.dtype(payload[0]).type(decode(payload[1], tensors, depth))
+    _check_depth(depth)
+    if tag in _SEQUENCES:
+        return _SEQUENCES[tag](_decode_all(payload, tensors, depth))
+    if tag == "$items":
+        return _decode_items(payload, tensors, depth)
+    if tag in _MAPPINGS:
+        return _MAPPINGS[tag](_decode_items(payload, tensors, depth))
+    if tag == "$deque":
+        items, length = payload
+        return deque(_decode_all(items, tensors, depth), length)
+    if tag == "$defaultdict":
+        factory, items = payload
+        return defaultdict(_FACTORIES[factory], _decode_items(items, tensors, depth))
     raise ValueError(f"nothing is known of the type {tag!r}")
+
+
+def _decode_all(values: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> list[Any]:
+    return [decode(item, tensors, depth + 1) for item in values]
+
+
+def _decode_items(pairs: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> dict[Any, Any]:
+    return {decode(key, tensors, depth + 1): decode(item, tensors, depth + 1) for key, item in pairs}
 
 
 def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> Json:
@@ -103,6 +158,8 @@ def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor])
         if value.is_complex():  # see `tensorfile`
             return {"$complex": _put(torch.view_as_real(value.detach().resolve_conj()), path, tensors)}
         return {"$tensor": _put(value, path, tensors)}
+    if kind in _CONTAINERS:
+        _check_depth(len(path))
     if kind is dict:
         if all(type(key) is str and not key.startswith("$") for key in value):
             return {key: _encode(item, (*path, key), tensors) for key, item in value.items()}
@@ -151,7 +208,7 @@ def _put(tensor: torch.Tensor, path: tuple[Any, ...], tensors: dict[str, torch.T
         )
     name = base = "/".join(map(str, path)) or "tensor"
     suffix = 1
-    while name in tensors:  # {"a/b": t} and {"a": {"b": t}}
+    while name in tensors or name == RESERVED_NAME:  # {"a/b": t} and {"a": {"b": t}}
         suffix += 1
         name = f"{base}~{suffix}"
     tensors[name] = tensor

@@ -1,7 +1,8 @@
-"""Tensors in the safetensors format.
+"""Tensors in the safetensors format, written and read here.
 
-Whole files are read by safetensors itself. They are written here, because its `save_file` goes through a temporary file
-of mode 0600, turns a full disk into an error without its number, and leaves the checksum to a second reading.
+safetensors' `save_file` goes through a temporary file of mode 0600, turns a full disk into an error without its number,
+and leaves the checksum to a second reading. Its reader follows links and maps the file: if the file is cut off while it
+is read, the process dies.
 
 A complex tensor is stored as a real one with a last dimension of 2: most versions of safetensors know no complex dtype.
 """
@@ -9,11 +10,12 @@ A complex tensor is stored as a real one with a last dimension of 2: most versio
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import math
+import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -21,37 +23,16 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
+from .boxes import Box, slices
+from .checks import mapping, shown, sizes, text
+from .dtypes import DTYPES_BY_CODE, dtype_code, dtype_name
+from .files import open_regular
 from .integrity import Buffer
+from .limits import MAX_HEADER_BYTES, MAX_TENSORS
+from .nested import RESERVED_NAME, parse_json
 
-CODES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-}
-"""The format's name of a dtype, by torch's. Only those that every version of safetensors reads which we allow."""
-
-
-@functools.cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """Torch's own name, "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def as_real(tensor: torch.Tensor) -> torch.Tensor:
-    """The form in which a tensor is stored, sharing its memory: what is real as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+_PIECE_BYTES = 2**24
+"""Read at once where values go to a device or to a part of a tensor's rows."""
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
@@ -60,7 +41,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     Raises:
         TypeError: Its dtype or layout is not one that safetensors knows, or it holds no data.
     """
-    if _code(tensor.dtype) is None:
+    if dtype_code(tensor.dtype) is None:
         raise TypeError(
             f"Tensor {name} has dtype {dtype_name(tensor.dtype)}, which the safetensors format does not have."
         )
@@ -81,6 +62,9 @@ def header(
 
     Returns:
         The bytes, and the names in the order in which the bytes of the tensors are to follow.
+
+    Raises:
+        ValueError: There are too many tensors for one header.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Wide elements first, so that each tensor is aligned to its own.
@@ -90,10 +74,15 @@ def header(
         dtype, shape = described[name]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         stored_shape = [*shape, 2] if dtype.is_complex else list(shape)
-        entries[name] = {"dtype": _code(dtype), "shape": stored_shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, order
+        entries[name] = {"dtype": dtype_code(dtype), "shape": stored_shape, "data_offsets": [begin, end]}
+    written = json.dumps(entries, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)
+    if len(written) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"The header of a file of {len(order)} tensors would have {len(written)} bytes, but can have"
+            f" {MAX_HEADER_BYTES} at most. Save fewer tensors, or with shorter names."
+        )
+    return struct.pack("<Q", len(written)) + written, order
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[Buffer]:
@@ -107,35 +96,69 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
     return [begin, *(bytes_of(tensors[name]) for name in order if tensors[name].nbytes)]
 
 
-def load(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, on the CPU.
+@contextmanager
+def open_tensors(folder: Path, path: str) -> Iterator[TensorFile]:
+    """A file of tensors in a checkpoint.
 
     Raises:
-        CheckpointError: The file cannot be read.
+        CheckpointError: It cannot be read, here or while it is in use.
     """
-    import safetensors.torch
-
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as ex:
-        raise CheckpointError(f"{path} cannot be read: {ex}") from ex
+        with open_regular(folder, path) as file:
+            yield TensorFile(file, path)
+    except OSError as ex:
+        raise CheckpointError(f"{folder / path} cannot be read: {ex.strerror or ex}") from ex
 
 
 class TensorFile:
-    """A safetensors file to be read in parts. safetensors itself maps the file, and what was looked at once counts as
-    memory of the process as long as it is open.
+    """A safetensors file to be read in parts.
+
+    Attributes:
+        stored: Dtype and shape of each tensor as it is stored, by its name.
     """
 
-    def __init__(self, file: BufferedReader) -> None:
+    def __init__(self, file: BufferedReader, path: str) -> None:
         """
         Args:
             file: The file, open for reading.
+            path: What it is called in an error.
+
+        Raises:
+            CheckpointError: Its header is not one of the format, or not that of a file of this size.
         """
-        self._file = file
-        (length,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        self._begins = {key: 8 + length + entry["data_offsets"][0] for key, entry in entries.items()}
+        self._file, self._path = file, path
+        try:
+            self._begins, self.stored = _read_header(file)
+        except (KeyError, TypeError, ValueError) as ex:
+            raise CheckpointError(f"{path} is damaged: its header is not as safetensors has it ({ex})") from ex
+
+    def check(self, key: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        """Raise unless a tensor is stored as the manifest says.
+
+        Raises:
+            CheckpointError: It is not there, or has another dtype or shape.
+        """
+        expected = (dtype.to_real() if dtype.is_complex else dtype, (*shape, 2) if dtype.is_complex else tuple(shape))
+        found = self.stored.get(key)
+        if found != expected:
+            has = "does not have" if found is None else f"has as {_told(*found)}"
+            raise CheckpointError(f"{self._path} is damaged: it {has} {shown(key)}, which should be {_told(*expected)}")
+
+    def empty(self, device: str) -> dict[str, torch.Tensor]:
+        """Tensors like those that are stored."""
+        return {key: torch.empty(shape, dtype=dtype, device=device) for key, (dtype, shape) in self.stored.items()}
+
+    def read_all(self) -> dict[str, torch.Tensor]:
+        """All tensors, on the CPU.
+
+        Raises:
+            CheckpointError: The file ends before.
+        """
+        tensors = self.empty("cpu")
+        for key, tensor in tensors.items():
+            if tensor.numel():
+                self.read_into(key, 0, bytes_of(tensor))
+        return tensors
 
     def read_into(self, key: str, offset: int, memory: memoryview) -> None:
         """Fill memory with the bytes of a tensor from `offset` on.
@@ -145,7 +168,63 @@ class TensorFile:
         """
         self._file.seek(self._begins[key] + offset)
         if self._file.readinto(memory) != len(memory):
-            raise CheckpointError(f"{self._file.name} ends in the middle of {key}")
+            raise CheckpointError(f"{self._path} ends in the middle of {key}")
+
+    @torch.no_grad()
+    def read_box(self, key: str, box: Box, target: torch.Tensor) -> None:
+        """Fill a tensor with a part of a stored one, bit by bit.
+
+        Args:
+            key: The stored tensor, which has passed `check` with the dtype of `target`.
+            box: The part.
+            target: Of the part's shape, on any device; any view.
+        """
+        if not target.numel():
+            return
+        _, shape = self.stored[key]
+        shape = shape[:-1] if target.is_complex() else shape
+        begin, extent = (box[0] or (0,)), (box[1] or (1,))
+        row_shape = shape[1:]
+        row_bytes = math.prod(row_shape) * target.element_size()
+        has_whole_rows = extent[1:] == tuple(row_shape)
+        if has_whole_rows and target.device.type == "cpu" and is_plain(target):
+            self.read_into(key, begin[0] * row_bytes, bytes_of(target))
+            return
+        target = target if target.dim() else target.unsqueeze(0)
+        index = (slice(None), *slices((begin[1:], extent[1:]), (0,) * len(row_shape)))
+        num_rows = extent[0] if is_expanded(target) else max(1, _PIECE_BYTES // row_bytes)
+        for first in range(0, extent[0], num_rows):
+            rows = torch.empty((min(num_rows, extent[0] - first), *row_shape), dtype=target.dtype)
+            self.read_into(key, (begin[0] + first) * row_bytes, bytes_of(rows))
+            fill(target[first : first + num_rows], rows[index])
+
+
+def fill(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values, on the CPU, into any view.
+
+    Raises:
+        CheckpointError: Elements of an expanded tensor, which are the same memory, would have to be different.
+    """
+    if is_expanded(target):
+        sizes_strides = zip(target.shape, target.stride(), strict=True)
+        first = tuple(slice(0, 1) if stride == 0 else slice(None) for size, stride in sizes_strides)
+        if not _same_bits(values, values[first].expand_as(values)):
+            raise CheckpointError(
+                f"A tensor of shape {list(target.shape)} is expanded, so some of its elements are the same memory, but"
+                " they were saved with different values. Make it contiguous in the model"
+            )
+        target, values = target[first], values[first]
+    target.copy_(values)
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether elements along a dimension are the same memory, as those of `Tensor.expand` are."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the bytes in memory are the values, one after the other."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -153,6 +232,38 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-@functools.cache
-def _code(dtype: torch.dtype) -> str | None:
-    return CODES.get(dtype_name(dtype.to_real() if dtype.is_complex else dtype))
+def _read_header(file: BufferedReader) -> tuple[dict[str, int], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """Where each tensor begins in the file, and its dtype and shape; every byte after the header is that of one."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+    if not 0 <= length <= min(MAX_HEADER_BYTES, num_bytes - 8):
+        raise ValueError(f"of {length} bytes in a file of {num_bytes}")
+    entries = mapping("header", parse_json(file.read(length)), MAX_TENSORS)
+    entries.pop(RESERVED_NAME, None)
+    begins: dict[str, int] = {}
+    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    places = []
+    for key, entry in entries.items():
+        dtype, shape = DTYPES_BY_CODE[text("dtype", entry["dtype"])], sizes("shape", entry["shape"])
+        begin, end = sizes("data_offsets", entry["data_offsets"])
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{shown(key)} has {end - begin} bytes, which are not those of {_told(dtype, shape)}")
+        places.append((begin, end))
+        begins[key], stored[key] = 8 + length + begin, (dtype, shape)
+    last = 0
+    for begin, end in sorted(places):
+        if begin != last:
+            raise ValueError(f"tensors overlap or leave a gap at byte {begin}")
+        last = end
+    if last != num_bytes - 8 - length:
+        raise ValueError(f"of tensors with {last} bytes, but {num_bytes - 8 - length} follow")
+    return begins, stored
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+
+
+def _told(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{dtype_name(dtype)} {shown(list(shape))}"

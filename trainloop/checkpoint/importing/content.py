@@ -11,7 +11,8 @@ import torch
 
 from ...errors import CheckpointError
 from ..content import is_dtensor
-from ..sharding import local_box, local_tensor, slices
+from ..format.boxes import slices
+from ..sharding import local_box, local_tensor
 
 Described: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"
 """Shape and dtype by name."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from ..format.tensorfile import CODES
-from ..sharding import local_box, local_tensor, slices
+from ..format.boxes import slices
+from ..format.dtypes import DTYPES_BY_CODE
+from ..sharding import local_box, local_tensor
 from .content import Described, Foreign, TensorSource, check_whole, is_flat, load_pickle
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
-_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in CODES.items()}
 _WRAPPED = ("state_dict", "model_state_dict", "model", "module")
 """Under which people put a model's state into a dict that they save."""
 _NOT_TAKEN = (
@@ -44,9 +44,9 @@ class SafetensorsFiles:
                 for name in names:
                     part = file.get_slice(name)
                     code = part.get_dtype()
-                    if code not in _DTYPES:
+                    if code not in DTYPES_BY_CODE:
                         raise CheckpointError(f"{path}: {name} has the dtype {code}, which cannot be read")
-                    self._described[name] = (tuple(part.get_shape()), _DTYPES[code])
+                    self._described[name] = (tuple(part.get_shape()), DTYPES_BY_CODE[code])
 
     def described(self) -> Described:
         return dict(self._described)

@@ -10,11 +10,14 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..agreement import Ranks
-from ..format.catalog import Catalog, Entry, read_manifest_text
-from ..format.integrity import Verify, find_problems
-from ..format.layout import Manifest, NewerFormatError, parse_manifest
+from ..format.catalog import Catalog, Entry, check_own, is_there, read_manifest_text
+from ..format.layout import LATEST, Manifest, NewerFormatError, parse_manifest
+from ..format.verification import Verify, find_problems
 from ..sharding import split_by_bytes
-from .reader import Checkpoint
+from .reader import Checkpoint, RemovedError
+
+_PATIENCE = 3
+"""How often the run that saves into a folder may remove the checkpoint that is just being verified."""
 
 
 @dataclass
@@ -30,61 +33,99 @@ def find_explicit(catalog: Catalog, which: int | str | Path, verify: Verify) -> 
     """The checkpoint of a step or path. Call on every rank.
 
     Raises:
+        RemovedError: Its run has removed it meanwhile.
         CheckpointError: It is not there, or damaged.
     """
     ranks = Ranks()
-    folder = ranks.do(_nothing, lambda _: catalog.explicit(which), "Cannot load the checkpoint")
-    manifest, problem = _try(folder, verify, ranks)
-    if manifest is None:
-        raise CheckpointError(f"{folder} is damaged: {problem}. It was asked for by name, so no other is loaded.")
-    return Found(Checkpoint(folder, manifest))
+    for _ in range(_PATIENCE if is_link_to_latest(which) else 1):
+        folder = ranks.do(_nothing, lambda _: catalog.explicit(which), "Cannot load the checkpoint")
+        tried = _try(folder, verify, ranks)
+        if tried.manifest is not None:
+            return Found(Checkpoint(folder, tried.manifest))
+        if not tried.is_gone:
+            raise CheckpointError(
+                f"{folder} is damaged: {tried.problem}. It was asked for by name, so no other is loaded."
+            )
+    raise RemovedError(f"{folder} was removed or saved again while it was verified, by its run. Try again.")
+
+
+def is_link_to_latest(which: int | str | Path) -> bool:
+    """Whether a path is that of the link that a run points to its newest checkpoint, which moves on."""
+    return isinstance(which, str | Path) and which != "latest" and Path(which).name == LATEST
 
 
 def find_latest(catalog: Catalog, verify: Verify, logger: logging.Logger) -> Found:
-    """The newest healthy checkpoint that is whole; if none is healthy, the newest. Call on every rank.
+    """The newest healthy checkpoint that is whole; if none is healthy, the newest. Call on every rank. One that its run
+    removes meanwhile is passed over.
 
     Raises:
         CheckpointError: There are some, but all are damaged.
     """
     ranks = Ranks()
-    entries: list[Entry] = ranks.do(_nothing, lambda _: catalog.latest(), "Cannot load the latest checkpoint")
-    found = Found(None, {entry.folder: entry.problem for entry in entries if entry.info is None})
-    for entry in entries:
-        if entry.info is not None:
-            manifest, problem = _try(entry.folder, verify, ranks)
-            if manifest is not None:
-                found.checkpoint = Checkpoint(entry.folder, manifest)
-                break
-            found.damaged[entry.folder] = problem
-    if entries and found.checkpoint is None:
+    for _ in range(_PATIENCE):
+        entries: list[Entry] = ranks.do(_nothing, lambda _: catalog.latest(), "Cannot load the latest checkpoint")
+        found = Found(None, {entry.folder: entry.problem for entry in entries if entry.info is None})
+        has_lost = False
+        for entry in entries:
+            if entry.info is not None:
+                tried = _try(entry.folder, verify, ranks)
+                if tried.manifest is not None:
+                    found.checkpoint = Checkpoint(entry.folder, tried.manifest)
+                    if ranks.rank == 0:
+                        tell_choice(found.checkpoint, found.damaged, entries, logger)
+                    return found
+                if tried.is_gone:
+                    has_lost = True
+                else:
+                    found.damaged[entry.folder] = tried.problem
+        if not has_lost:
+            break
+    if entries and has_lost:
+        raise RemovedError(f"{catalog.root} loses its checkpoints to its run faster than they can be verified.")
+    if entries:
         raise CheckpointError(f"All checkpoints in {catalog.root} are damaged: {list_damaged(found.damaged)}.")
-    if ranks.rank == 0 and found.checkpoint is not None:
-        tell_choice(found.checkpoint, found.damaged, entries, logger)
     return found
 
 
-def _try(folder: Path, verify: Verify, ranks: Ranks) -> tuple[Manifest | None, str]:
-    """The manifest of a checkpoint whose files are whole; or None, and what is wrong. Call on every rank."""
+@dataclass
+class _Tried:
+    """What became of the attempt to load one checkpoint."""
 
-    def read(_: Any) -> tuple[str, str]:
+    manifest: Manifest | None
+    problem: str = ""
+    is_gone: bool = False
+    """Whether its run has removed it, or saved its step again, meanwhile."""
+
+
+def _try(folder: Path, verify: Verify, ranks: Ranks) -> _Tried:
+    """Read a checkpoint's manifest and verify its files. Call on every rank."""
+
+    def read(_: Any) -> tuple[str, str, bool]:
         try:
             text = read_manifest_text(folder)
-            parse_manifest(text)
-            return text, ""
+            check_own(folder, parse_manifest(text))
+            return text, "", False
         except NewerFormatError:
             raise
         except CheckpointError as ex:
-            return "", str(ex)
+            return "", str(ex), not folder.exists()
 
-    text, problem = ranks.do(_nothing, read, f"{folder} cannot be loaded")
+    text, problem, is_gone = ranks.do(_nothing, read, f"{folder} cannot be loaded")
     if problem:
-        return None, problem
+        return _Tried(None, problem, is_gone)
     manifest = parse_manifest(text)  # rank 0's text, so that no rank sees another checkpoint
     paths = list(manifest.files)
     parts = split_by_bytes([manifest.files[path].num_bytes for path in paths], ranks.world_size)
-    mine = {path: manifest.files[path] for path, part in zip(paths, parts, strict=True) if part == ranks.rank}
-    problems: list[str] = ranks.do(lambda: find_problems(folder, mine, verify), _join, f"{folder} cannot be verified")
-    return (None, "; ".join(problems[:3])) if problems else (manifest, "")
+    mine = [path for path, part in zip(paths, parts, strict=True) if part == ranks.rank]
+
+    def decide(problems: Sequence[Sequence[str]]) -> tuple[list[str], bool]:
+        all_problems = [problem for part in problems for problem in part]
+        return all_problems, not is_there(folder, manifest.seal)
+
+    problems, is_gone = ranks.do(
+        lambda: find_problems(folder, manifest, mine, verify), decide, f"{folder} cannot be verified"
+    )
+    return _Tried(None if problems or is_gone else manifest, "; ".join(problems[:3]), is_gone)
 
 
 def tell_choice(
@@ -113,10 +154,6 @@ def tell_choice(
 def list_damaged(damaged: Mapping[Path, str]) -> str:
     """Damaged checkpoints, each with what is wrong with it, as a part of a sentence."""
     return "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
-
-
-def _join(parts: Sequence[Sequence[str]]) -> list[str]:
-    return [item for part in parts for item in part]
 
 
 def _nothing(*_: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +11,23 @@ import torch
 
 from ...errors import CheckpointError
 from ...ranks import collectives
-from ..format.catalog import read_manifest
-from ..format.foreign import describe_folder
-from ..format.integrity import Verify, find_problems
-from ..format.layout import MANIFEST, Manifest, TensorRecord, state_file, tensors_beside
-from ..format.nested import decode
-from ..format.tensorfile import as_real, dtype_name, load
-from ..sharding import Box, local_box, local_tensor, overlap, slices
+from ..format.boxes import Box, overlap, slices
+from ..format.catalog import follow_links, is_there, read_manifest
+from ..format.dtypes import DTYPES, dtype_name
+from ..format.foreign import describe_folder, has_manifest
+from ..format.layout import Manifest, state_file
+from ..format.tables import TensorRecord
+from ..format.tensorfile import open_tensors
+from ..format.verification import Verify, check_stored, find_problems, read_state, stored_in
+from ..sharding import local_box, local_tensor
 
 _NUM_TOLD = 5  # names in an error
-_Read = tuple[str, Box, tuple[int, ...], torch.Tensor]
-"""Key in the file, the box that is wanted, where the stored chunk begins, and the memory to fill."""
+_Read = tuple[str, Box, torch.Tensor]
+"""Key in the file, the box of the stored tensor that is wanted, and the memory to fill."""
+
+
+class RemovedError(CheckpointError):
+    """The run that a checkpoint belongs to removed it, or saved its step again, while it was read."""
 
 
 class Checkpoint:
@@ -43,9 +48,9 @@ class Checkpoint:
         Raises:
             CheckpointError: It is none, or its manifest cannot be read.
         """
-        folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            raise CheckpointError(f"{folder} is not a checkpoint of trainloop: it {describe_folder(folder)}.")
+        if not has_manifest(Path(folder)):
+            raise CheckpointError(f"{folder} is not a checkpoint of trainloop: it {describe_folder(Path(folder))}.")
+        folder = follow_links(Path(folder))
         try:
             return cls(folder, read_manifest(folder))
         except CheckpointError as ex:
@@ -55,7 +60,7 @@ class Checkpoint:
         """What is wrong with its files, a sentence each; this process looks at all of them, as far as `verify` says
         ("full", "size" or "off").
         """
-        return find_problems(self.folder, self.manifest.files, verify)
+        return find_problems(self.folder, self.manifest, self.manifest.files, verify)
 
     def tensors(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the tensors of a group, tied ones under each of their names.
@@ -63,7 +68,7 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no such group.
         """
-        return {name: (record.shape, getattr(torch, record.dtype)) for name, record in self.records(group).items()}
+        return {name: (record.shape, DTYPES[record.dtype]) for name, record in self.records(group).items()}
 
     def records(self, group: str) -> Mapping[str, TensorRecord]:
         """Where the tensors of a group lie, by name.
@@ -87,8 +92,9 @@ class Checkpoint:
                 parts were when it was saved.
 
         Raises:
-            CheckpointError: Names, shapes or dtypes are not those that were saved, and nothing was changed; or a file
-                cannot be read.
+            RemovedError: The checkpoint's run has removed it meanwhile.
+            CheckpointError: Names, shapes or dtypes are not those that were saved, or a file does not hold what the
+                manifest says, and nothing was changed; or a file cannot be read.
         """
         records = self.records(group)
         self._check(group, records, targets)
@@ -98,9 +104,31 @@ class Checkpoint:
             for chunk in records[name].chunks:
                 wanted = overlap((chunk.offset, chunk.shape), box)
                 if wanted is not None:
-                    reads[chunk.file].append((chunk.key, wanted, chunk.offset, local[slices(wanted, box[0])]))
-        for file, parts in reads.items():
-            _read_file(self.folder / file, parts)
+                    begin = tuple(b - o for b, o in zip(wanted[0], chunk.offset, strict=True))
+                    reads[chunk.file].append((chunk.key, (begin, wanted[1]), local[slices(wanted, box[0])]))
+        stored = stored_in(records.values())
+        try:
+            for path in reads:
+                with open_tensors(self.folder, path) as file:
+                    check_stored(file, stored[path])
+            for path, parts in reads.items():
+                with open_tensors(self.folder, path) as file:
+                    check_stored(file, stored[path])
+                    for part in parts:
+                        file.read_box(*part)
+        except CheckpointError:
+            self.check_there()  # if it is gone, that is the reason
+            raise
+        self.check_there()
+
+    def check_there(self) -> None:
+        """Raise if the folder holds this checkpoint no more. What was read until now is all of one commit.
+
+        Raises:
+            RemovedError: It does not.
+        """
+        if not is_there(self.folder, self.manifest.seal):
+            raise RemovedError(f"{self.folder} was removed or saved again while it was read, by its run. Try again.")
 
     def global_state(self) -> Any:
         """The nested state of the run."""
@@ -134,12 +162,15 @@ class Checkpoint:
             )
 
     def _state(self, path: str) -> Any:
-        beside = tensors_beside(path)
-        tensors = load(self.folder / beside) if beside in self.manifest.files else {}
         try:
-            return decode(json.loads((self.folder / path).read_bytes()), tensors)
-        except (OSError, ValueError, KeyError) as ex:
+            if path not in self.manifest.files:
+                raise CheckpointError(f"{self.folder} has no {path}.")
+            state = read_state(self.folder, path, self.manifest.files)
+        except (OSError, CheckpointError) as ex:
+            self.check_there()  # if it is gone, that is the reason
             raise CheckpointError(f"{self.folder / path} cannot be read: {ex}") from ex
+        self.check_there()
+        return state
 
 
 def _told(what: str, names: list[str]) -> str:
@@ -148,15 +179,3 @@ def _told(what: str, names: list[str]) -> str:
         return ""
     more = f", and {len(names) - _NUM_TOLD} more" if len(names) > _NUM_TOLD else ""
     return f"{len(names)} {what}: {', '.join(names[:_NUM_TOLD])}{more}."
-
-
-def _read_file(path: Path, reads: list[_Read]) -> None:
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for key, box, origin, memory in reads:
-                stored = file.get_slice(key)[slices(box, origin)] if box[1] else file.get_tensor(key)
-                as_real(memory).copy_(stored)
-    except (OSError, safetensors.SafetensorError) as ex:
-        raise CheckpointError(f"{path} cannot be read: {ex}") from ex

@@ -17,11 +17,14 @@ from typing import Any, TypeAlias
 
 from ...errors import CheckpointError
 from ..agreement import Ranks
+from ..clock import Clock
 from ..content import Content, Described
 from ..disk.fs import FileSystem
 from ..disk.housekeeping import publish, temporary_folder
+from ..disk.lock import FolderLock
 from ..format.catalog import Catalog
-from ..format.layout import MANIFEST, manifest_text
+from ..format.checks import is_inner_path
+from ..format.layout import MANIFEST, manifest_text, parse_manifest
 from ..sharding import find_aliases
 from .replicas import Checksums, check_replicas, digests, do_agree, replica_checksums
 from .snapshot import Buffers, Draft, Output, State, take_snapshot
@@ -41,15 +44,25 @@ class Saving:
         token: Makes the names of what lies beside the checkpoint unique.
     """
 
-    def __init__(self, fs: FileSystem, catalog: Catalog, step: int, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        fs: FileSystem,
+        catalog: Catalog,
+        step: int,
+        about: Mapping[str, Any],
+        clock: Clock,
+        lock: FolderLock | None,
+    ) -> None:
         """
         Args:
             fs: The disk.
             catalog: Of the folder to save into.
             step: Names the checkpoint.
             about: Fields of the manifest that the caller knows.
+            clock: Gives the commit its time.
+            lock: Of the folder; rank 0 has it.
         """
-        self._fs, self._catalog, self._about = fs, catalog, dict(about)
+        self._fs, self._catalog, self._about, self._clock, self._lock = fs, catalog, dict(about), clock, lock
         self.step, self.token = step, ""
         self.failure = f"The checkpoint of step {step} was not saved, earlier ones are untouched"
 
@@ -79,12 +92,15 @@ class Saving:
             return zlib.crc32(repr(self._described).encode()), digests(values), state.num_bytes()
 
         def begin(prepared: list[tuple[int, dict[Any, bytes], int]]) -> _Begun | None:
+            self._check_lock()
             if len({described for described, _, _ in prepared}) > 1 or not do_agree(own for _, own, _ in prepared):
                 return None
             aliases = {group: find_aliases(tensors) for group, tensors in content.groups().items()}
             self._look_for_space(content.num_bytes(aliases) + sum(num_bytes for *_, num_bytes in prepared))
             token = secrets.token_hex(4)
             self._fs.make_dir(temporary_folder(self._catalog.root, self.step, token))
+            for info in self._catalog.infos():
+                self._clock.go_to(info.time)
             return token, self._catalog.next_seq(), aliases
 
         begun = ranks.do(prepare, begin, self.failure)
@@ -116,6 +132,7 @@ class Saving:
         non_finite: list[str] = []
 
         def commit(written: list[Written]) -> None:
+            self._check_lock()  # the writing may have taken minutes
             manifest = make_manifest(
                 self._described,
                 self._aliases,
@@ -123,10 +140,13 @@ class Saving:
                 **self._about,
                 step=self.step,
                 seq=self._seq,
+                time=self._clock.now(),
                 world_size=ranks.world_size,
                 versions=library_versions(),
             )
-            write_file(self._fs, temporary / MANIFEST, [manifest_text(manifest).encode()])
+            text = manifest_text(manifest)
+            parse_manifest(text)  # whatever a reader would not accept must not be committed
+            write_file(self._fs, temporary / MANIFEST, [text.encode()])
             self._fs.sync_dir(temporary)
             replaced.extend(publish(self._fs, temporary, self.step, self.token))
             non_finite.extend(name for part in written for name in part.non_finite)
@@ -147,6 +167,11 @@ class Saving:
                 " newest healthy one instead, which is never removed."
             )
         return replaced
+
+    def _check_lock(self) -> None:
+        """On rank 0."""
+        assert self._lock is not None
+        self._lock.check()
 
     def _tell_difference(self, by_rank: list[tuple[list[int], Checksums]]) -> None:
         """On rank 0: raise for what the ranks do not agree on. They must save the same tensors, or gathering them would
@@ -177,6 +202,6 @@ class Saving:
 
 def _add_extra(draft: Draft, extra: Mapping[str, str]) -> None:
     for path, text in extra.items():
-        if path in draft.outputs or Path(path).is_absolute() or ".." in Path(path).parts or path == MANIFEST:
+        if path in draft.outputs or path == MANIFEST or not is_inner_path(path):
             raise ValueError(f"`extra` must have free paths inside the checkpoint, but has {path}.")
         draft.outputs[path] = Output(text=text.encode())

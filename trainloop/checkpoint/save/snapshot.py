@@ -10,17 +10,10 @@ from typing import Any, TypeAlias
 import torch
 
 from ..content import Content, is_dtensor
-from ..format.layout import (
-    STATE,
-    Chunk,
-    shard_file,
-    state_file,
-    tensors_beside,
-    weight_file,
-    weight_index,
-    weight_index_file,
-)
+from ..format.layout import shard_file, state_file, tensors_beside, weight_file, weight_index, weight_index_file
+from ..format.limits import MAX_JSON_BYTES
 from ..format.nested import Json, encode
+from ..format.tables import STATE, Chunk
 from ..format.tensorfile import check_storable
 from ..sharding import is_first_replica, local_box, local_tensor, split_by_bytes
 
@@ -201,7 +194,13 @@ def take_snapshot(
                     chunks[name] = Chunk(path, name, offset, shape)
 
     for path, (value, state_tensors) in state.files.items():
-        draft.outputs[path] = Output(text=json.dumps(value, allow_nan=False).encode())
+        text = json.dumps(value, allow_nan=False).encode()
+        if len(text) > MAX_JSON_BYTES:
+            draft.error = draft.error or ValueError(
+                f"{path} would have {len(text)} bytes, but nested state can have {MAX_JSON_BYTES} at most. Save large"
+                " values as tensors."
+            )
+        draft.outputs[path] = Output(text=text)
         for name, tensor in state_tensors.items():
             hold(tensors_beside(path), name, tensor.detach(), f"{STATE}/{name}")
     try:

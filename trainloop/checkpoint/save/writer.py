@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from ...errors import CheckpointError
 from ...version import DISTRIBUTION, __version__
 from ..content import Described
 from ..disk.fs import FileSystem
+from ..format.boxes import are_exact_cover
 from ..format.integrity import BackgroundCrc32, Buffer, is_finite
-from ..format.layout import Chunk, FileRecord, Manifest, TensorRecord
+from ..format.layout import Manifest
+from ..format.tables import Chunk, FileRecord, TensorRecord
 from ..format.tensorfile import serialize
-from ..sharding import are_exact_cover
 from .snapshot import Aliases, Draft
 
 NUM_TOLD = 5
@@ -85,7 +85,7 @@ def make_manifest(
         aliases: Tensors that were stored under another name.
         written: By rank.
         versions: Of the libraries.
-        **fields: What else a `Manifest` has, besides health, the time and the tables.
+        **fields: What else a `Manifest` has, besides health and the tables.
 
     Raises:
         CheckpointError: A file was written by two ranks, or a tensor not by exactly one of them.
@@ -109,7 +109,6 @@ def make_manifest(
     return Manifest(
         **fields,
         health=not any(part.non_finite for part in written),
-        time=time.time(),
         num_bytes=sum(record.num_bytes for record in files.values()),
         versions=versions,
         files=files,

@@ -20,12 +20,18 @@ import torch
 
 from ...errors import CheckpointError
 from ..disk.fs import FileSystem
-from ..format.catalog import read_manifest
+from ..format.boxes import overlap, slices
+from ..format.dtypes import DTYPES, dtype_name
+from ..format.files import read_regular
+from ..format.foreign import has_manifest
 from ..format.integrity import Buffer
-from ..format.layout import MANIFEST, FileRecord, Manifest, TensorRecord, parse_step_name, weight_file, weight_index
-from ..format.tensorfile import TensorFile, bytes_of, dtype_name, header
+from ..format.layout import Manifest, parse_step_name, weight_file, weight_index
+from ..format.limits import MAX_JSON_BYTES
+from ..format.nested import parse_json
+from ..format.tables import FileRecord, TensorRecord
+from ..format.tensorfile import TensorFile, bytes_of, header, open_tensors
+from ..format.verification import check_stored, stored_in
 from ..load.reader import Checkpoint
-from ..sharding import overlap, slices
 
 FILE_SUFFIX = ".safetensors"
 CONFIG = "config.json"
@@ -74,7 +80,7 @@ def check_output(output: Path, force: bool) -> None:
         ValueError: It lies in a checkpoint, it exists, or its name is that of something else.
     """
     output = Path(os.path.abspath(output))
-    if around := [path for path in (output, *output.parents) if (path / MANIFEST).is_file()]:
+    if around := [path for path in (output, *output.parents) if has_manifest(path)]:
         raise ValueError(f"{output} lies in a checkpoint, {around[0]}, which must not change. Give another path.")
     if parse_step_name(output.name) is not None:
         raise ValueError(f"{output} has the name of a checkpoint. Give another path.")
@@ -169,7 +175,7 @@ def export(
 
 
 def _target_dtype(record: TensorRecord, dtype: torch.dtype | None) -> torch.dtype:
-    stored: torch.dtype = getattr(torch, record.dtype)
+    stored: torch.dtype = DTYPES[record.dtype]
     return dtype if dtype is not None and stored in _CAST else stored
 
 
@@ -196,15 +202,15 @@ def _opened(
     folder, sources = checkpoint.folder, {}
     with ExitStack() as stack:
         try:
-            for path in sorted({chunk.file for record in records.values() for chunk in record.chunks}):
-                file = stack.enter_context(open(folder / path, "rb"))
-                sources[path] = TensorFile(file)
-            config = (folder / _SAVED_CONFIG).read_bytes() if _SAVED_CONFIG in checkpoint.manifest.files else None
-            is_same = read_manifest(folder) == checkpoint.manifest
-        except (FileNotFoundError, CheckpointError):
-            is_same = False
-        if not is_same:
-            raise CheckpointError(f"{folder} was removed or saved again while it was read, by its run. Try again")
+            for path, stored in sorted(stored_in(records.values()).items()):
+                sources[path] = stack.enter_context(open_tensors(folder, path))
+                check_stored(sources[path], stored)
+            has_config = _SAVED_CONFIG in checkpoint.manifest.files
+            config = read_regular(folder, _SAVED_CONFIG, MAX_JSON_BYTES) if has_config else None
+        except (OSError, CheckpointError):
+            checkpoint.check_there()  # if it is gone, that is the reason
+            raise
+        checkpoint.check_there()
         yield sources, config
 
 
@@ -227,7 +233,7 @@ def _buffers(
 
 def _pieces(record: TensorRecord, sources: Mapping[str, TensorFile]) -> Iterator[torch.Tensor]:
     """A tensor from its first row to its last, in pieces of `_PIECE_BYTES`, or of one row if that is more."""
-    dtype: torch.dtype = getattr(torch, record.dtype)
+    dtype: torch.dtype = DTYPES[record.dtype]
     shape = record.shape or (1,)
     if 0 in shape:
         return
@@ -252,7 +258,7 @@ def _config(text: bytes, dtype: torch.dtype | None) -> bytes:
     """The model's configuration; it must not claim another dtype than the weights have."""
     if dtype is None:
         return text
-    config = json.loads(text)
+    config = parse_json(text)
     config.update({key: dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in config})
     return json.dumps(config, indent=2).encode()
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..disk.fs import FileSystem
-from ..format.layout import STATE, FileRecord, Manifest
+from ..format.layout import Manifest
+from ..format.tables import STATE, FileRecord
 from ..format.tensorfile import serialize
 from ..load.reader import Checkpoint
 from .export import Exported, check_output, look_for_space, put_in_place

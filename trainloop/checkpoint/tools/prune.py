@@ -10,10 +10,9 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ..disk.fs import FileSystem
-from ..disk.housekeeping import clean_up, discard, point_latest
-from ..disk.lock import FolderLock
-from ..format.integrity import Verify
+from ..disk.housekeeping import discard, point_latest, take_folder
 from ..format.layout import LATEST, ManifestInfo
+from ..format.verification import Verify
 from ..retention import BestK, RetentionPolicy, read_policies, reasons_to_keep
 from .survey import Finding, Leftover, examine, leftovers, run_retention, survey
 
@@ -96,10 +95,14 @@ def prune(
         CheckpointError: A run holds the folder; or as `plan_pruning`, and no checkpoint was removed.
     """
     fs = fs if fs is not None else FileSystem()
-    lock = FolderLock(root, remedy="It removes by its own policies; wait for its end to remove by others")
+    remains = leftovers(root)
+    lock = take_folder(
+        fs,
+        root,
+        logger if logger is not None else logging.getLogger("trainloop"),
+        remedy="It removes by its own policies; wait for its end to remove by others",
+    )
     try:
-        remains = leftovers(root)
-        clean_up(fs, root, logger if logger is not None else logging.getLogger("trainloop"))
         plan = plan_pruning(root, policies, verify=verify, with_damaged=with_damaged)
         plan = replace(plan, leftovers=[leftover for leftover in remains if not os.path.lexists(leftover.path)])
         discard(fs, [finding.folder for finding in plan.go], lock.token)

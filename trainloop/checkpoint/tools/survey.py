@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...errors import CheckpointError
 from ..format.catalog import Catalog, read_own_manifest
-from ..format.foreign import describe_folder
-from ..format.integrity import Verify, find_problems
+from ..format.foreign import describe_folder, has_manifest
 from ..format.layout import (
     LATEST,
     MANIFEST,
     REPLACED,
     TEMPORARY,
     TRASH,
-    FileRecord,
     Manifest,
     ManifestInfo,
     NewerFormatError,
     parse_step_name,
 )
+from ..format.verification import Verify, find_problems
 
-Select: TypeAlias = "Callable[[Manifest], Mapping[str, FileRecord]]"
+Select: TypeAlias = "Callable[[Manifest], Collection[str]]"
 """Which files of a checkpoint to look at."""
 
 _LEFTOVERS = {
@@ -86,7 +85,7 @@ def look_into(folder: Path, verify: Verify, select: Select) -> tuple[Manifest | 
     while True:
         manifest, problems = _read(folder)
         if manifest is not None:
-            problems = find_problems(folder, select(manifest), verify)
+            problems = find_problems(folder, manifest, select(manifest), verify)
         if not problems:
             return manifest, problems
         if not folder.exists():
@@ -136,7 +135,7 @@ def run_retention(findings: Sequence[Finding]) -> Sequence[Mapping[str, Any]] | 
 
 def is_one_checkpoint(path: Path) -> bool:
     """Whether a path is that of a checkpoint, not of a folder of checkpoints."""
-    return path.is_dir() and ((path / MANIFEST).is_file() or parse_step_name(path.resolve().name) is not None)
+    return path.is_dir() and (has_manifest(path) or parse_step_name(path.resolve().name) is not None)
 
 
 def check_folder(root: Path) -> None:
