@@ -67,7 +67,7 @@ class BaseTrainer(Recipe):
         max_non_finite_grad_retries: How often one step may be tried again with new data because its gradient was not
             finite, before `NonFiniteGradientError`. None: until a whole epoch gave no finite gradient (100 windows, if
             the data has no epochs); 0: raise at once. A loss scale that was too high doesn't count.
-        mixed_precision: "no", "fp16", "bf16" or "fp8". None: what `accelerate launch` says.
+        mixed_precision: "no", "fp16" or "bf16". None: what `accelerate launch` says.
         gradient_accumulation_steps: Micro-batches a step. None: what the launch says, else 1.
         workspace: Folder that hooks write to. A relative path is taken from the current folder, at construction.
         device: None: Accelerate's choice. "cpu" forces the CPU.

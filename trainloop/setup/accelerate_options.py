@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
+from torch import nn
 
 from ..errors import describe
 
@@ -58,3 +60,15 @@ def check_data_loader_options(loader: Any, seed: int, accelerator: Accelerator) 
             f"The `Accelerator` was built with `DataLoaderConfiguration(data_seed={config.data_seed})`, but the order"
             f" of the data follows the trainer's `seed`, which is {seed}. Pass it as `seed`."
         )
+
+
+def restore_noise_in_checkpointed_layers(model: nn.Module) -> None:
+    """Make layers under activation checkpointing draw the same dropout when they run again for the backward pass.
+
+    Accelerate's `fsdp2_apply_ac` passes `preserve_rng_state=False`: the gradients would be those of another mask, and
+    nothing would show it.
+    """
+    for module in model.modules():
+        run: Any = getattr(module, "checkpoint_fn", None)
+        if isinstance(run, functools.partial) and run.keywords.get("preserve_rng_state") is False:
+            run.keywords["preserve_rng_state"] = True

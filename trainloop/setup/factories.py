@@ -24,7 +24,7 @@ from ..data.feed import DataFeed
 from ..errors import check_int, describe
 from ..hook import BaseHook, CheckpointerHook
 from ..ranks import collectives
-from .accelerate_options import check_data_loader_options, check_kwargs_handlers
+from .accelerate_options import check_data_loader_options, check_kwargs_handlers, restore_noise_in_checkpointed_layers
 from .buckets import settle_buckets
 from .launch import choose_fsdp2_precision
 from .statistics import full_precision_statistics
@@ -60,7 +60,7 @@ def check_arguments(
             raise ValueError(
                 f"`grad_clip` must be positive and finite, but is {trainer.grad_clip}. None turns clipping off."
             )
-    choices = ("no", "fp16", "bf16", "fp8")
+    choices = ("no", "fp16", "bf16", "fp8")  # fp8 is refused by `resolve_mixed_precision`, with the reason
     if trainer.mixed_precision is not None and trainer.mixed_precision not in choices:
         raise ValueError(f"`mixed_precision` must be one of {choices} or None, but is {trainer.mixed_precision!r}.")
     if not isinstance(trainer.no_sync_accumulate, bool):
@@ -277,6 +277,7 @@ def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
     """Prepare model and optimizer together. What is prepared already is used as it is."""
     if getattr(model, "_is_accelerate_prepared", False) and isinstance(optimizer, AcceleratedOptimizer):
+        restore_noise_in_checkpointed_layers(model)
         settle_buckets(model)
         return model, optimizer
     check_optimizer_params(raw_optimizer(optimizer), model)
@@ -290,6 +291,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
             collectives.share_rank_zero_weights(model, accelerator.device)
     with full_precision_statistics() if accelerator.is_fsdp2 else nullcontext():
         prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
+    restore_noise_in_checkpointed_layers(prepared[0])
     settle_buckets(prepared[0])
     if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
         prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))

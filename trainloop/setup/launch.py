@@ -32,6 +32,10 @@ _ONE_STATE = (
     "Accelerate keeps the settings of the first `Accelerator` or trainer for the whole process. Give every"
     " `Accelerator` and trainer of the process the same `mixed_precision` and device, or start a process for each."
 )
+_FP8 = (
+    "trainloop does not support `mixed_precision` 'fp8' yet: it runs through Transformer Engine, MS-AMP or torchao, and"
+    " trainloop is tested with none of them. Use 'bf16'."
+)
 _STRATEGIES = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -63,6 +67,8 @@ def resolve_mixed_precision(argument: str | None) -> str | None:
             f"`mixed_precision` is {argument!r}, but the launch configuration says {launched!r}. Give it in one place:"
             f" drop the argument, or launch with `--mixed_precision {argument}`."
         )
+    if "fp8" in (argument, launched):
+        raise ValueError(_FP8)
     return argument
 
 
@@ -150,6 +156,8 @@ def check_accelerator(
             f"`mixed_precision` should be {wanted!r}, but this process's Accelerator runs with"
             f" {accelerator.mixed_precision!r}. {_ONE_STATE}"
         )
+    if accelerator.mixed_precision == "fp8":
+        raise ValueError(_FP8)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
             "`mixed_precision` 'fp16' needs a GPU: on the CPU Accelerate would train in fp32 without saying so. Use"
