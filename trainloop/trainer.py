@@ -238,6 +238,7 @@ class BaseTrainer(Recipe):
                         checkpointer.save_if_due(self)
                     garbage.collect_if_due(self.step)
                 self._agreement.check()
+            self._window.modes.end()
             for hook in self.hooks:
                 hook.on_after_train(self)
 
@@ -352,8 +353,7 @@ class BaseTrainer(Recipe):
     def _begin(self) -> None:
         self._window.check_whole()
         start_data(self)
-        self._window.modes.begin(self.model)
-        self.optimizer.train()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
+        self._window.modes.begin()
         self._gradients.drop()
         self._update = Update(self, self._gradients, self._agreement)
 

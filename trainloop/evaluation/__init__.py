@@ -132,8 +132,7 @@ def _untouched(trainer: BaseTrainer) -> Iterator[None]:
         stack.enter_context(trainer._window.buffers.fork(trainer.unwrapped_model).kept())
         share_rank_zero_buffers(trainer.unwrapped_model)
         model.eval()
-        trainer.optimizer.eval()  # type: ignore[attr-defined]  # of Accelerate's wrapper; for schedule-free ones
-        stack.callback(trainer.optimizer.train)  # type: ignore[attr-defined]
+        stack.enter_context(trainer._window.modes.averaged())
         yield
 
 

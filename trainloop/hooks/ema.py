@@ -166,7 +166,8 @@ class EmaHook(BaseHook):
         try:
             with torch.no_grad():
                 torch._foreach_copy_(self._weights, self._averages)
-            yield
+            with trainer._window.modes.replaced():
+                yield
         finally:
             reshard(trainer.model)
             with torch.no_grad():

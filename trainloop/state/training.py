@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 
+AVERAGED = "averaged"
+"""Where a state and a checkpoint have the weights that a schedule-free optimizer has averaged."""
+
+
 def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The state of the run around the model's tensors, the hooks' part included. Call on every rank."""
     scheduler, scaler = trainer.lr_scheduler, trainer.grad_scaler
@@ -53,6 +57,11 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
             **rank_buffers(trainer),
         },
     }
+    with trainer._window.modes.averaged() as is_averaged:
+        if is_averaged:  # beside the weights to go on with: those to evaluate and to export
+            state_dict[AVERAGED] = {
+                name: tensor.detach().clone() for name, tensor in trainer.live_model_state().items()
+            }
     for hook in trainer.hooks:
         hook.on_state_dict(trainer, state_dict)
     return state_dict

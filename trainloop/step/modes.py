@@ -1,30 +1,82 @@
-"""Which modules are in training mode while the run trains."""
+"""Training mode and eval mode, of the model's parts and of optimizers that have them (schedule-free ones).
+
+A schedule-free optimizer trains other weights than the ones to evaluate: `optimizer.eval()` puts the averaged weights
+into the model, and `optimizer.train()` puts the others back, up to rounding.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint.sharding import local_tensor
+from ..ranks.collectives import reshard
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
 
 
 class Modes:
-    """The modes that `build_model` has chosen.
+    """The modes that `build_model` has chosen, and those of the optimizer.
 
     A part in eval mode below a model in training mode stays so, as a frozen backbone whose running statistics must not
     move. A model that comes whole in eval mode (`from_pretrained`) trains whole.
 
     Args:
-        model: The model without its wrappers.
+        trainer: The trainer; it is built.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._in_eval_mode = [part for part in model.modules() if not part.training] if model.training else []
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self._prepared, self._model = trainer.model, trainer.unwrapped_model
+        self._optimizer: Any = trainer._raw_optimizer
+        is_in_training = self._model.training
+        self._in_eval_mode = [part for part in self._model.modules() if not part.training] if is_in_training else []
+        self._has_modes = all(callable(getattr(self._optimizer, name, None)) for name in ("train", "eval"))
+        self._is_training = self._is_replaced = False
 
-    def begin(self, prepared: nn.Module) -> None:
-        """Bring the prepared model into training mode, if it isn't. A part that has since been put into eval mode by a
-        hook stays so.
+    def begin(self) -> None:
+        """Begin to train. A part that a hook has put into eval mode stays so."""
+        if not (self._prepared.training and self._model.training):
+            self._prepared.train()
+            for part in self._in_eval_mode:
+                part.training = False
+        if self._has_modes:
+            self._optimizer.train()
+        self._is_training = True
+
+    def end(self) -> None:
+        """The run is over: the model is left with the weights that a schedule-free optimizer has averaged."""
+        if self._has_modes:
+            self._optimizer.eval()
+        self._is_training = False
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Within it the model's weights are not those of the optimizer, which must not turn them into others."""
+        before, self._is_replaced = self._is_replaced, True
+        try:
+            yield
+        finally:
+            self._is_replaced = before
+
+    @contextmanager
+    def averaged(self) -> Iterator[bool]:
+        """Within it the model has the weights that a schedule-free optimizer has averaged; at the end its own are back,
+        bit for bit. Gives whether it has put them there. Costs a copy of the weights, with such an optimizer only.
         """
-        if prepared.training and self._model.training:
+        if not (self._has_modes and self._is_training) or self._is_replaced:
+            yield False
             return
-        prepared.train()
-        for part in self._in_eval_mode:
-            part.training = False
+        weights = [local_tensor(p.detach()) for group in self._optimizer.param_groups for p in group["params"]]
+        reshard(self._prepared)  # what FSDP2 still has gathered would go on being used
+        backup = torch._foreach_clone(weights)
+        self._optimizer.eval()
+        try:
+            yield True
+        finally:
+            reshard(self._prepared)
+            self._optimizer.train()
+            torch._foreach_copy_(weights, backup)  # `train` brings them back up to rounding

@@ -53,7 +53,7 @@ class Window:
         self._feed = feed
         self._gradients = gradients
         self.buffers = BufferKeeper(trainer.unwrapped_model)
-        self.modes = Modes(trainer.unwrapped_model)
+        self.modes = Modes(trainer)
         self._checks = GradientChecks(trainer.model)
         self._num_micro_steps = -1
         self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
