@@ -110,3 +110,13 @@ def test_a_part_in_eval_mode_stays_so(results: Any) -> None:
     for name, is_moved in {"backbone": False, "whole": True, "none": True}.items():
         for result in by_name[name]:
             assert (result["error"], result["moved"], result["trains"]) == (None, is_moved, True), name
+
+
+def test_methods_other_than_forward_train_the_same(results: Any) -> None:
+    """`self.model.decode(self.model.encode(x))`, both named in `forward_methods`, gives the gradients of the call of
+    the model that does the same.
+    """
+    _, by_name = results
+    for result, whole in zip(by_name["methods"], by_name["none"], strict=True):
+        assert result["error"] is None
+        assert result["norms"] == pytest.approx(whole["norms"], rel=1e-5)

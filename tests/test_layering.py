@@ -62,6 +62,7 @@ LAYERS = [
     "setup.__init__ setup.deterministic setup.statistics",
     "setup.launch setup.report setup.subclasses",
     "setup.accelerate_options setup.buckets",
+    "setup.forward_methods",
     "setup.factories",
     "state.__init__ state.live state.pretrained state.settings",
     "state.optimizer state.modules state.model_copy state.resuming",

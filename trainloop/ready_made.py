@@ -33,6 +33,7 @@ class Trainer(BaseTrainer):
         batch_weight: As `BaseTrainer.batch_weight`.
         eval_data_loader: The evaluation data, as `BaseTrainer.build_eval_data_loader` returns it.
         eval_forward: As `forward`, for the evaluation data. None: `forward`.
+        forward_methods: As `BaseTrainer.forward_methods`.
         **kwargs: Arguments of `BaseTrainer`.
 
     Example:
@@ -54,6 +55,7 @@ class Trainer(BaseTrainer):
         batch_weight: Callable[[Any], float | torch.Tensor | None] | None = None,
         eval_data_loader: Any = None,
         eval_forward: Callable[[nn.Module, Any], tuple[torch.Tensor | None, Records]] | None = None,
+        forward_methods: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         functions = {"forward": forward, "batch_weight": batch_weight, "eval_forward": eval_forward}
@@ -64,6 +66,7 @@ class Trainer(BaseTrainer):
                 check_call(name, function, ["batch"] if name == "batch_weight" else ["model", "batch"])
         self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks), eval_data_loader)
         self._forward, self._batch_weight, self._eval_forward = forward, batch_weight, eval_forward or forward
+        self.forward_methods = forward_methods
         super().__init__(**kwargs)
 
     def build_model(self) -> nn.Module:

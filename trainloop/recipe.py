@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,10 @@ class Recipe:
     """The part of `BaseTrainer` that a subclass overrides. The factories are called once, in the order of this class,
     on every rank.
     """
+
+    forward_methods: Sequence[str] = ()
+    """Methods of the model, besides the model itself, that `forward` calls on `self.model`, as `self.model.encode(x)`.
+    The model may name them too, in an attribute `forward_methods`."""
 
     def build_data_loader(self) -> Iterable[Any]:
         """Return the training data: a `DataLoader` for one process (it is sharded over the ranks), or any iterable of

@@ -336,7 +336,7 @@ class BaseTrainer(Recipe):
         self.optimizer = factories.check_optimizer(self.build_optimizer())
         self.lr_scheduler, self.lr_monitor = factories.check_lr_scheduler(self.build_lr_scheduler())
         self.grad_scaler = factories.choose_grad_scaler(accelerator, self.build_grad_scaler())
-        self.model, self.optimizer = factories.prepare(accelerator, self.model, self.optimizer)
+        self.model, self.optimizer = factories.prepare(self, self.model, self.optimizer)
         self._raw_optimizer = factories.raw_optimizer(self.optimizer)
         factories.check_optimizer_params(self._raw_optimizer, self.model)
         self.hooks, self.checkpointers = factories.check_hooks(self.build_hooks(), self.workspace, self.lr_monitor)

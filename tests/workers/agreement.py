@@ -32,9 +32,12 @@ class Encoder(nn.Module):
         y: torch.Tensor = self.inner(self.norm(x)).tanh()
         return y
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.head(self.encode(x))
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(z)
         return y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(self.encode(x))
 
 
 class Trainer(BaseTrainer):
@@ -69,7 +72,9 @@ class Trainer(BaseTrainer):
     def forward(self, batch: Any) -> Any:
         model = self.unwrapped_model
         assert isinstance(model, Encoder)
-        y = model.head(model.encode(batch[0])) if self.bypasses else self.model(batch[0])
+        caller: Any = model if self.bypasses else self.model
+        parts = self.bypasses or self.forward_methods
+        y = caller.decode(caller.encode(batch[0])) if parts else self.model(batch[0])
         loss = (y - batch[0].sum(1, keepdim=True)).pow(2).mean()
         if self.in_forward:
             loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
@@ -154,6 +159,7 @@ SCENARIOS: dict[str, Callable[[Trainer], None]] = {
     "backbone": with_values(in_eval_mode=True),
     "whole": with_values(is_whole=True),
     "accumulate": with_values(rate=0.0, hook=Accumulate()),
+    "methods": with_values(forward_methods=("encode", "decode")),
     "unused": with_values(uses_not=True),
     "unused on one": with_values(uses_not=True, used_on=(0, 2)),
 }

@@ -26,6 +26,7 @@ from ..hook import BaseHook, CheckpointerHook
 from ..ranks import collectives
 from .accelerate_options import check_data_loader_options, check_kwargs_handlers, restore_noise_in_checkpointed_layers
 from .buckets import settle_buckets
+from .forward_methods import add_forward_methods, check_forward_methods
 from .launch import choose_fsdp2_precision
 from .statistics import full_precision_statistics
 from .subclasses import check_hook, check_trainer_class
@@ -274,11 +275,14 @@ def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
     )
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
     """Prepare model and optimizer together. What is prepared already is used as it is."""
+    accelerator = trainer.accelerator
+    forward_methods = check_forward_methods(trainer.unwrap(model), trainer.forward_methods)
     if getattr(model, "_is_accelerate_prepared", False) and isinstance(optimizer, AcceleratedOptimizer):
         restore_noise_in_checkpointed_layers(model)
         settle_buckets(model)
+        add_forward_methods(accelerator, trainer.unwrap(model), model, forward_methods, returns_fp32=False)
         return model, optimizer
     check_optimizer_params(raw_optimizer(optimizer), model)
     returns_fp32 = False
@@ -293,6 +297,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
         prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
     restore_noise_in_checkpointed_layers(prepared[0])
     settle_buckets(prepared[0])
+    add_forward_methods(accelerator, trainer.unwrap(model), prepared[0], forward_methods, returns_fp32)
     if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
         prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))
     return prepared
