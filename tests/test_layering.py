@@ -15,6 +15,7 @@ LAYERS = [
     "errors version",
     "records rng images paths",
     "ranks.__init__ ranks.collectives",
+    "ranks.roll_call",
     "ranks.control ranks.peers",
     "ranks.failure",
     "checkpoint.format.__init__ checkpoint.format.limits checkpoint.format.dtypes checkpoint.format.boxes",

@@ -182,3 +182,29 @@ def test_the_report_names_what_runs(caplog: pytest.LogCaptureFixture, tmp_path: 
         " 4 parameters (0.0 KiB), weights fp32, compute fp32\n  global batch 4 = 2 a process x 2 accumulated x 1"
         f" processes; seed 0, checkpoints in {tmp_path / 'checkpoints'}"
     )
+
+
+@pytest.mark.parametrize(("victim", "place"), [(0, "accelerator"), (2, "constructor"), (1, "script")])
+def test_a_rank_that_fails_before_the_run_begins_is_named_in_seconds(victim: int, place: str) -> None:
+    """Without a launcher that would end the others: they are told which rank ended, and with what, long before the
+    timeout of two minutes.
+    """
+    worker, port = REPOSITORY / "tests" / "workers" / "constructor.py", str(free_port())
+    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(victim), place],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **variables),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    outputs = [rank.communicate(timeout=90)[1] for rank in ranks]
+    assert all(rank.returncode == 1 for rank in ranks), outputs
+    assert "ValueError: no such data set" in outputs[victim]
+    told = rf"TrainingError: The run cannot begin: rank {victim} \(process {ranks[victim].pid} on \S+\) ended with"
+    for rank in {0, 1, 2} - {victim}:
+        assert re.search(told + " ValueError: no such data set. Look at the output there.", outputs[rank]), outputs[
+            rank
+        ]

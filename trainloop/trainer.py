@@ -12,7 +12,6 @@ ranks must do alike follows from the gradient norm or from the control message t
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -281,7 +280,7 @@ class BaseTrainer(Recipe):
         self.peers.enter("waiting for the other ranks' messages")
         self.control.finish(self.step, self._agreement.explain)  # first: the device may wait for a rank that died
         self.step_info.grad_norm = self._update.start(norm)  # the step's one device-to-host sync
-        return math.isfinite(self.step_info.grad_norm) or self._window.clip_overflown()
+        return self._window.can_be_applied()
 
     # ------------------------------------------------------------------ evaluation
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from . import collectives
+from .roll_call import await_all
 
 ENDED = "ended with"
 """The beginning of a status that the rank itself has reported."""
@@ -88,6 +89,7 @@ class Peers:
         self._statuses = {}
         if collectives.world_size() == 1:
             return
+        await_all()
         ip, port = self._listen()
         mine = Address(socket.gethostname(), os.getpid(), ip, port)
         gathered = collectives.gather_objects((mine, secrets.token_hex(8)))

@@ -6,6 +6,7 @@ discard                                      gradients dropped, buffers put back
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -168,13 +169,13 @@ class Window:
         )
         return True
 
-    def clip_overflown(self) -> bool:
-        """Clip a gradient whose norm is not finite, if each of its elements is. Call on every rank.
-
-        Returns:
-            Whether the gradient can be applied.
+    def can_be_applied(self) -> bool:
+        """Whether the window's gradient can be applied: its norm is finite, or only the norm has overflowed. In the
+        second case the gradient is clipped here. Call on every rank.
         """
         trainer = self._trainer
+        if math.isfinite(trainer.step_info.grad_norm):
+            return True
         overflown = self._gradients.clip_overflown()
         if overflown is None:
             return False
