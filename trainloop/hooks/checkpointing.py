@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -16,6 +15,7 @@ from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
 from ..paths import parse_absolute_path, parse_path
 from ..ranks import collectives
+from ..ranks.control import check_main_thread
 from ..records import Records, flatten_nested_dict, is_number
 from ..state.pretrained import config_text
 from ..state.restoring import Source, restore_from
@@ -152,11 +152,8 @@ class CheckpointingHook(CheckpointerHook):
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._open(trainer)
         self._last_save = time.monotonic()
-        if self.exit_signals and threading.current_thread() is not threading.main_thread():
-            raise ValueError(
-                "`exit_signals` needs `train` to be called in the main thread, since Python handles signals only there."
-                " Call it in the main thread, or leave `exit_signals` out and call `request_stop`."
-            )
+        if self.exit_signals:
+            check_main_thread("exit_signals")
         for number in self.exit_signals:
             # Only a note is made here: all ranks agree on it within the next window.
             previous = signal.signal(number, lambda received, frame: trainer.control.ask("exit_signal", received))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -108,3 +109,16 @@ class Control:
             explain()
         for request, values in zip(REQUESTS, by_request, strict=True):
             self.agreed[request] = self.agreed[request] or max(values)
+
+
+def check_main_thread(argument: str) -> None:
+    """Raise unless signals can be handled here, as `argument` wants it.
+
+    Raises:
+        ValueError: It is another thread than the main one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            f"`{argument}` needs `train` to be called in the main thread, since Python handles signals only there. Call"
+            f" it in the main thread, or leave `{argument}` out and call `request_stop`."
+        )

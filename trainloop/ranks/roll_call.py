@@ -22,8 +22,10 @@ from . import collectives
 
 _ENDED = "trainloop/ended"
 _LONGEST_PAUSE = 0.5  # seconds between two questions
-_LAST_SECONDS = 2.0  # that rank 0, which may hold the store, stays for the others to read in it
+_TOLD = "trainloop/told"
+_LAST_SECONDS = 15.0  # that rank 0, if it holds the store, stays at most for the others to read in it
 _calls = itertools.count()
+_told: list[bool] = []
 
 
 def await_all() -> None:
@@ -42,6 +44,7 @@ def await_all() -> None:
         while store.add(key, 0) < collectives.world_size():
             if store.check([_ENDED]):
                 ended = store.get(_ENDED).decode()
+                _count_told(store)
                 raise TrainingError(f"The run cannot begin: {ended}. Look at the output there.")
             if time.monotonic() > deadline:
                 return  # the collectives that follow fail, and say who waits
@@ -52,6 +55,13 @@ def await_all() -> None:
             "The run cannot begin: the store of the process group is gone, and so is the process that held it (rank 0,"
             " or the launcher). Look at the output there."
         ) from ex
+
+
+def _count_told(store: Any) -> None:
+    """Count this rank, once, as one that knows."""
+    if not _told:
+        _told.append(True)
+        store.add(_TOLD, 1)
 
 
 def _store() -> Any:
@@ -66,10 +76,14 @@ def _tell() -> None:
     rank = collectives.rank()
     text = f"rank {rank} (process {os.getpid()} on {socket.gethostname()}) ended with {type(exception).__name__}"
     with suppress(Exception):  # the store may be gone already
-        if not _store().check([_ENDED]):  # a rank that was told of the first one ends as well
-            _store().set(_ENDED, f"{text}: {exception}".encode())
-        if rank == 0:
-            time.sleep(_LAST_SECONDS)
+        store = _store()
+        if not store.check([_ENDED]):  # a rank that was told of the first one ends as well
+            store.set(_ENDED, f"{text}: {exception}".encode())
+        _count_told(store)
+        deadline = time.monotonic() + _LAST_SECONDS
+        holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        while holds_store and time.monotonic() < deadline and store.add(_TOLD, 0) < collectives.world_size():
+            time.sleep(0.05)
 
 
 atexit.register(_tell)
