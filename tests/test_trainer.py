@@ -25,11 +25,13 @@ from trainloop import (
     BaseTrainer,
     CheckpointingHook,
     CudaMaxMemoryHook,
+    EarlyStoppingHook,
     EvaluationHook,
     ImageFileLoggerHook,
     LoggingHook,
     ProgressHook,
     ThroughputHook,
+    TrackerHook,
     Trainer,
     TrainloopWarning,
 )
@@ -356,3 +358,49 @@ def test_the_seed_gives_the_model_and_is_told(caplog: pytest.LogCaptureFixture) 
     assert weights(trainers[0]) == weights(trainers[1]) != weights(trainers[2])
     drawn = trainers[3].state_dict()["training_state"]["seed"]
     assert f"seed {drawn}," in [line for line in caplog.messages if "seed" in line][-1]
+
+
+class Keeps(BaseHook):
+    """Saves a number under a key that another hook may use as well."""
+
+    def __init__(self, value: float, is_rank: bool) -> None:
+        self.value, self.is_rank = value, is_rank
+
+    def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+        (state_dict["rank"] if self.is_rank else state_dict)["mine"] = {"value": self.value}
+
+
+def test_hooks_that_collide_are_told_before_the_first_step(tmp_path: Path) -> None:
+    """Two into one folder, however it is written, or under one name in the saved state; the same hook twice."""
+    once = LoggingHook(5)
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoints")
+    for hooks, message in (
+        (
+            [CheckpointingHook(1), CheckpointingHook(5)],
+            r"both save into .*checkpoints\. .* give it another `path`",
+        ),
+        ([CheckpointingHook(1), CheckpointingHook(5, path=tmp_path / "link")], "both save into"),
+        ([LoggingHook(5), LoggingHook(5, sync=False)], "both report every 5 steps as a LoggingHook"),
+        ([ProgressHook(5), ProgressHook(5)], "both report every 5 steps as a ProgressHook"),
+        ([ImageFileLoggerHook(), ImageFileLoggerHook()], "both write images into"),
+        ([EarlyStoppingHook("a"), EarlyStoppingHook("a", 5)], "both stop the run by 'a'"),
+        ([TrackerHook("tensorboard"), TrackerHook("tensorboard")], "both log with tensorboard"),
+        ([once, once], "returned the same LoggingHook twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SmallTrainer(2, workspace=tmp_path, hooks_=lambda self, hooks=hooks: hooks).train()
+    hooks = [CheckpointingHook(1), CheckpointingHook(5, path="others"), LoggingHook(5), LoggingHook(1), ProgressHook(5)]
+    with pytest.warns(TrainloopWarning, match="not written anywhere"):
+        SmallTrainer(1, workspace=tmp_path, hooks_=lambda self: hooks).train()
+
+
+@pytest.mark.parametrize("is_rank", [False, True])
+def test_a_key_that_two_hooks_save_under_is_refused(is_rank: bool) -> None:
+    """One would get the other's state at a resume."""
+    trainer = SmallTrainer(1, hooks_=lambda self: [Keeps(1.5, is_rank), Keeps(2.5, is_rank)])
+    trainer.train()
+    with pytest.raises(ValueError, match=r"Keeps.on_state_dict has overwritten 'mine', which Keeps.on_state_dict had"):
+        trainer.state_dict()
+    alone = SmallTrainer(1, hooks_=lambda self: [Keeps(1.5, is_rank)])
+    alone.train()
+    alone.state_dict()

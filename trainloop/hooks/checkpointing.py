@@ -163,6 +163,10 @@ class CheckpointingHook(CheckpointerHook):
         if self._store is not None and self._store.failed():
             trainer.control.ask("save_failed")  # heard by all ranks at the end of this step
 
+    def claims(self, workspace: Path) -> list[tuple[str, str]]:
+        """What only one hook of a run may do."""
+        return [(f"save into {(workspace / self.path).resolve()}", "path")]
+
     def saves_to(self, trainer: BaseTrainer) -> Path:
         return self.path if trainer.workspace is None else trainer.workspace / self.path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import check_int, describe
@@ -52,6 +53,10 @@ class EarlyStoppingHook(BaseHook):
         """Values in a row that were no better than `best`."""
         self._is_stopping = self._has_warned = False
         self._others: set[str] = set()
+
+    def claims(self, workspace: Path) -> list[tuple[str, str]]:
+        """What only one hook of a run may do: state is saved under the metric's name."""
+        return [(f"stop the run by {self.metric!r}", "metric")]
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._is_stopping = False

@@ -55,6 +55,10 @@ class ImageFileLoggerHook(BaseHook):
         self.path = parse_path("path", path)
         self.needs_workspace = not self.path.is_absolute()
 
+    def claims(self, workspace: Path) -> list[tuple[str, str]]:
+        """What only one hook of a run may do."""
+        return [(f"write images into {(workspace / self.path).resolve()}", "path")]
+
     def on_before_train(self, trainer: BaseTrainer) -> None:
         if trainer.accelerator.is_main_process:
             root = self._root(trainer)

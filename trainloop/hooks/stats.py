@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -38,6 +39,10 @@ class _StatsHook(BaseHook):
         self.sync = sync
         self._lr: dict[str, float] = {}
         self._start_interval()
+
+    def claims(self, workspace: Path) -> list[tuple[str, str]]:
+        """What only one hook of a run may do: state is saved under this name."""
+        return [(f"report every {self.interval} steps as a {type(self).__name__}", "interval")]
 
     def _start_interval(self) -> None:
         self._steps: list[StepInfo] = []

@@ -86,6 +86,12 @@ class TrackerHook(BaseHook):
         self._is_over = False
         self._told: set[str] = set()
 
+    def claims(self, workspace: Path) -> list[tuple[str, str]]:
+        """What only one hook of a run may do."""
+        folder = (workspace / self.logging_dir).resolve()
+        names = [tracker for tracker in self.log_with if isinstance(tracker, str)]
+        return [(f"log with {name} to project {self.project!r} and folder {folder}", "project") for name in names]
+
     # ------------------------------------------------------------------ the trackers
 
     def on_before_train(self, trainer: BaseTrainer) -> None:

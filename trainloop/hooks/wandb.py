@@ -99,6 +99,10 @@ class WandbHook(BaseHook):
 
     # ------------------------------------------------------------------ the run
 
+    def claims(self, workspace: Path) -> list[tuple[str, str]]:
+        """What only one hook of a run may do: the run's id is saved under one name."""
+        return [("log to W&B", "")]
+
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._is_started = self._is_in_step = self._is_over = False
         self._can_resume = any(isinstance(hook, CheckpointerHook) for hook in trainer.hooks)

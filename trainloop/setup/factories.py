@@ -223,12 +223,30 @@ def check_hooks(
             raise ValueError(
                 f"{type(hook).__name__} writes to `workspace`, but it is None. Pass a folder to the trainer."
             )
+    check_collisions(checked, workspace if workspace is not None else Path())
     if lr_monitor is not None and not any(getattr(hook, "evaluates", False) for hook in checked):
         raise ValueError(
             f"`build_lr_scheduler` monitors {lr_monitor!r}, but there is no EvaluationHook, whose numbers it goes by."
             " Return one from `build_hooks`."
         )
     return checked, [hook for hook in checked if isinstance(hook, CheckpointerHook)]
+
+
+def check_collisions(hooks: list[BaseHook], workspace: Path) -> None:
+    """Raise if a hook is there twice, or if two want the same folder, file or place in the saved state.
+
+    A hook's method `claims` lists what only one hook of a run may do: the end of a sentence, and what to change.
+    """
+    owners: dict[str, BaseHook] = {}
+    for i, hook in enumerate(hooks):
+        if any(hook is other for other in hooks[:i]):
+            raise ValueError(f"`build_hooks` returned the same {type(hook).__name__} twice.")
+        for claim, argument in getattr(hook, "claims", lambda workspace: [])(workspace):
+            other = owners.setdefault(claim, hook)
+            if other is not hook:
+                names = f"a {type(other).__name__} and a {type(hook).__name__}"
+                remedy = f"Leave one out{f', or give it another `{argument}`' if argument else ''}."
+                raise ValueError(f"`build_hooks` returned {names} that both {claim}. {remedy}")
 
 
 def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from .saved import read_state
 from .settings import run_settings
 
 if TYPE_CHECKING:
+    from ..hook import BaseHook
     from ..trainer import BaseTrainer
 
 
@@ -62,8 +63,7 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
             state_dict[AVERAGED] = {
                 name: tensor.detach().clone() for name, tensor in trainer.live_model_state().items()
             }
-    for hook in trainer.hooks:
-        hook.on_state_dict(trainer, state_dict)
+    _add_hooks(trainer, state_dict)
     return state_dict
 
 
@@ -105,6 +105,32 @@ def start_data(trainer: BaseTrainer) -> None:
     if trainer._restored_rng is not None:
         load_rng_state(trainer._restored_rng, trainer.device)
         trainer._restored_rng = None
+
+
+def _add_hooks(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
+    """Have every hook add its state.
+
+    Raises:
+        ValueError: A hook has overwritten what another one has added.
+    """
+    owners: dict[tuple[str, str], BaseHook] = {}
+    for hook in trainer.hooks:
+        before = _entries(state_dict)
+        hook.on_state_dict(trainer, state_dict)
+        for place, value in _entries(state_dict).items():
+            if place not in before or before[place] is not value:
+                other = owners.setdefault(place, hook)
+                if other is not hook:
+                    raise ValueError(
+                        f"{type(hook).__name__}.on_state_dict has overwritten {place[1]!r}, which"
+                        f" {type(other).__name__}.on_state_dict had added. Give each hook a key of its own."
+                    )
+
+
+def _entries(state_dict: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    """The values by place: those of the run, and those of this rank."""
+    run = {("run", key): value for key, value in state_dict.items() if key != "rank"}
+    return {**run, **{("rank", key): value for key, value in state_dict["rank"].items()}}
 
 
 def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any], script_wins: Collection[str] = ()) -> None:
