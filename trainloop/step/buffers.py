@@ -33,6 +33,7 @@ class BufferKeeper:
     def __init__(self, model: nn.Module, frozen: FrozenKeeper | None = None) -> None:
         self._frozen = frozen if frozen is not None else FrozenKeeper(model)
         self._modules = list(model.modules())
+        self._dicts = [module._buffers for module in self._modules]
         self._is_first = True
         self._before: list[_Before] = []
         self._live: list[torch.Tensor] = []
@@ -43,11 +44,18 @@ class BufferKeeper:
         """Another keeper of the same model, for use within a window or between two."""
         return BufferKeeper(model, self._frozen.fork())
 
-    @torch.no_grad()
     def remember(self) -> None:
         """Take note of every buffer's present value."""
+        if self._is_first or self._before or any(self._dicts):
+            self._remember_buffers()
+        if self._frozen.is_needed:
+            self._frozen.remember()
+
+    @torch.no_grad()
+    def _remember_buffers(self) -> None:
         # The first `forward` may register the first buffer of a module; from then on it is one that has buffers.
-        self._before = [_Before(module) for module in self._modules if module._buffers or self._is_first]
+        pairs = zip(self._modules, self._dicts, strict=True)
+        self._before = [_Before(module) for module, buffers in pairs if buffers or self._is_first]
         self._is_first = False
         self._live = [b for before in self._before for b in before.buffers.values() if b is not None]
         if self._live:
@@ -56,7 +64,6 @@ class BufferKeeper:
                 torch._foreach_copy_(self._values, [memory_of(buffer) for buffer in self._live])
             else:
                 self._forms, self._values = forms, [memory_of(buffer).detach().clone() for buffer in self._live]
-        self._frozen.remember()
 
     @torch.no_grad()
     def restore(self) -> None:

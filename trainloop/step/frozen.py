@@ -42,7 +42,8 @@ class FrozenKeeper:
         self._kept: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._sums: dict[str, int] = {}
-        self._versions: dict[str, int] = {}
+        self._versioned: list[nn.Parameter] = []
+        self._versions: list[int] = []
         self._num_windows = 0
         trained = sum(local_tensor(p).nbytes for p in params.values() if p.requires_grad)
         self._first_bytes = max(trained, _SMALL_BYTES)
@@ -50,20 +51,19 @@ class FrozenKeeper:
     def fork(self) -> FrozenKeeper:
         """Another keeper of those that are known to change, for use within a window or between two."""
         other = copy.copy(self)
-        other._watched, other._versions, other._smallest, other._values = {}, {}, {}, []
+        other._watched, other._versioned, other._versions = {}, [], []
+        other._smallest, other._values = {}, []
         other._changing = self._smallest | self._changing
         return other
 
     @property
-    def changing(self) -> set[str]:
-        """Clean names of the frozen parameters that were seen to change."""
-        return set(self._changing)
+    def is_needed(self) -> bool:
+        """Whether the model has frozen parameters."""
+        return bool(self._watched or self._changing)
 
     @torch.no_grad()
     def remember(self) -> None:
         """Take note of the values before a window."""
-        if not self._watched and not self._changing:
-            return
         self._num_windows += 1
         if self._num_windows == 1:
             self._sums = self._checksums()
@@ -71,7 +71,7 @@ class FrozenKeeper:
         elif self._num_windows == 2:
             self._smallest = {}
             self._note_changes()
-        elif any(self._watched[name]._version != version for name, version in self._versions.items()):
+        elif [p._version for p in self._versioned] != self._versions:
             self._note_changes()
         kept = [local_tensor(p) for p in (self._smallest | self._changing).values()]
         if len(kept) == len(self._values):
@@ -111,8 +111,9 @@ class FrozenKeeper:
         changed = {name for name, value in sums.items() if self._sums[name] != value}
         self._changing |= {name: self._watched.pop(name) for name in sorted(changed)}
         # A version that counts up without a change says nothing.
-        is_said = {name: self._versions.get(name, p._version) == p._version for name, p in self._watched.items()}
-        self._versions = {name: p._version for name, p in self._watched.items() if is_said[name]}
+        before = {id(p): version for p, version in zip(self._versioned, self._versions, strict=True)}
+        self._versioned = [p for p in self._watched.values() if before.get(id(p), p._version) == p._version]
+        self._versions = [p._version for p in self._versioned]
         return changed
 
     def _checksums(self) -> dict[str, int]:
