@@ -100,7 +100,7 @@ def make(steps: int, *hooks: BaseHook, **kwargs: Any) -> Trainer:
 def test_an_evaluation_sees_the_averaged_weights_and_leaves_the_run_alone() -> None:
     """It finds the loss of the optimizer's average; the run goes on with every bit as without an evaluation."""
     held = Held()
-    evaluated, plain = make(8, held), make(8)
+    evaluated, plain = make(60, held), make(60)
     evaluated.train()
     plain.train()
     assert held.found == pytest.approx(held.wanted, rel=1e-5)
