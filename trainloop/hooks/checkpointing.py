@@ -164,7 +164,7 @@ class CheckpointingHook(CheckpointerHook):
             trainer.control.ask("save_failed")  # heard by all ranks at the end of this step
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
-        """What only one hook of a run may do."""
+        """What only one hook of a run in `workspace` may do."""
         return [(f"save into {(workspace / self.path).resolve()}", "path")]
 
     def saves_to(self, trainer: BaseTrainer) -> Path:

@@ -55,7 +55,7 @@ class EarlyStoppingHook(BaseHook):
         self._others: set[str] = set()
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
-        """What only one hook of a run may do: state is saved under the metric's name."""
+        """What only one hook of a run in `workspace` may do: state is saved under the metric's name."""
         return [(f"stop the run by {self.metric!r}", "metric")]
 
     def on_before_train(self, trainer: BaseTrainer) -> None:

@@ -56,7 +56,7 @@ class ImageFileLoggerHook(BaseHook):
         self.needs_workspace = not self.path.is_absolute()
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
-        """What only one hook of a run may do."""
+        """What only one hook of a run in `workspace` may do."""
         return [(f"write images into {(workspace / self.path).resolve()}", "path")]
 
     def on_before_train(self, trainer: BaseTrainer) -> None:

@@ -41,7 +41,7 @@ class _StatsHook(BaseHook):
         self._start_interval()
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
-        """What only one hook of a run may do: state is saved under this name."""
+        """What only one hook of a run in `workspace` may do: state is saved under this name."""
         return [(f"report every {self.interval} steps as a {type(self).__name__}", "interval")]
 
     def _start_interval(self) -> None:

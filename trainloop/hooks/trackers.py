@@ -87,7 +87,7 @@ class TrackerHook(BaseHook):
         self._told: set[str] = set()
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
-        """What only one hook of a run may do."""
+        """What only one hook of a run in `workspace` may do."""
         folder = (workspace / self.logging_dir).resolve()
         names = [tracker for tracker in self.log_with if isinstance(tracker, str)]
         return [(f"log with {name} to project {self.project!r} and folder {folder}", "project") for name in names]

@@ -100,7 +100,7 @@ class WandbHook(BaseHook):
     # ------------------------------------------------------------------ the run
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
-        """What only one hook of a run may do: the run's id is saved under one name."""
+        """What only one hook of a run in `workspace` may do: the run's id is saved under one name."""
         return [("log to W&B", "")]
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
