@@ -71,14 +71,18 @@ def test_what_a_sharded_run_ended_with_is_exported_bit_by_bit(
 
 
 def test_the_table_says_what_the_run_keeps(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The hook's policies are in the manifest, so `ls` tells why each checkpoint stays."""
+    """The hook's policies are in the manifest, so `ls` tells why each checkpoint stays. No checkpoint has the metric of
+    `BestK` yet, so it keeps all.
+    """
     code, said, _ = run(capsys, "ls", trained / "checkpoints")
     assert code == 0
     lines = [re.sub(r"\d+ s|[\d.]+ KiB", "", line).split() for line in said.splitlines()]
+    best = ["BestK(metric='val/loss',", "k=2,", "mode='min')"]
     assert lines == [
         ["step", "age", "size", "health", "kept", "by"],
-        ["4", "healthy", "KeepPrevious(num=1)"],
-        ["5", "healthy", "newest,", "newest", "healthy,", "KeepPrevious(num=1)"],
+        ["2", "healthy", *best],
+        ["4", "healthy", "KeepPrevious(num=1),", *best],
+        ["5", "healthy", "newest,", "newest", "healthy,", "KeepPrevious(num=1),", *best],
     ]
     code, said, _ = run(capsys, "ls", trained / "checkpoints", "--json")
     assert json.loads(said)["retention"] == [
@@ -93,7 +97,7 @@ def test_it_runs_as_a_module_of_its_own(trained: Path, tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"cwd": tmp_path, "env": environment(RANK="1", WORLD_SIZE="2"), "text": True}
     done = subprocess.run([*python, "verify", str(trained / "checkpoints")], capture_output=True, **kwargs)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"(step_000000[45]: ok, healthy \([\d.]+ KiB\)\n){2}", done.stdout)
+    assert re.fullmatch(r"(step_000000[245]: ok, healthy \([\d.]+ KiB\)\n){3}", done.stdout)
     done = subprocess.run([*python, "export", str(trained)], capture_output=True, **kwargs)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
