@@ -37,6 +37,34 @@ def lent_rng(seed: int) -> Iterator[None]:
         load_rng_state(before, _CPU)
 
 
+class OwnRng:
+    """Random generators that stand in for those of the process on the CPU: what runs within `lent` draws from them, and
+    goes on where it stood the next time. Costs about 50 us each time.
+
+    Args:
+        seed: Where they begin.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.state: dict[str, Any] | None = None
+        """As `rng_state` reads it. None: nothing was drawn yet."""
+        self._seed = seed
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Within it, the process draws from these generators."""
+        before = rng_state(_CPU)
+        if self.state is None:
+            seed_all(self._seed)
+        else:
+            load_rng_state(self.state, _CPU)
+        try:
+            yield
+        finally:
+            self.state = rng_state(_CPU)
+            load_rng_state(before, _CPU)
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """State of this process's random generators: Python, numpy, torch on the CPU and on `device`."""
     version, internal, gauss = random.getstate()

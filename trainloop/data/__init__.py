@@ -4,3 +4,7 @@ In: whatever `build_data_loader` returns, the seed, and the number of processes.
 Out: an endless stream of this rank's micro-batches on its device, each sample once an epoch, and the position in it,
 which a checkpoint keeps.
 """
+
+from .per_rank import per_rank
+
+__all__ = ["per_rank"]

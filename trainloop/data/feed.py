@@ -6,7 +6,7 @@ workers prefetch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,10 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import send_to_device
 
+from ..errors import RankDisagreementError
+from ..ranks import collectives
 from ..records import map_nested
+from .per_rank import SHARD_REMEDY, PerRank
 from .sources import source_of
 
 
@@ -47,6 +50,8 @@ class DataFeed:
         non_blocking: bool = False,
     ) -> None:
         self._source = source_of(loader, seed, rank, world_size)
+        self._compares = world_size > 1
+        loader = loader.loader if isinstance(loader, PerRank) else loader
         self._next: Any = None
         self.non_blocking = non_blocking
         is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
@@ -63,6 +68,11 @@ class DataFeed:
         return self._source.position
 
     @property
+    def checksum(self) -> int:
+        """Of the order of the epoch, or of its first samples. It must be the same on all ranks."""
+        return self._source.checksum
+
+    @property
     def has_epochs(self) -> bool:
         """Whether the data is known to end: it has a length, or it has ended before."""
         return self._source.has_length or self.epoch > 0
@@ -73,8 +83,17 @@ class DataFeed:
         return self._next is not None
 
     def start(self) -> None:
-        """Make the iterator, at the current position. After it the random generators may be restored."""
-        self._next = self._source.open().__next__
+        """Make the iterator, at the current position. Call on every rank. After it the random generators may be
+        restored.
+
+        Raises:
+            RankDisagreementError: The ranks read other samples at the same place of the order.
+        """
+        batches = self._source.open()
+        if self._compares:
+            check_same_data(collectives.gather_objects(self._source.compared_checksum()))
+            self._compares = False
+        self._next = batches.__next__
 
     def __next__(self) -> Any:
         batch = self._next()
@@ -108,6 +127,15 @@ class DataFeed:
                 ' the script\'s begin at its first epoch: `CheckpointingHook(on_resume=["data"])`.'
             )
         self._source.load_state_dict(state, rank_state)
+
+
+def check_same_data(by_rank: Sequence[int | None]) -> None:
+    """Raise if the ranks have fetched other samples from the same place of the order; None: a rank cannot compare."""
+    if None not in by_rank and len(set(by_rank)) > 1:
+        raise RankDisagreementError(
+            "The ranks read different samples at the same place of the data, so the data seems to shard itself, and"
+            f" would be sharded twice. {SHARD_REMEDY}"
+        )
 
 
 def transfer(loader: Any, device: torch.device, non_blocking: bool = False) -> Callable[[Any], Any] | None:

@@ -5,12 +5,16 @@ Sharded here. It goes to any position at once, at any number of processes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from ..rng import derived_seed, lent_rng
+from .checksums import sample_checksum
 from .loaders import with_sampler
+from .order import is_stateful
 from .sampling import EndlessSampler, batch_keys, sample_key, sampling_of
 from .workers import end_workers, start_iterator
 
@@ -31,12 +35,23 @@ class IndexedSource:
             is_empty = self.has_length = False
         if is_empty:
             raise ValueError("`build_data_loader` returned data without a sample.")
+        holds_batches = isinstance(data, DataLoader) and batch_size is None and data.batch_sampler is not None
         key = None
         if isinstance(data, DataLoader) and data.num_workers > 0:
-            key = batch_keys if sampler is data.batch_sampler else sample_key
+            key = batch_keys if holds_batches else sample_key
+        self._given_sampler = sampler
         self._sampler = EndlessSampler(
-            sampler, batch_size, drop_last, seed=seed, rank=rank, world_size=world_size, key=key
+            sampler,
+            batch_size,
+            drop_last,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            key=key,
+            holds_batches=holds_batches,
         )
+        self._compares = world_size > 1
+        """Whether the next `open` fetches what the ranks compare."""
         self._iterator: Iterator[Any] | None = None
 
     @property
@@ -47,10 +62,31 @@ class IndexedSource:
     def position(self) -> tuple[int, int]:
         return self._sampler.epoch, self._sampler.position
 
+    @property
+    def checksum(self) -> int:
+        return self._sampler.checksum
+
     def open(self) -> Iterator[Any]:
-        # Iterators made here, and not in the generator, so that `close` can end them.
-        self._iterator = start_iterator(self._loader()) if isinstance(self._data, DataLoader) else None
+        # The iterator is made here, and not in the generator, so that `close` can end it.
+        if isinstance(self._data, DataLoader):
+            sampler = itertools.chain(self._items_to_compare(), self._sampler)
+            self._iterator = start_iterator(with_sampler(self._data, sampler, self._sampler.seed))
         return self._batches(self._iterator)
+
+    def compared_checksum(self) -> int | None:
+        checksums = []
+        for item in self._items_to_compare():
+            with lent_rng(derived_seed(self._sampler.seed, "compared")):
+                batch = self._data[item] if self._iterator is None else next(self._iterator)  # type: ignore[index]
+            checksums.append(sample_checksum([batch]))
+        self._compares = False
+        return checksums[0] if checksums[:1] == checksums[1:] else None
+
+    def _items_to_compare(self) -> list[Any]:
+        """What rank 0 draws next, on every rank: the same samples, if all ranks have the same data. They are fetched
+        twice, because a data set that draws from generators of its own gives others each time.
+        """
+        return [self._sampler.first_of_rank_zero()] * 2 if self._compares else []
 
     def _batches(self, iterator: Iterator[Any] | None) -> Iterator[Any]:
         if iterator is None:
@@ -61,10 +97,6 @@ class IndexedSource:
         for batch in iterator:
             self._sampler.advance()
             yield batch
-
-    def _loader(self) -> DataLoader[Any]:
-        assert isinstance(self._data, DataLoader)
-        return with_sampler(self._data, self._sampler, self._sampler.seed)
 
     def close(self) -> None:
         end_workers(self._iterator)
@@ -77,11 +109,28 @@ class IndexedSource:
             "seed": sampler.seed,
             "epoch": sampler.epoch,
             "position": sampler.position,
+            "order": self._order_record(sampler.epoch),
+            "sampler": sampler.order(sampler.epoch).state,
         }
+
+    def _order_record(self, epoch: int) -> dict[str, Any]:
+        order = self._sampler.order(epoch)
+        return {"sampler": type(self._given_sampler).__name__, "length": order.length, "checksum": order.checksum}
 
     def rank_state_dict(self) -> None:
         return None
 
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
-        self._sampler.seed = state["seed"]
-        self._sampler.epoch, self._sampler.position = state["epoch"], state["position"]
+        if is_stateful(self._given_sampler) and state.get("sampler") is not None:
+            self._given_sampler.load_state_dict(state["sampler"])  # type: ignore[attr-defined]
+        self._sampler.go_to(state["seed"], state["epoch"], state["position"])
+        saved, own = state.get("order"), self._order_record(state["epoch"])
+        if saved is None:  # of trainloop 0.1.0, which counted an own batch sampler's batches
+            self._sampler.position = self._sampler.num_samples(state["epoch"], state["position"])
+        elif state["position"] and saved != own and {**saved, "checksum": 0} == {**own, "checksum": 0}:
+            raise ValueError(
+                f"The {own['sampler']} of `build_data_loader` gives another order of epoch {state['epoch']} than the"
+                " saved run had, so samples of it would be seen twice and others never. Let it draw from a generator"
+                " that it holds as an attribute (`self.generator = torch.Generator()`), which the trainer seeds for"
+                " each epoch; or give it `set_epoch`; or `state_dict` and `load_state_dict`."
+            )

@@ -1,4 +1,4 @@
-"""A user's `DataLoader` made anew: with a sampler of ours, or with one rank's part of an `IterableDataset`.
+"""A user's `DataLoader` made anew, with a sampler of ours.
 
 Everything else about it stays as the user set it: collate function, workers, pinning, timeout.
 """
@@ -9,32 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 
 from .sampling import SeededDataset
-
-
-def with_workers(loader: DataLoader[Any], rank: int, world_size: int) -> DataLoader[Any]:
-    """Limit a loader of an `IterableDataset` to this rank's part. Each worker has its own copy of the data set."""
-    dataset: Any = loader.dataset
-    if world_size > 1:
-        dataset = IterableDatasetShard(
-            dataset, loader.batch_size or 1, loader.drop_last, num_processes=world_size, process_index=rank
-        )
-    return DataLoader(
-        dataset,
-        batch_size=loader.batch_size,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-    )
 
 
 def with_sampler(loader: DataLoader[Any], sampler: Iterable[Any], seed: int) -> DataLoader[Any]:

@@ -6,29 +6,28 @@ order(epoch 0) + order(epoch 1) + …        f(seed, epoch), the same on all ran
 └ rank 0 ┘└ rank 1 ┘                       rank r takes the r-th slice
 ```
 
-A batch may begin in one epoch and end in the next: all ranks always have equally many samples, none is seen twice in an
-epoch and none is left out (but for the tail of each epoch with `drop_last`).
+A batch may begin in one epoch and end in the next. All ranks always have equally many samples. None is seen twice in an
+epoch, and none is left out, except for the tail of each epoch with `drop_last`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
-from ..rng import derived_seed, lent_rng, seed_all
+from ..rng import derived_seed, seed_all
+from .order import Order
 
 
 def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, bool]:
     """How a user's loader samples: what orders its items, how many make a batch, and whether a tail is dropped.
 
-    A batch size of None: each item is all that a batch needs, the list of a batch sampler of another kind than torch's,
-    or the index of what the data set itself calls a batch.
+    A batch size of None: each item is all that a batch needs. It is the list of a batch sampler of another kind than
+    torch's, or the index of what the data set itself calls a batch.
     """
     batch_sampler = loader.batch_sampler
     if isinstance(batch_sampler, BatchSamplerShard):  # Accelerate's, around the user's
@@ -45,27 +44,13 @@ def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, boo
     return sampler, batch_size, drop_last
 
 
-def order(sampler: Iterable[Any], seed: int, epoch: int) -> Iterable[Any]:
-    """The items of one epoch, the same on every rank and after every restart.
+class _Piece(NamedTuple):
+    """Consecutive items of one epoch."""
 
-    A sampler without a length may have no end: it is iterated as it goes, and repeats itself only if it draws from a
-    generator of its own.
-    """
-    if isinstance(sampler, range):
-        return sampler
-    if type(sampler) is SequentialSampler:
-        return range(len(sampler))
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-    generator = getattr(sampler, "generator", None)
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(derived_seed(seed, epoch))
-    try:
-        len(sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return sampler
-    with lent_rng(derived_seed(seed, epoch)):
-        return list(sampler)
+    order: Order
+    epoch: int
+    start: int
+    num_items: int
 
 
 class EndlessSampler:
@@ -79,6 +64,7 @@ class EndlessSampler:
         rank: This rank.
         world_size: Number of ranks.
         key: Makes of (seed, epoch, item) what is yielded for an item. None: the item.
+        holds_batches: Each item is the list of a batch's indices. The position counts the indices in it.
     """
 
     def __init__(
@@ -91,32 +77,54 @@ class EndlessSampler:
         rank: int,
         world_size: int,
         key: Callable[[int, int, Any], Any] | None = None,
+        holds_batches: bool = False,
     ) -> None:
         self.seed = seed
         self.epoch = 0
-        """Epoch of the item that comes next."""
+        """Epoch of the sample that comes next."""
         self.position = 0
-        """Items of that epoch that were consumed, by all ranks together."""
+        """Samples of that epoch that were consumed, by all ranks together."""
+        self.checksum = 0
+        """Of the order of that epoch; 0 before the first batch."""
         self._sampler, self._drop_last, self._key = sampler, drop_last, key
-        size = batch_size or 1
-        self._global_batch = size * world_size
-        self._part: slice | int = rank if batch_size is None else slice(rank * size, (rank + 1) * size)
-        self._ahead: deque[tuple[int, int]] = deque()
+        self._holds_batches, self._is_single = holds_batches, batch_size is None
+        self._rank, self._size = rank, batch_size or 1
+        self._global_batch = self._size * world_size
+        self._ahead: deque[tuple[int, int, int]] = deque()
+        self._orders: dict[int, Order] = {}
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from the current position on. The position itself moves with `advance` only: workers draw ahead."""
         self._ahead.clear()
+        for pieces, position in self._global_batches():
+            self._ahead.append(position)
+            yield self._own(pieces, self._rank)
+
+    def first_of_rank_zero(self) -> Any:
+        """What rank 0 draws next, on every rank."""
+        pieces, _ = next(self._global_batches())
+        return self._own(pieces, 0)
+
+    def _global_batches(self) -> Iterator[tuple[list[_Piece], tuple[int, int, int]]]:
+        """The pieces of each global batch; with epoch, position and checksum after it."""
         epoch, position = self.epoch, self.position
-        batch: list[Any] = []
+        pieces: list[_Piece] = []
+        num_drawn = 0
         while True:
-            items = itertools.islice(order(self._sampler, self.seed, epoch), position, None)
-            while drawn := list(itertools.islice(items, self._global_batch - len(batch))):
-                position += len(drawn)
-                batch += drawn if self._key is None else [self._key(self.seed, epoch, item) for item in drawn]
-                if len(batch) == self._global_batch:
-                    self._ahead.append((epoch, position))
-                    yield batch[self._part]
-                    batch = []
+            order = self.order(epoch)
+            index, rest = self._seek(order, position)
+            if rest is not None:
+                pieces, num_drawn, position = [_Piece(rest, epoch, 0, 1)], 1, position + len(rest.items(0, 1)[0])
+            while True:
+                if num_drawn == self._global_batch:
+                    yield pieces, (epoch, position, order.checksum)
+                    pieces, num_drawn = [], 0
+                count = order.count(index, self._global_batch - num_drawn)
+                if not count:
+                    break
+                pieces.append(_Piece(order, epoch, index, count))
+                position += sum(map(len, order.items(index, index + count))) if self._holds_batches else count
+                index, num_drawn = index + count, num_drawn + count
             if position == 0:
                 raise ValueError("The data loader has no samples.")
             if self._drop_last:
@@ -125,12 +133,54 @@ class EndlessSampler:
                         f"The data set gives {position} samples an epoch, but `drop_last=True` drops what doesn't fill"
                         f" a global batch of {self._global_batch}. Make the batch smaller or keep the rest."
                     )
-                batch = []
+                pieces, num_drawn = [], 0
             epoch, position = epoch + 1, 0
 
     def advance(self) -> None:
         """The oldest batch that was drawn has been consumed."""
-        self.epoch, self.position = self._ahead.popleft()
+        self.epoch, self.position, self.checksum = self._ahead.popleft()
+        for epoch in [epoch for epoch in self._orders if epoch < self.epoch]:
+            del self._orders[epoch]
+
+    def order(self, epoch: int) -> Order:
+        """The order of an epoch. It is kept until the epoch is over: a sampler might not give it a second time."""
+        if epoch not in self._orders:
+            self._orders[epoch] = Order(self._sampler, self.seed, epoch)
+        return self._orders[epoch]
+
+    def go_to(self, seed: int, epoch: int, position: int) -> None:
+        """Go to a position that was saved."""
+        self.seed, self.epoch, self.position = seed, epoch, position
+        self._orders = {}
+
+    def num_samples(self, epoch: int, num_items: int) -> int:
+        """How many samples the first items of an epoch hold."""
+        if not self._holds_batches:
+            return num_items
+        order = self.order(epoch)
+        return sum(map(len, order.items(0, order.count(0, num_items))))
+
+    def _seek(self, order: Order, position: int) -> tuple[int, Order | None]:
+        """The first item that was not consumed; before it comes the rest of one that was consumed in part."""
+        if not self._holds_batches:
+            return position, None
+        index = num_seen = 0
+        while num_seen < position and order.count(index, 1):
+            (batch,) = order.items(index, index + 1)
+            index, num_seen = index + 1, num_seen + len(batch)
+        return index, Order([batch[position - num_seen :]], 0, 0) if num_seen > position else None
+
+    def _own(self, pieces: list[_Piece], rank: int) -> Any:
+        """A rank's slice of a global batch."""
+        own: list[Any] = []
+        offset = 0
+        for order, epoch, first, num_items in pieces:
+            start, stop = max(rank * self._size - offset, 0), min((rank + 1) * self._size - offset, num_items)
+            if start < stop:
+                items = order.items(first + start, first + stop)
+                own += items if self._key is None else [self._key(self.seed, epoch, item) for item in items]
+            offset += num_items
+        return own[0] if self._is_single else own
 
 
 def sample_key(seed: int, epoch: int, index: Any) -> tuple[int, int, Any]:

@@ -1,7 +1,8 @@
 """Which source serves the data that the user returned.
 
 - `IndexedSource`: data with an index.
-- `SampledSource` and `IterableSource`: data without one.
+- `SampledSource`: a `DataLoader` over an `IterableDataset`.
+- `IterableSource`: any other iterable of batches, of which each rank has its own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ..errors import describe
 from .indexed import IndexedSource
-from .iterable import IterableSource, SampledSource
-from .loaders import with_workers
+from .iterable import IterableSource
+from .per_rank import PerRank
+from .streamed import SampledSource
 
 
 class Source(Protocol):
@@ -29,11 +31,20 @@ class Source(Protocol):
     def position(self) -> tuple[int, int]:
         """Epoch and consumed samples of it, the same on all ranks; (0, 0) if each rank reads its own data."""
 
+    @property
+    def checksum(self) -> int:
+        """Of what must be the same on all ranks: the order of the epoch, or its first samples; 0: nothing must."""
+
     has_length: bool
     """Whether the length of an epoch is known."""
 
     def open(self) -> Iterator[Any]:
         """Batches without end, from the current position on."""
+
+    def compared_checksum(self) -> int | None:
+        """Of samples that are the same on all ranks, if all have the same data; None: there are none to compare. Call
+        it once, after `open` and before the first batch.
+        """
 
     def close(self) -> None:
         """End what runs in the background; `open` may be called again."""
@@ -62,20 +73,20 @@ def source_of(loader: Any, seed: int, rank: int, world_size: int) -> Source:
         )
     if isinstance(loader, str | bytes | dict):
         raise TypeError(f"`build_data_loader` must return an iterable of batches, but returned {describe(loader)}.")
+    if isinstance(loader, PerRank):
+        return IterableSource(loader.loader, rank, world_size)
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
-        if not isinstance(loader.dataset, IterableDataset):
-            return IndexedSource(loader, seed, rank, world_size)
-        if loader.num_workers == 0:
-            return SampledSource(loader, rank, world_size)
-        return IterableSource(with_workers(loader, rank, world_size), is_first=rank == 0)
+        if isinstance(loader.dataset, IterableDataset):
+            return SampledSource(loader, seed, rank, world_size)
+        return IndexedSource(loader, seed, rank, world_size)
     is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
     shards_itself = is_prepared or isinstance(getattr(loader, "sampler", None), DistributedSampler)
     if world_size > 1 and isinstance(loader, DataLoader) and not shards_itself:
         raise ValueError(
             f"{type(loader).__name__} iterates in a way of its own, so it can't be sharded over {world_size}"
-            " processes: each would train on the same batches. Return a torch DataLoader, one that"
-            " `accelerator.prepare` has sharded, or one with a DistributedSampler."
+            " processes: each would train on the same batches. Return a torch DataLoader. Or, if each rank's loader"
+            " yields its own part of the data, return `trainloop.data.per_rank(loader)`."
         )
     if isinstance(loader, Sequence):
         return IndexedSource(loader, seed, rank, world_size)
-    return IterableSource(loader, is_first=rank == 0)
+    return IterableSource(loader, rank, world_size)

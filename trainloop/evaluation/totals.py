@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -89,19 +90,11 @@ class Metrics:
 
     @contextmanager
     def muted(self, is_muted: bool) -> Iterator[None]:
-        """Within it, updates do nothing."""
-        muted = list(self._metrics.values()) if is_muted else []
-        own = [vars(metric).get("update") for metric in muted]
-        for metric in muted:
-            metric.update = _ignore
-        try:
+        """Within it, updates do nothing, and `metric(…)` computes its value on a copy that starts empty."""
+        with ExitStack() as stack:
+            for metric in self._metrics.values() if is_muted else ():
+                stack.enter_context(_muted(metric))
             yield
-        finally:
-            for metric, update in zip(muted, own, strict=True):
-                if update is None:
-                    del metric.update
-                else:
-                    metric.update = update
 
     def split(self, records: Any, is_counted: bool) -> Any:
         """The records without the metrics in them, which are taken note of."""
@@ -137,6 +130,36 @@ class Metrics:
 
 def _is_metric(value: Any) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset"))
+
+
+@contextmanager
+def _muted(metric: Any) -> Iterator[None]:
+    own, original = vars(metric).get("update"), type(metric)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unmute()
+        copied = copy.deepcopy(metric)  # all that it has added up, but on a rank's last round only
+        mute()
+        copied.reset()
+        return copied(*args, **kwargs)
+
+    def mute() -> None:
+        metric.update = _ignore
+        if callable(metric):  # Python looks `__call__` up in the class
+            metric.__class__ = type(original.__name__, (original,), {"__call__": call, "forward": call})
+
+    def unmute() -> None:
+        metric.__class__ = original
+        if own is None:
+            del metric.update
+        else:
+            metric.update = own
+
+    mute()
+    try:
+        yield
+    finally:
+        unmute()
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..data.per_rank import PerRank
 from ..data.sampling import sampling_of
 from ..ranks import collectives
 
@@ -49,6 +50,8 @@ def run_settings(trainer: BaseTrainer) -> Settings:
 
 
 def _data_settings(loader: Any) -> Settings:
+    if isinstance(loader, PerRank):
+        loader = loader.loader
     data, order = loader, type(loader).__name__
     batch_size = getattr(loader, "batch_size", None)
     if isinstance(loader, DataLoader):

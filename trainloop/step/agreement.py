@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.per_rank import SHARD_REMEDY
 from ..errors import RankDisagreementError
 from ..ranks import collectives
 
@@ -31,13 +32,18 @@ _ADVICE = {
     ),
     "loss scale": "Look for a `build_grad_scaler` that depends on the rank.",
     "learning rates": "Look for a hook or a schedule that sets them on some ranks only, or from numbers of one rank.",
+    "order of the data": (
+        "The ranks read the data in different orders, or read other data, so some samples would be seen twice and"
+        f" others never. {SHARD_REMEDY}"
+    ),
     "data position": "Look for data that has another length or order on some ranks.",
     "step": "Look for a hook that loads a state on some ranks only.",
 }
 
 
 class Agreement:
-    """What every rank must have the same of: step, data position, gradient norm, loss scale and learning rates.
+    """What every rank must have the same of: step, order and position of the data, gradient norm, loss scale and
+    learning rates.
 
     Costs one CRC over a few dozen bytes a window, and no communication of its own.
 
@@ -75,7 +81,9 @@ class Agreement:
         if self._is_alone:
             return 0
         rates = self._learning_rates()
-        numbers = struct.pack(f"3q{len(rates) + 2}d", *self._position(), self._norm, self._scale, *rates)
+        numbers = struct.pack(
+            f"4q{len(rates) + 2}d", *self._position(), self._feed.checksum, self._norm, self._scale, *rates
+        )
         return zlib.crc32(numbers)
 
     def check(self) -> None:
@@ -93,6 +101,7 @@ class Agreement:
         """
         step, epoch, position = self._position()
         own = {
+            "order of the data": self._feed.checksum,
             "gradient norm": self._norm,
             "loss scale": self._scale,
             "learning rates": self._learning_rates(),

@@ -1,0 +1,465 @@
+"""Every kind of data at 1, 2 and 3 ranks, with and without workers: each sample once an epoch, alike after a restart.
+
+The ranks are feeds in one process. Each has random generators of its own, as the ranks of a run have.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    get_worker_info,
+)
+
+from trainloop import DataReplayWarning
+from trainloop.data import per_rank
+from trainloop.data.feed import DataFeed
+from trainloop.data.order import Order
+from trainloop.rng import derived_seed, lent_rng
+
+CPU = torch.device("cpu")
+N = 30
+BATCH = 4
+
+
+class Numbers(Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Shuffles, and splits the samples over the workers, as the documentation of torch recommends."""
+
+    def __init__(self, shuffle: Callable[[list[int]], list[int]] = list, n: int = N) -> None:
+        self.shuffle, self.n = shuffle, n
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        numbers = range(self.n) if info is None else range(info.id, self.n, info.num_workers)
+        return iter(self.shuffle(list(numbers)))
+
+
+class EpochStream(Stream):
+    """Another order in each epoch, by `set_epoch`."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.shuffle = lambda numbers: random.Random(epoch).sample(numbers, len(numbers))
+
+
+class StatefulStream(Stream):
+    """Goes on where it stood, and draws its order while it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[int] | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        if self.left is None:
+            self.left = list(super().__iter__())
+        while self.left:
+            yield self.left.pop(random.randrange(len(self.left)))
+        self.left = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": None if self.left is None else list(self.left)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left = state["left"]
+
+
+def shuffled_by_all(numbers: list[int]) -> list[int]:
+    """With the global generators of Python, numpy and torch."""
+    numbers = random.sample(numbers, len(numbers))
+    numbers = [numbers[i] for i in np.random.permutation(len(numbers))]
+    return [numbers[i] for i in torch.randperm(len(numbers)).tolist()]
+
+
+class Shuffler(Sampler):  # type: ignore[type-arg]
+    """Draws from `rng`, which it holds."""
+
+    def __init__(self, rng: Any) -> None:
+        self.rng = rng
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = list(range(N))
+        self.rng.shuffle(numbers)
+        return iter(numbers)
+
+
+class Unsized(Sampler):  # type: ignore[type-arg]
+    """Has no length, and draws from the global generator."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(N).tolist()
+
+
+class ByEpoch(Sampler):  # type: ignore[type-arg]
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.Random(self.epoch).sample(range(N), N))
+
+
+class OwnBatches(BatchSampler):
+    """Batches of 1, 2, 3 and 4 samples in turn, of what the sampler inside it yields."""
+
+    def __len__(self) -> int:
+        return N * 4 // 10
+
+    def __iter__(self) -> Iterator[list[int]]:
+        numbers = iter(self.sampler)
+        for size in itertools.cycle((1, 2, 3, 4)):
+            if not (batch := list(itertools.islice(numbers, size))):
+                return
+            yield batch
+
+
+class Remembering(Sampler):  # type: ignore[type-arg]
+    """Draws from a generator that nobody finds, and keeps its state itself."""
+
+    def __init__(self) -> None:
+        self.state = random.Random(5).getstate()
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random()
+        rng.setstate(self.state)
+        numbers = rng.sample(range(N), N)
+        self.state = rng.getstate()
+        return iter(numbers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state["state"]
+
+
+def map_style(**options: Any) -> Callable[[int, int, int], DataLoader[Any]]:
+    """A loader of `Numbers`; options that are functions are called for each loader."""
+
+    def make(rank: int, world_size: int, num_workers: int) -> DataLoader[Any]:
+        made = {name: value() if callable(value) else value for name, value in options.items()}
+        size = {} if "batch_sampler" in made else {"batch_size": BATCH}
+        return DataLoader(Numbers(), num_workers=num_workers, **size, **made)
+
+    return make
+
+
+def stream(make_dataset: Callable[[], Any], **options: Any) -> Callable[[int, int, int], DataLoader[Any]]:
+    return lambda rank, world_size, num_workers: DataLoader(
+        make_dataset(), batch_size=BATCH, num_workers=num_workers, **options
+    )
+
+
+KINDS: dict[str, Callable[[int, int, int], Any]] = {
+    "shuffled": map_style(shuffle=True),
+    "in order": map_style(),
+    "its own generator": map_style(shuffle=True, generator=torch.Generator),
+    "sampler with random.Random": map_style(sampler=lambda: Shuffler(random.Random(0))),
+    "sampler with numpy's Generator": map_style(sampler=lambda: Shuffler(np.random.default_rng(0))),
+    "sampler with numpy's RandomState": map_style(sampler=lambda: Shuffler(np.random.RandomState(0))),
+    "sampler without a length": map_style(sampler=Unsized),
+    "sampler with a state": map_style(sampler=Remembering),
+    "batch sampler around a generator": map_style(
+        batch_sampler=lambda: OwnBatches(RandomSampler(Numbers(), generator=torch.Generator()), BATCH, False)
+    ),
+    "batch sampler around set_epoch": map_style(batch_sampler=lambda: OwnBatches(ByEpoch(), BATCH, False)),
+    "distributed sampler": map_style(sampler=lambda: DistributedSampler(Numbers(), num_replicas=2, rank=1)),
+    "stream": stream(Stream),
+    "stream of global generators": stream(lambda: Stream(shuffled_by_all)),
+    "stream with set_epoch": stream(EpochStream),
+    "stream with a state": stream(StatefulStream),
+}
+IN_ORDER = {"in order", "stream"}
+
+
+def seed_differently(*parts: Any) -> None:
+    seed = hash(parts) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Ranks:
+    """The feeds of all ranks, each with generators of its own."""
+
+    def __init__(self, make: Callable[[int, int, int], Any], world_size: int, num_workers: int = 0) -> None:
+        self.feeds = [
+            DataFeed(make(rank, world_size, num_workers), seed=1, rank=rank, world_size=world_size, device=CPU)
+            for rank in range(world_size)
+        ]
+
+    def draw(self, count: int) -> list[list[list[int]]]:
+        """The next batches, by rank. What the ranks compare must be the same."""
+        drawn = []
+        for rank, feed in enumerate(self.feeds):
+            seed_differently(rank, feed.position)
+            with feed:
+                feed.start()
+                drawn.append([next(feed).tolist() for _ in range(count)])
+        assert len({feed.checksum for feed in self.feeds}) == 1
+        return drawn
+
+    def resume(self, other: Ranks) -> None:
+        """Go to the position of other ranks, which may be more or fewer."""
+        for rank, feed in enumerate(self.feeds):
+            own = other.feeds[rank].rank_state_dict() if len(self.feeds) == len(other.feeds) else None
+            feed.load_state_dict(other.feeds[0].state_dict(), own)
+
+
+def samples(drawn: list[list[list[int]]]) -> list[int]:
+    """In the order of the global batches."""
+    return [i for batches in zip(*drawn, strict=True) for batch in batches for i in batch]
+
+
+def epochs(numbers: list[int]) -> list[list[int]]:
+    """The whole ones of a run from the beginning."""
+    return [numbers[i : i + N] for i in range(0, len(numbers) - N + 1, N)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::trainloop.DataReplayWarning")
+def test_each_sample_is_seen_once_an_epoch(kind: str, world_size: int, num_workers: int) -> None:
+    """Over three epochs, by all ranks together, whatever the ranks' own generators draw. A run that is killed in the
+    middle of an epoch goes on with the same batches, and at another number of ranks with the samples that are left.
+    """
+    make = KINDS[kind]
+    per_step = BATCH if "batch sampler" not in kind else 2.5
+    count = -(-int(3 * N / per_step + 4) // world_size)
+    ranks = Ranks(make, world_size, num_workers)
+    whole = ranks.draw(count)
+    found = epochs(samples(whole))
+    assert len(found) >= 3
+    assert [sorted(epoch) for epoch in found] == [list(range(N))] * len(found)
+    if not (num_workers and "stream" in kind):  # where the epoch's end decides which worker begins the next one
+        assert (found[0] != found[1]) == (kind not in IN_ORDER)
+
+    for killed_at in (count // 3, count // 2 + 1)[: 1 if num_workers else 2]:
+        first = Ranks(make, world_size, num_workers)
+        seen = first.draw(killed_at)
+        again = Ranks(make, world_size, num_workers)
+        again.resume(first)
+        rest = again.draw(count - killed_at)
+        assert [a + b for a, b in zip(seen, rest, strict=True)] == whole, killed_at
+        other_size = world_size % 3 + 1
+        other = Ranks(make, other_size, num_workers)
+        other.resume(first)
+        goes_on = samples(other.draw(int(2 * N / per_step) // other_size))
+        both = epochs(samples(seen) + goes_on)
+        assert [sorted(epoch) for epoch in both] == [list(range(N))] * len(both), killed_at
+
+
+# ---------------------------------------------------------------------- another sampler, loader or number of workers
+
+
+class Forgetful(Remembering):
+    """Draws from a generator that nobody finds, and does not keep its state."""
+
+    state_dict = load_state_dict = None  # type: ignore[assignment]
+
+
+def test_another_order_at_the_resume_is_refused() -> None:
+    """The saved position has a checksum of its epoch's order."""
+    first = Ranks(map_style(sampler=Forgetful), 1)
+    seen = samples(first.draw(12))
+    assert sorted(seen[:N]) == sorted(range(N))
+    (feed,) = Ranks(map_style(sampler=Forgetful), 1).feeds
+    with pytest.raises(ValueError, match=r"The Forgetful .* another order of epoch 1 than .* `set_epoch`; or `state_"):
+        feed.load_state_dict(first.feeds[0].state_dict(), None)
+
+
+def test_an_order_is_kept_when_the_feed_is_started_again() -> None:
+    """A second `train` goes on in the order of the epoch, also if the sampler would give another one."""
+    ranks = Ranks(map_style(sampler=Forgetful), 2)
+    seen = [samples(ranks.draw(1)) for _ in range(3)]
+    assert len(set(itertools.chain(*seen))) == 3 * 2 * BATCH
+
+
+def test_the_position_counts_samples_whatever_makes_the_batches() -> None:
+    """From batches of 4 to a batch sampler of another kind, in its middle, and back."""
+    first = Ranks(map_style(), 1)
+    seen = samples(first.draw(3))
+    second = Ranks(map_style(batch_sampler=lambda: OwnBatches(range(N), BATCH, False)), 1)
+    second.resume(first)
+    (drawn,) = second.draw(4)
+    assert drawn == [[12], [13, 14, 15], [16, 17, 18, 19], [20]]
+    third = Ranks(map_style(), 1)
+    third.resume(second)
+    assert seen + list(itertools.chain(*drawn)) + samples(third.draw(2)) == list(range(29))
+
+
+def test_a_position_of_an_older_version_is_understood() -> None:
+    """Trainloop 0.1.0 counted the batches of a batch sampler of another kind, and saved no checksum."""
+    (feed,) = Ranks(map_style(batch_sampler=lambda: OwnBatches(range(N), BATCH, False)), 1).feeds
+    feed.load_state_dict({"kind": "IndexedSource", "seed": 1, "epoch": 0, "position": 3}, None)
+    assert feed.position == (0, 6)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_streams_in_workers_go_on_as_if_they_had_not_been_closed(num_workers: int) -> None:
+    """Two `train`s see what one sees, and draw nothing twice from the process's generators."""
+    make = KINDS["stream of global generators"]
+    whole = Ranks(make, 1, num_workers).draw(16)
+    ranks = Ranks(make, 1, num_workers)
+    parts = ranks.draw(11)
+    (feed,) = ranks.feeds
+    before = torch.get_rng_state()
+    with pytest.warns(DataReplayWarning, match="so the 14 samples that this run has already seen"):
+        feed.start()
+    parts[0] += [next(feed).tolist() for _ in range(5)]
+    feed.close()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert parts == whole
+
+
+def test_another_number_of_workers_is_told_with_the_number() -> None:
+    """One worker reads as none does, so that is exact. The order of two is another one."""
+    first = Ranks(KINDS["stream"], 2)
+    first.draw(2)
+    one = Ranks(KINDS["stream"], 2, num_workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataReplayWarning)
+        one.resume(first)
+    with pytest.warns(DataReplayWarning, match="so the 16 samples"):
+        assert samples(one.draw(1)) == list(range(16, 24))
+    two = Ranks(KINDS["stream"], 2, num_workers=2)
+    with pytest.warns(DataReplayWarning, match="saved with 1 workers, but there are 2 .* up to 16 are seen twice"):
+        two.resume(first)
+    with pytest.warns(DataReplayWarning, match="so the 16 samples"):
+        assert samples(two.draw(1)) == [16, 18, 20, 22, 24, 26, 28, 17]
+
+
+class Shifting(Stream):
+    """Of two workers, one has 18 samples and the other has 1; in the next epoch it is the other way round."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        return iter(range(18) if info is not None and info.id == self.epoch % 2 else [18])
+
+
+def test_little_data_in_many_workers() -> None:
+    """No worker has a whole global batch: each sample is seen once an epoch all the same. Where that would need a
+    worker that has changed its share, the error says so.
+    """
+    found = samples(Ranks(stream(lambda: Stream(n=10)), 2, num_workers=2).draw(5))
+    assert [sorted(found[i : i + 10]) for i in range(0, 40, 10)] == [list(range(10))] * 4
+    with pytest.raises(ValueError, match="No worker gives the 5 samples that a global batch at the end of epoch 0"):
+        Ranks(stream(Shifting), 2, num_workers=2).draw(4)
+
+
+def test_a_tail_of_streams_in_workers_is_dropped_if_the_loader_says_so() -> None:
+    """Of 30 samples, the 6 that do not fill the last global batch."""
+    found = samples(Ranks(stream(Stream, drop_last=True), 2, num_workers=2).draw(6))
+    assert len(set(found[:24])) == len(set(found[24:])) == 24
+
+
+# ---------------------------------------------------------------------- each rank's own
+
+
+def of_rank(rank: int, world_size: int, num_workers: int) -> Any:
+    numbers = Numbers()
+    sampler = DistributedSampler(numbers, world_size, rank, shuffle=True)
+    return per_rank(DataLoader(numbers, BATCH, sampler=sampler, num_workers=num_workers))
+
+
+def of_rank_with_state(rank: int, world_size: int, num_workers: int) -> Any:
+    class Batches:
+        position = 0
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            while self.position < 5:
+                self.position += 1
+                yield torch.tensor([self.position + 10 * rank])
+            self.position = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"position": self.position}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.position = state["position"]
+
+    return per_rank(Batches())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_data_of_each_rank_is_taken_as_it_is(num_workers: int) -> None:
+    """Each rank yields its own, the sampler learns the epoch, and a resume goes on with the same batches."""
+    whole = Ranks(of_rank, 2, num_workers).draw(10)
+    for drawn, rank in zip(whole, range(2), strict=True):
+        sampler = DistributedSampler(Numbers(), 2, rank, shuffle=True)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            assert list(itertools.chain(*drawn[4 * epoch : 4 * epoch + 4])) == list(sampler)
+    first, again = Ranks(of_rank, 2, num_workers), Ranks(of_rank, 2, num_workers)
+    seen = first.draw(6)
+    again.resume(first)
+    with pytest.warns(DataReplayWarning, match="the 2 batches that this run has already seen"):
+        assert [a + b for a, b in zip(seen, again.draw(4), strict=True)] == whole
+
+
+def test_data_of_each_rank_with_a_state_is_not_drawn_again() -> None:
+    """The resume is exact. At another number of processes it is told what it does."""
+    first, again = Ranks(of_rank_with_state, 2), Ranks(of_rank_with_state, 2)
+    first.draw(7)
+    again.resume(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataReplayWarning)
+        assert again.draw(2) == [[[3], [4]], [[13], [14]]]
+    with pytest.warns(DataReplayWarning, match=r"saved by 2 processes; now there are 3\. Each rank skips 2 batches"):
+        Ranks(of_rank_with_state, 3).resume(first)
+
+
+def test_what_is_not_iterable_is_told() -> None:
+    """`per_rank` takes batches only."""
+    for value in (3, "text", {"train": []}):
+        with pytest.raises(TypeError, match="`loader` must be an iterable of batches, but is "):
+            per_rank(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_samples", [None, 7, 2 * N + 3])
+def test_a_permutation_is_that_of_torchs_sampler(num_samples: int | None) -> None:
+    """It is kept as a tensor, which takes a fifth of a list's memory."""
+    sampler = RandomSampler(Numbers(), num_samples=num_samples)
+    order = Order(sampler, 3, 4)
+    with lent_rng(derived_seed(3, 4)):
+        assert list(order.all_items()) == list(sampler)
+    assert isinstance(order._items, torch.Tensor)

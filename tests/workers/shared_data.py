@@ -1,0 +1,175 @@
+"""Trains on and evaluates data of which the ranks may not read the same, and writes what each rank saw or was told.
+
+Usage: accelerate launch shared_data.py OUT
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, Subset
+
+from trainloop import BaseTrainer
+from trainloop.data import per_rank
+
+N, BATCH = 24, 4
+"""`N` is a multiple of the global batch at 1, 2 and 3 ranks."""
+
+
+class Numbers(Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Flipped(Numbers):
+    """Draws from a generator of its own, which differs between the ranks. Its samples cannot be compared."""
+
+    rng = random.Random()
+
+    def __getitem__(self, index: int) -> Any:
+        return {"number": index, "noise": self.rng.random()}
+
+
+class OfRank(DistributedSampler):  # type: ignore[type-arg]
+    """A subclass, as scripts have them."""
+
+
+class Strided(Sampler):  # type: ignore[type-arg]
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.numbers = range(rank, N, world_size)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+
+class OwnBatches(BatchSampler):
+    pass
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __init__(self, rank: int = 0, world_size: int = 1, shuffles: bool = False) -> None:
+        self.numbers, self.shuffles = range(rank, N, world_size), shuffles
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.sample(self.numbers, len(self.numbers)) if self.shuffles else self.numbers)
+
+
+def make_loaders(rank: int, world_size: int) -> dict[str, tuple[Any, bool]]:
+    """Loaders by name, and whether each shards itself."""
+    numbers = Numbers()
+    distributed = DistributedSampler(numbers, world_size, rank)
+    return {
+        "subclass": (DataLoader(numbers, BATCH, sampler=OfRank(numbers, world_size, rank)), True),
+        "strided": (DataLoader(numbers, BATCH, sampler=Strided(rank, world_size)), True),
+        "batch_sampler": (DataLoader(numbers, batch_sampler=OwnBatches(distributed, BATCH, False)), True),
+        "subset": (DataLoader(Subset(numbers, range(rank, N, world_size)), BATCH), True),
+        "subset_in_workers": (DataLoader(Subset(numbers, range(rank, N, world_size)), BATCH, num_workers=2), True),
+        "stream": (DataLoader(Stream(rank, world_size), BATCH), True),
+        "stream_in_workers": (DataLoader(Stream(rank, world_size), BATCH, num_workers=1), True),
+        "list": (list(torch.arange(N).split(BATCH))[rank::world_size], True),
+        "plain": (DataLoader(numbers, BATCH, shuffle=True), False),
+        "own_noise": (DataLoader(Flipped(), BATCH, shuffle=True), False),
+        "shuffled_stream": (DataLoader(Stream(shuffles=True), BATCH), False),
+    }
+
+
+class MeanNumber:
+    """A metric that is called, as torchmetrics allows it, and cannot compute a value of nothing."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.total = self.count = 0
+
+    def update(self, numbers: torch.Tensor) -> None:
+        self.total, self.count = self.total + int(numbers.sum()), self.count + len(numbers)
+
+    def compute(self) -> float:
+        return self.total / self.count
+
+    def __call__(self, numbers: torch.Tensor) -> float:
+        """The value of this batch alone."""
+        total, count = self.total, self.count
+        self.reset()
+        self.update(numbers)
+        value = self.compute()
+        self.total, self.count = self.total + total, self.count + count
+        return value
+
+
+class Trainer(BaseTrainer):
+    loader: Any = None
+
+    def build_data_loader(self) -> Any:
+        self.seen: list[int] = []
+        return self.loader
+
+    def build_model(self) -> nn.Module:
+        self.metric = MeanNumber()
+        return nn.Linear(1, 1)
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=1e-4)
+
+    def forward(self, batch: Any) -> Any:
+        numbers = batch["number"] if isinstance(batch, dict) else batch
+        self.seen += numbers.tolist()
+        return self.model(numbers[:, None].float()).mean(), {}
+
+    def eval_forward(self, batch: Any) -> Any:
+        numbers = batch["number"] if isinstance(batch, dict) else batch
+        mean = self.metric(numbers)
+        return self.model(numbers[:, None].float()).mean(), {
+            "metric": self.metric,
+            "count": len(numbers),
+            "sum": numbers.sum(),
+            "mean": mean,
+        }
+
+
+def told(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as ex:
+        return f"{type(ex).__name__}: {ex}"
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    results: dict[str, Any] = {}
+    first = Trainer(1, seed=1)
+    first.loader = [torch.arange(4)]
+    rank, world_size = first.accelerator.process_index, first.accelerator.num_processes
+    for name, (loader, _) in make_loaders(rank, world_size).items():
+        for suffix, data in (("", loader), (".per_rank", per_rank(loader))):
+            trainer = Trainer(N // BATCH // world_size, seed=1)
+            trainer.loader = data
+            error = told(trainer.train)
+            evaluated = told(partial(first.evaluate, data, reduce={"count": "sum", "sum": "sum"}))
+            results[name + suffix] = {"seen": trainer.seen, "error": error, "evaluated": evaluated}
+    # 5 batches: at 2 and 3 ranks the last round has batches that do not count.
+    results["padded"] = told(lambda: first.evaluate(list(torch.arange(20).split(4)), reduce={"count": "sum"}))
+    uneven = per_rank([torch.arange(4)] * (rank + 1))
+    results["uneven"] = told(lambda: first.evaluate(uneven, reduce={"count": "sum"}))
+    empty = per_rank([torch.arange(4)] * (1 - rank))
+    results["empty"] = told(lambda: first.evaluate(empty))
+    (out / f"{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

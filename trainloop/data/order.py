@@ -1,0 +1,144 @@
+"""The order of one epoch: what a sampler yields, the same on every rank and after every restart.
+
+A sampler draws its order from the process's generators, which are lent to it with a seed of (seed, epoch), or from
+generators of its own, which are found and seeded. What else it may draw from cannot be seen. So each order has a
+checksum: the ranks compare theirs, and a resumed run compares its order with the saved one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+
+from ..rng import OwnRng, derived_seed, lent_rng
+from .checksums import checksum
+
+_NUM_COMPARED = 64  # first items of a sampler without a length
+_LONGEST_LIST = 64  # in which generators are looked for
+
+
+class Order:
+    """The items of one epoch.
+
+    Attributes:
+        checksum: Of the items; of a sampler without a length, which may have no end, of the first 64.
+        state: The sampler's `state_dict` before it began, if it has one.
+        length: Number of items; None: the sampler has no length.
+    """
+
+    def __init__(self, sampler: Iterable[Any], seed: int, epoch: int) -> None:
+        self.state: Any = None
+        if is_stateful(sampler):
+            self.state = sampler.state_dict()  # type: ignore[attr-defined]
+        _seed_parts(sampler, seed, epoch)
+        self._rng = OwnRng(derived_seed(seed, epoch))
+        self._iterator: Iterator[Any] | None = None
+        self._items: Any = []
+        """A range, a list or a tensor."""
+        try:
+            self.length: int | None = len(sampler)  # type: ignore[arg-type]
+        except TypeError:
+            self.length = None
+        if self.length is None:
+            with self._rng.lent():
+                self._iterator = iter(sampler)
+            self.count(0, _NUM_COMPARED)
+            self.checksum = checksum(self._items[:_NUM_COMPARED])
+            return
+        with lent_rng(derived_seed(seed, epoch)):
+            self._items = _all_items(sampler)
+        self.length = len(self._items)
+        self.checksum = checksum(self._items)
+
+    def count(self, start: int, limit: int) -> int:
+        """How many of the `limit` items from `start` on there are."""
+        missing = start + limit - len(self._items)
+        if self._iterator is not None and missing > 0:
+            with self._rng.lent():
+                self._items += itertools.islice(self._iterator, missing)
+        return max(0, min(limit, len(self._items) - start))
+
+    def items(self, start: int, stop: int) -> Sequence[Any]:
+        """The items from `start` to `stop`, which `count` has found to be there."""
+        part = self._items[start:stop]
+        return part.tolist() if isinstance(part, torch.Tensor) else part
+
+    def all_items(self) -> Sequence[Any]:
+        """All items; a sampler without a length must end."""
+        while self.count(len(self._items), 1024):
+            pass
+        return self.items(0, len(self._items))
+
+
+def is_stateful(data: Any) -> bool:
+    """Whether `data` can save and restore its own position."""
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
+
+
+def _all_items(sampler: Iterable[Any]) -> Any:
+    if isinstance(sampler, range):
+        return sampler
+    if type(sampler) is SequentialSampler:
+        return range(len(sampler))
+    if type(sampler) is RandomSampler and not sampler.replacement:
+        return _permutations(sampler)
+    return list(sampler)
+
+
+def _permutations(sampler: RandomSampler) -> torch.Tensor:
+    """What `list(sampler)` gives, as a tensor: 8 bytes an item instead of 40."""
+    num, num_samples = len(sampler.data_source), sampler.num_samples
+    generator = sampler.generator
+    if generator is None:
+        generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+    whole = [torch.randperm(num, generator=generator) for _ in range(num_samples // num)]
+    tail = num_samples % num
+    parts = [*whole, torch.randperm(num, generator=generator)[:tail]] if tail else whole
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _seed_parts(sampler: Any, seed: int, epoch: int) -> None:
+    """Tell a sampler and the samplers inside it the epoch, and seed the generators that they hold."""
+    num_seeded = 0
+    for part in _parts(sampler, set()):
+        if not _is_generator(part):
+            part.set_epoch(epoch)
+            continue
+        own = derived_seed(seed, epoch) if num_seeded == 0 else derived_seed(seed, epoch, num_seeded)
+        num_seeded += 1
+        if isinstance(part, torch.Generator):
+            part.manual_seed(own)
+        elif isinstance(part, random.Random) or hasattr(part, "set_state"):  # numpy's RandomState
+            part.seed(own)
+        else:
+            part.bit_generator.state = type(part.bit_generator)(own).state
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Generators in a sampler, and samplers in it, itself included, that have `set_epoch`; each once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if _is_generator(value):
+        yield value
+    elif isinstance(value, list | tuple) and len(value) <= _LONGEST_LIST:
+        for item in value:
+            yield from _parts(item, seen)
+    elif isinstance(value, Sampler) or len(seen) == 1:
+        if callable(getattr(value, "set_epoch", None)):
+            yield value
+        for item in getattr(value, "__dict__", {}).values():
+            yield from _parts(item, seen)
+
+
+def _is_generator(value: Any) -> bool:
+    if isinstance(value, torch.Generator | random.Random):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
