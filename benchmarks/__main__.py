@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="what it costs on one GPU; minutes")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of --gpu; cpu: tiny, to try it out")
     parser.add_argument("--seconds", type=float, default=240, help="how long --gpu may take")
+    parser.add_argument("--parts", nargs="+", help="of --gpu: only these, for example GPT deterministic")
     parser.add_argument("--out", type=Path, help="folder of the table and the picture")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -37,7 +38,7 @@ def main() -> None:
         sys.exit(bool(wrong))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no system is left behind
     if args.gpu:
-        measure_gpu(args.out or Path("build", "benchmarks"), args.device, args.seconds)
+        measure_gpu(args.out or Path("build", "benchmarks"), args.device, args.seconds, args.parts)
         return
     start = time.monotonic()
     results = suite.Results()
@@ -50,7 +51,7 @@ def main() -> None:
     print(f"\nThat took {(time.monotonic() - start) / 60:.0f} minutes; table and picture are in {out}.")
 
 
-def measure_gpu(out: Path, device: str, seconds: float) -> None:
+def measure_gpu(out: Path, device: str, seconds: float, parts: list[str] | None) -> None:
     """Table and JSON of the GPU benchmark, written anew after each part."""
     from .gpu import report as gpu_report
     from .gpu import suite as gpu_suite
@@ -65,7 +66,7 @@ def measure_gpu(out: Path, device: str, seconds: float) -> None:
         (out / "benchmark.md").write_text(gpu_report.markdown(results))
 
     plan = gpu_suite.ON_GPU if device == "cuda" else gpu_suite.ON_CPU
-    results = gpu_suite.measure(plan, seconds, save)
+    results = gpu_suite.measure(plan, seconds, save, parts)
     print(f"\n{gpu_report.markdown(results)}")
 
 

@@ -99,13 +99,14 @@ class Results:
         return asdict(self)
 
 
-def measure(plan: Plan, seconds: float, save: Callable[[Results], None]) -> Results:
+def measure(plan: Plan, seconds: float, save: Callable[[Results], None], only: Sequence[str] | None = None) -> Results:
     """Run all parts.
 
     Args:
         plan: What is measured.
         seconds: How long it may take in all. A part for which too little is left is skipped, and said to be.
         save: Called after each part.
+        only: Names of the parts to run, which then share the time evenly. None: all of them.
     """
     end = time.monotonic() + seconds
     results = Results(machine=machine())
@@ -132,6 +133,8 @@ def measure(plan: Plan, seconds: float, save: Callable[[Results], None]) -> Resu
             partial(_steps, results, plan, LAUNCHED, TINY, [BARE_TORCH, BARE_ACCELERATE, TRAINLOOP], is_launched=True),
         ),
     ]
+    if only is not None:
+        parts = [(name, 1 / len(only), part) for name, _, part in parts if name in only]
     for name, share, part in parts:
         start = time.monotonic()
         left = end - start
