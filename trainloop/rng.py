@@ -39,30 +39,48 @@ def lent_rng(seed: int) -> Iterator[None]:
 
 class OwnRng:
     """Random generators that stand in for those of the process on the CPU: what runs within `lent` draws from them, and
-    goes on where it stood the next time. Costs about 50 us each time.
+    goes on where it stood the next time. Costs 25 us each time, most of it for Python's.
 
     Args:
         seed: Where they begin.
+        state: Where they go on instead, as `state` gave it.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.state: dict[str, Any] | None = None
-        """As `rng_state` reads it. None: nothing was drawn yet."""
-        self._seed = seed
+    def __init__(self, seed: int, state: dict[str, Any] | None = None) -> None:
+        self._seed, self._begin = seed, state
+        self._states: tuple[Any, Any, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """As `rng_state` reads it."""
+        with self.lent():
+            return rng_state(_CPU)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Within it, the process draws from these generators."""
-        before = rng_state(_CPU)
-        if self.state is None:
-            seed_all(self._seed)
-        else:
-            load_rng_state(self.state, _CPU)
+        before = _exchange(self._states)
+        if self._states is None:
+            if self._begin is None:
+                seed_all(self._seed)
+            else:
+                load_rng_state(self._begin, _CPU)
         try:
             yield
         finally:
-            self.state = rng_state(_CPU)
-            load_rng_state(before, _CPU)
+            self._states = _exchange(before)
+
+
+def _exchange(states: tuple[Any, Any, Any] | None) -> tuple[Any, Any, Any]:
+    """Put these states in place of those of the process, which are returned; None: they are to be set later."""
+    numpy = _numpy()
+    bits = None if numpy is None else numpy.random.get_bit_generator()
+    before = random.getstate(), torch.get_rng_state(), bits
+    if states is not None:
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
+    if numpy is not None:  # exchanging the generators is 100 times faster than exchanging their states
+        numpy.random.set_bit_generator(numpy.random.MT19937(0) if states is None else states[2])
+    return before
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

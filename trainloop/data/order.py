@@ -20,6 +20,7 @@ from ..rng import OwnRng, derived_seed, lent_rng
 from .checksums import checksum
 
 _NUM_COMPARED = 64  # first items of a sampler without a length
+_BLOCK = 256  # items of a tensor that are made a list at a time
 _LONGEST_LIST = 64  # in which generators are looked for
 
 
@@ -41,6 +42,9 @@ class Order:
         self._iterator: Iterator[Any] | None = None
         self._items: Any = []
         """A range, a list or a tensor."""
+        self._num_items = 0
+        self._block_start, self._block = 0, list[Any]()
+        """A part of the tensor, as a list."""
         try:
             self.length: int | None = len(sampler)  # type: ignore[arg-type]
         except TypeError:
@@ -53,27 +57,38 @@ class Order:
             return
         with lent_rng(derived_seed(seed, epoch)):
             self._items = _all_items(sampler)
-        self.length = len(self._items)
+        self.length = self._num_items = len(self._items)
         self.checksum = checksum(self._items)
 
     def count(self, start: int, limit: int) -> int:
         """How many of the `limit` items from `start` on there are."""
-        missing = start + limit - len(self._items)
-        if self._iterator is not None and missing > 0:
+        num_left = self._num_items - start
+        if num_left >= limit:
+            return limit
+        if self._iterator is not None:
             with self._rng.lent():
-                self._items += itertools.islice(self._iterator, missing)
-        return max(0, min(limit, len(self._items) - start))
+                self._items += itertools.islice(self._iterator, limit - num_left)
+            self._num_items = len(self._items)
+            num_left = self._num_items - start
+        return max(0, min(limit, num_left))
 
     def items(self, start: int, stop: int) -> Sequence[Any]:
         """The items from `start` to `stop`, which `count` has found to be there."""
-        part = self._items[start:stop]
-        return part.tolist() if isinstance(part, torch.Tensor) else part
+        if not isinstance(self._items, torch.Tensor):
+            part: Sequence[Any] = self._items[start:stop]
+            return part
+        first = start - self._block_start
+        if first < 0 or stop > self._block_start + len(self._block):
+            # Slicing a tensor for each batch takes longer than all else that is done for it.
+            self._block_start, first = start, 0
+            self._block = self._items[start : max(stop, start + _BLOCK)].tolist()
+        return self._block[first : first + stop - start]
 
     def all_items(self) -> Sequence[Any]:
         """All items; a sampler without a length must end."""
-        while self.count(len(self._items), 1024):
+        while self.count(self._num_items, 1024):
             pass
-        return self.items(0, len(self._items))
+        return self.items(0, self._num_items)
 
 
 def is_stateful(data: Any) -> bool:

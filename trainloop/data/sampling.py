@@ -172,13 +172,14 @@ class EndlessSampler:
 
     def _own(self, pieces: list[_Piece], rank: int) -> Any:
         """A rank's slice of a global batch."""
-        own: list[Any] = []
+        own: Any = []
         offset = 0
         for order, epoch, first, num_items in pieces:
             start, stop = max(rank * self._size - offset, 0), min((rank + 1) * self._size - offset, num_items)
             if start < stop:
                 items = order.items(first + start, first + stop)
-                own += items if self._key is None else [self._key(self.seed, epoch, item) for item in items]
+                items = items if self._key is None else [self._key(self.seed, epoch, item) for item in items]
+                own = [*own, *items] if own else items
             offset += num_items
         return own[0] if self._is_single else own
 

@@ -95,7 +95,7 @@ class SampledSource:
         }
 
     def rank_state_dict(self) -> dict[str, Any]:
-        return {"rng": self._reader.rng.state if self._reader is not None and self._is_stateful else None}
+        return {"rng": self._reader.rng.state() if self._reader is not None and self._is_stateful else None}
 
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
         dataset: Any = self._given.dataset
@@ -317,8 +317,7 @@ class _Reader:
 
     def begin(self, worker: int) -> None:
         """Start the iterator of this worker."""
-        self.rng = OwnRng(derived_seed(self._seed, worker))
-        self.rng.state = self._state
+        self.rng = OwnRng(derived_seed(self._seed, worker), self._state)
         with self.rng.lent():
             self._samples = iter(self.dataset)
 
