@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -30,6 +31,8 @@ from trainloop.data import per_rank
 from trainloop.data.feed import DataFeed
 from trainloop.data.order import Order
 from trainloop.rng import derived_seed, lent_rng
+
+from .small import SmallTrainer
 
 CPU = torch.device("cpu")
 N = 30
@@ -346,6 +349,32 @@ def test_streams_in_workers_go_on_as_if_they_had_not_been_closed(num_workers: in
     assert parts == whole
 
 
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore::trainloop.DataReplayWarning")
+@pytest.mark.parametrize("kind", ["stream of global generators", "of each rank"])
+def test_a_run_that_is_continued_equals_one_that_was_not(kind: str, num_workers: int) -> None:
+    """`train` to step 11 and then to 16, with dropout: every bit is that of `train` to step 16 at once."""
+
+    def trainer(max_steps: int) -> SmallTrainer:
+        make = KINDS.get(kind, of_rank)
+        return SmallTrainer(
+            max_steps,
+            data_loader=lambda self: make(0, 1, num_workers),
+            forward_=lambda self, batch: (
+                self.model(nn.functional.dropout(batch[:, None] / torch.tensor([N]).expand(3))).mean(),
+                {},
+            ),
+        )
+
+    whole, parts = trainer(16), trainer(11)
+    whole.train()
+    parts.train()
+    parts.max_steps = 16
+    parts.train()
+    for name, param in whole.named_parameters().items():
+        assert torch.equal(param, parts.named_parameters()[name]), name
+
+
 def test_another_number_of_workers_is_told_with_the_number() -> None:
     """One worker reads as none does, so that is exact. The order of two is another one."""
     first = Ranks(KINDS["stream"], 2)
@@ -463,3 +492,45 @@ def test_a_permutation_is_that_of_torchs_sampler(num_samples: int | None) -> Non
     with lent_rng(derived_seed(3, 4)):
         assert list(order.all_items()) == list(sampler)
     assert isinstance(order._items, torch.Tensor)
+
+
+# ---------------------------------------------------------------------- torchdata
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata, with a new torch
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stateful_loader_of_map_style_data_is_taken_for_a_plain_one(num_workers: int) -> None:
+    """torchdata's: sharded here, and resumed at another number of ranks."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
+
+    def make(rank: int, world_size: int, num_workers: int) -> Any:
+        return torchdata.StatefulDataLoader(Numbers(), BATCH, shuffle=True, num_workers=num_workers)
+
+    first, other = Ranks(make, 2, num_workers), Ranks(make, 3, num_workers)
+    seen = samples(first.draw(2))
+    other.resume(first)
+    found = epochs(seen + samples(other.draw(4)))
+    assert [sorted(epoch) for epoch in found] == [list(range(N))] * 2
+    assert found[0] != found[1]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata, with a new torch
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stateful_loader_of_a_stream_is_each_ranks_own(num_workers: int) -> None:
+    """torchdata's: refused at several ranks without `per_rank`; with it, the resume asks for its state."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
+
+    def plain(rank: int, world_size: int, num_workers: int) -> Any:
+        return torchdata.StatefulDataLoader(Stream(), BATCH, num_workers=num_workers)
+
+    with pytest.raises(ValueError, match=r"return `trainloop\.data\.per_rank\(loader\)`"):
+        Ranks(plain, 2, num_workers)
+
+    def own(*args: int) -> Any:
+        return per_rank(plain(*args))
+
+    whole = Ranks(own, 2, num_workers).draw(12)
+    first, again = Ranks(own, 2, num_workers), Ranks(own, 2, num_workers)
+    seen = first.draw(5)
+    again.resume(first)
+    assert [a + b for a, b in zip(seen, again.draw(7), strict=True)] == whole

@@ -6,12 +6,19 @@ Everything else about it stays as the user set it: collate function, workers, pi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from .sampling import SeededDataset
+from .sampling import SeededDataset, is_of_torchdata
+
+
+def is_map_style(loader: Any) -> TypeGuard[DataLoader[Any]]:
+    """Whether `loader` is a `DataLoader` of a map-style data set that yields what torch's own would."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return type(loader).__iter__ is DataLoader.__iter__ or is_of_torchdata(loader)
 
 
 def with_sampler(loader: DataLoader[Any], sampler: Iterable[Any], seed: int) -> DataLoader[Any]:

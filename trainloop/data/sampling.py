@@ -35,13 +35,22 @@ def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, boo
     sampler: Any
     if batch_sampler is None:  # no automatic batching: each item is what the data set calls a batch
         sampler, batch_size, drop_last = loader.sampler, None, False
-    elif type(batch_sampler) is BatchSampler:
+    elif isinstance(batch_sampler, BatchSampler) and _is_known(batch_sampler, BatchSampler):
         sampler, batch_size, drop_last = batch_sampler.sampler, batch_sampler.batch_size, batch_sampler.drop_last
     else:
         return batch_sampler, None, False
-    if type(sampler) is DistributedSampler:  # it shards; here that is done below, for any number of processes
+    if _is_known(sampler, DistributedSampler):  # it shards; here that is done below, for any number of processes
         sampler = (RandomSampler if sampler.shuffle else SequentialSampler)(loader.dataset)  # type: ignore[arg-type]
     return sampler, batch_size, drop_last
+
+
+def is_of_torchdata(value: Any) -> bool:
+    """Whether `value` is a `StatefulDataLoader` or a sampler that it has made itself."""
+    return type(value).__module__.startswith("torchdata.stateful_dataloader.")
+
+
+def _is_known(sampler: Any, cls: type) -> bool:
+    return type(sampler) is cls or (isinstance(sampler, cls) and is_of_torchdata(sampler))
 
 
 class _Piece(NamedTuple):

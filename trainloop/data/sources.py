@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from ..errors import describe
 from .indexed import IndexedSource
 from .iterable import IterableSource
+from .loaders import is_map_style
 from .per_rank import PerRank
 from .streamed import SampledSource
 
@@ -75,10 +76,10 @@ def source_of(loader: Any, seed: int, rank: int, world_size: int) -> Source:
         raise TypeError(f"`build_data_loader` must return an iterable of batches, but returned {describe(loader)}.")
     if isinstance(loader, PerRank):
         return IterableSource(loader.loader, rank, world_size)
-    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
-        if isinstance(loader.dataset, IterableDataset):
-            return SampledSource(loader, seed, rank, world_size)
+    if is_map_style(loader):
         return IndexedSource(loader, seed, rank, world_size)
+    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
+        return SampledSource(loader, seed, rank, world_size)
     is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
     shards_itself = is_prepared or isinstance(getattr(loader, "sampler", None), DistributedSampler)
     if world_size > 1 and isinstance(loader, DataLoader) and not shards_itself:

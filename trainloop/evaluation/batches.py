@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..data.checksums import checksum, sample_checksum
 from ..data.feed import check_same_data, transfer
 from ..data.iterable import set_epoch
-from ..data.loaders import with_sampler
+from ..data.loaders import is_map_style, with_sampler
 from ..data.order import Order
 from ..data.per_rank import PerRank
 from ..data.sampling import batch_keys, sample_key, sampling_of
@@ -61,11 +61,10 @@ class EvaluationBatches:
         self._rank, self._world_size = collectives.rank(), collectives.world_size()
         self._transfer = transfer(data, device) or (lambda batch: batch)
         is_prepared = isinstance(data, DataLoaderShard | DataLoaderDispatcher)
-        is_torch = isinstance(data, DataLoader) and (is_prepared or type(data).__iter__ is DataLoader.__iter__)
         self._items: list[Any] | None = None
         if self._shards_itself:
             pass
-        elif is_torch and not isinstance(data.dataset, IterableDataset):
+        elif is_map_style(data) or (is_prepared and not isinstance(data.dataset, IterableDataset)):
             self._items = _items(data, seed)
             check_same_data(collectives.gather_objects(checksum(self._items)))
         elif self._world_size > 1 and is_prepared:
