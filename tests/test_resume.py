@@ -37,8 +37,13 @@ ELSEWHERE = {"on_before_train", "on_load_state_dict", "on_after_train", "on_non_
 @pytest.mark.parametrize("form", FORMS_OF_RESUME)
 @pytest.mark.parametrize(
     ("kind", "is_async"),
-    [({"data": "map"}, False), ({"data": "map", "num_workers": 2}, True), ({"data": "stream"}, True)],
-    ids=["map", "workers", "stream"],
+    [
+        ({"data": "map"}, False),
+        ({"data": "map", "num_workers": 2}, True),
+        ({"data": "stream"}, True),
+        ({"data": "stream", "num_workers": 2}, False),
+    ],
+    ids=["map", "workers", "stream", "stream_in_workers"],
 )
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path, form: str, kind: Any, is_async: bool) -> None:
     """Killed twice and terminated once, in mid-epoch, mid-window and mid-interval, on either rank: dropout, OneCycle,

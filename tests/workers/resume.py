@@ -135,7 +135,7 @@ class Trainer(BaseTrainer):
         if self.data == "waited":
             return DataLoader(Waited(), batch_size=4, num_workers=1, prefetch_factor=1)
         if self.data == "stream":
-            return DataLoader(Stream(), batch_size=4)
+            return DataLoader(Stream(), batch_size=4, num_workers=self.num_workers)
         return DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=self.num_workers)
 
     def build_model(self) -> nn.Module:
