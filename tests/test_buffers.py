@@ -6,6 +6,10 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from trainloop.step.frozen import FrozenKeeper
 
 from .launching import NUM_PROCESSES, REPOSITORY, launch
 from .workers import buffers
@@ -35,3 +39,20 @@ def test_a_model_with_such_buffers_trains_on_as_if_nothing_had_happened(
     for own in results:
         assert ":" not in own[f"{kind} plain"], own[f"{kind} plain"]
         assert own[f"{kind} {run}"] == own[f"{kind} plain"]
+
+
+def test_as_many_frozen_parameters_of_other_shapes_are_kept_later() -> None:
+    """Through the first window the smallest one; after it the largest one, which `forward` has changed."""
+    model = nn.Module()
+    model.trained = nn.Parameter(torch.zeros(2))
+    model.small = nn.Parameter(torch.zeros(3), requires_grad=False)
+    model.codebook = nn.Parameter(torch.zeros(5), requires_grad=False)
+    keeper = FrozenKeeper(model)
+    keeper._first_bytes = model.small.nbytes
+    for window in range(3):
+        keeper.remember()
+        with torch.no_grad():
+            model.codebook.add_(1)
+        if window == 2:
+            keeper.restore()
+    assert model.codebook.tolist() == [2.0] * 5

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, ImageFileLoggerHook, TrackerHook, TrainingError
+from trainloop import (
+    BaseHook,
+    BaseTrainer,
+    CheckpointError,
+    CheckpointingHook,
+    EmaHook,
+    ImageFileLoggerHook,
+    TrackerHook,
+    TrainingError,
+)
 from trainloop.checkpoint import Checkpoint, CheckpointStore
 
 from .small import SmallTrainer
@@ -123,6 +132,50 @@ def test_an_interrupted_update_is_not_gone_on_with(tmp_path: Path) -> None:
     trainer.load_state_dict(whole.state_dict())
     trainer.train()
     assert trainer.step == 5
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_restore_that_failed_is_done_anew(tmp_path: Path, is_late: bool) -> None:
+    """A hook that comes before or after the checkpointer fails once in `on_before_train`: the next `train` resumes, and
+    every hook gets its state. It began at step 0, over the old checkpoints, or without the states of later hooks.
+    """
+
+    class Shaky(BaseHook):
+        fails = False
+
+        def on_before_train(self, trainer: BaseTrainer) -> None:
+            if self.fails:
+                self.fails = False
+                raise ConnectionError("no login")
+
+    def make(max_steps: int, shaky: Shaky, average: EmaHook) -> SmallTrainer:
+        checkpointing = CheckpointingHook(2)
+        hooks = [checkpointing, shaky, average] if is_late else [shaky, checkpointing, average]
+        return SmallTrainer(max_steps, workspace=tmp_path, hooks_=lambda self: hooks)
+
+    make(4, Shaky(), EmaHook(0.9)).train()
+    shaky, average = Shaky(), EmaHook(0.9)
+    shaky.fails = True
+    trainer = make(6, shaky, average)
+    with pytest.raises(ConnectionError):
+        trainer.train()
+    trainer.train()
+    assert (trainer.step, average.num_updates) == (6, 6)
+
+
+def test_a_checkpoint_that_could_not_be_loaded_is_loaded_by_the_next_train(tmp_path: Path) -> None:
+    """A checkpoint named by `load` isn't there yet: the next `train` doesn't begin at step 0 in silence."""
+    SmallTrainer(2, workspace=tmp_path / "old", hooks_=lambda self: [CheckpointingHook(2)]).train()
+    folder = tmp_path / "old" / "checkpoints" / "step_0000002"
+    away = folder.rename(tmp_path / "away")
+    begun: list[int] = []
+    hooks = [CheckpointingHook(2, load=folder), At("on_before_step", 1, lambda trainer: begun.append(trainer.step))]
+    trainer = SmallTrainer(3, workspace=tmp_path / "new", hooks_=lambda self: hooks)
+    with pytest.raises(CheckpointError):
+        trainer.train()
+    away.rename(folder)
+    trainer.train()
+    assert (trainer.step, begun) == (3, [])
 
 
 # ---------------------------------------------------------------------- a request ends with its `train`

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from torch import nn
 
 import trainloop
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, ProgressHook, Trainer
@@ -74,6 +75,9 @@ def test_helpers_of_a_hook_are_left_alone() -> None:
     check_hook(hook(after_step=nothing, on_after_step=nothing))
     handler = type("FileSystemEventHandler", (), {"on_modified": nothing})
     check_hook(hook(handler, BaseHook, on_modified=nothing))
+    module = hook(nn.Module, BaseHook)  # `state_dict` and `load_state_dict` are the module's
+    check_hook(module)
+    check_hook(type("More", (type(module),), {"state_dict": nothing})())
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from trainloop import (
     ThroughputHook,
     TrackerHook,
     Trainer,
+    TrainingError,
     TrainloopWarning,
 )
 
@@ -404,3 +405,47 @@ def test_a_key_that_two_hooks_save_under_is_refused(is_rank: bool) -> None:
     alone = SmallTrainer(1, hooks_=lambda self: [Keeps(1.5, is_rank)])
     alone.train()
     alone.state_dict()
+
+
+def test_a_window_without_weight_late_in_a_run_is_drawn_anew() -> None:
+    """With an accumulation of 2, in the fourth epoch: one such window is no epoch without a loss."""
+
+    class Weighted(SmallTrainer):
+        num_dropped = 0
+
+        def batch_weight(self, batch: Any) -> float:
+            is_dropped = self.step == 7 and self.num_dropped < 2
+            self.num_dropped += is_dropped
+            return 0.0 if is_dropped else 1.0
+
+    trainer = Weighted(8, gradient_accumulation_steps=2)
+    trainer.train()
+    assert (trainer.step, trainer.num_dropped) == (8, 2)
+
+
+def test_data_without_weight_ends_the_run() -> None:
+    """With an accumulation of 2, and in a later step than the first."""
+
+    class Weighted(SmallTrainer):
+        def batch_weight(self, batch: Any) -> float:
+            return float(self.step < 7)
+
+    trainer = Weighted(8, gradient_accumulation_steps=2)
+    with pytest.raises(TrainingError, match="Step 7: no micro-batch of a whole epoch gave a loss"):
+        trainer.train()
+
+
+def test_the_report_names_the_parts_in_eval_mode(caplog: pytest.LogCaptureFixture) -> None:
+    """A `from_pretrained` model inside another module trains without dropout, and the log says so."""
+
+    def model(trainer: BaseTrainer) -> nn.Module:
+        head = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+        return nn.Sequential(nn.Sequential(head, nn.Dropout()).eval(), nn.Linear(3, 1))
+
+    with caplog.at_level("INFO", "trainloop"):
+        SmallTrainer(1, model_=model).train()
+        assert ", in eval mode: 0, weights" in caplog.text
+        caplog.clear()
+        SmallTrainer(1, model_=lambda self: model(self).eval()).train()
+    assert "1 process on" in caplog.text
+    assert "in eval mode" not in caplog.text

@@ -171,7 +171,7 @@ def listeners(trainer: BaseTrainer, method: str, records: Any) -> Sequence[BaseH
         )
     event = f"on_{method}"
     others = [hook for hook in trainer.hooks if not isinstance(hook, CheckpointerHook)]
-    is_shown = isinstance(records, ShownRecords) or any(_overrides(hook, event) for hook in others)
+    is_shown = isinstance(records, ShownRecords) or any(overrides(hook, event) for hook in others)
     if not is_shown and method not in trainer._unheard:
         trainer._unheard.add(method)
         why = f"no hook defines `{event}`" if trainer._is_built else "the hooks don't exist before `train` begins"
@@ -184,5 +184,6 @@ def listeners(trainer: BaseTrainer, method: str, records: Any) -> Sequence[BaseH
     return trainer.hooks
 
 
-def _overrides(hook: BaseHook, event: str) -> bool:
+def overrides(hook: BaseHook, event: str) -> bool:
+    """Whether a hook does something at an event."""
     return getattr(getattr(hook, event), "__func__", None) is not getattr(BaseHook, event)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainloop import BaseHook, BaseTrainer
@@ -47,7 +48,7 @@ class Trainer(BaseTrainer):
     rate = 1e-2
     norms: Norms
     used_on: tuple[int, ...] = ()
-    in_forward = in_eval_mode = is_whole = uses_not = False
+    in_forward = in_eval_mode = is_whole = uses_not = ignores = False
 
     def build_data_loader(self) -> Any:
         samples = torch.randn(48, 6) if self.rate else torch.randn(1, 6).expand(48, 6)
@@ -57,6 +58,9 @@ class Trainer(BaseTrainer):
         model = Encoder()
         model.inner.requires_grad_(not isinstance(self.hook, Unfreeze))
         model.unused.requires_grad_(self.uses_not)
+        if self.ignores:
+            names = ["unused.weight", "unused.bias"]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         model.norm.train(not (self.in_eval_mode or self.rate == 0))
         return model.eval() if self.is_whole else model
 
@@ -161,6 +165,7 @@ SCENARIOS: dict[str, Callable[[Trainer], None]] = {
     "accumulate": with_values(rate=0.0, hook=Accumulate()),
     "methods": with_values(forward_methods=("encode", "decode")),
     "unused": with_values(uses_not=True),
+    "ignored": with_values(uses_not=True, ignores=True),
     "unused on one": with_values(uses_not=True, used_on=(0, 2)),
 }
 

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ..ranks import collectives
+from ..step.non_finite import clean_name
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _NUM_HOSTS = 4  # hosts that are named
+_NUM_PARTS = 4
 
 
 def announce(trainer: BaseTrainer) -> None:
@@ -32,6 +34,9 @@ def announce(trainer: BaseTrainer) -> None:
     trainable = _count(p for p in params if p.requires_grad)
     if trainable != _count(params):
         size += f", {trainable:,} trainable"
+    if names := trainer._window.modes.names_in_eval_mode:  # so without dropout, as `from_pretrained` returns a model
+        shown = ", ".join(map(clean_name, names[:_NUM_PARTS]))
+        size += f", in eval mode: {shown}{', …' if len(names) > _NUM_PARTS else ''}"
     batch = _batch(trainer, len(by_rank))
     last = f"seed {trainer.seed}{', deterministic' if trainer.deterministic else ''}, {_checkpoints(trainer)}"
     if is_alone:

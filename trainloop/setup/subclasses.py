@@ -109,7 +109,9 @@ def check_hook(hook: BaseHook) -> None:
         if name in EVENTS:
             check_call(f"{cls.__name__}.{name}", getattr(hook, name), _arguments(name)[1:])
             continue
-        event = _event_meant(name) or _BARE_EVENTS.get(name)
+        event = _event_meant(name)
+        if event is None and not _is_inherited_from_elsewhere(cls, name):  # `state_dict` of an nn.Module is no mistake
+            event = _BARE_EVENTS.get(name)
         if event and (name not in _BARE_EVENTS or getattr(cls, event) is getattr(BaseHook, event)):
             advice = f"Define `{event}({', '.join(_arguments(event))})` instead."
         elif event or not name.startswith("on_") or _is_inherited_from_elsewhere(cls, name):

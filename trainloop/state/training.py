@@ -183,8 +183,8 @@ def restore_run(trainer: BaseTrainer) -> None:
     trainer.peers.enter("restoring the run")
     state_dict = None
     if not trainer._is_restored:
-        trainer._is_restored = True
-        trainer.settings = run_settings(trainer) if trainer.checkpointers else {}
+        if trainer.checkpointers and not trainer.settings:  # of a `train` that failed here: what was asked for
+            trainer.settings = run_settings(trainer)
         state_dict = next(filter(None, (hook.restore(trainer) for hook in trainer.checkpointers)), None)
     check_schedule_length(trainer)
     if trainer.step >= trainer.max_steps and trainer.step > 0 and not trainer.control.agreed["stop"]:
@@ -196,6 +196,7 @@ def restore_run(trainer: BaseTrainer) -> None:
         hook.on_before_train(trainer)
         if state_dict is not None:
             hook.on_load_state_dict(trainer, state_dict)
+    trainer._is_restored = True  # last: what has failed on the way is done anew by the next `train`
 
 
 def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[str]) -> dict[str, Any]:

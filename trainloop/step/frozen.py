@@ -40,6 +40,7 @@ class FrozenKeeper:
         self._smallest: dict[str, nn.Parameter] = {}
         """Through the first window."""
         self._kept: list[torch.Tensor] = []
+        self._kept_names: list[str] = []
         self._values: list[torch.Tensor] = []
         self._sums: dict[str, int] = {}
         self._versioned: list[nn.Parameter] = []
@@ -52,7 +53,7 @@ class FrozenKeeper:
         """Another keeper of those that are known to change, for use within a window or between two."""
         other = copy.copy(self)
         other._watched, other._versioned, other._versions = {}, [], []
-        other._smallest, other._values = {}, []
+        other._smallest, other._kept_names = {}, []
         other._changing = self._smallest | self._changing
         return other
 
@@ -73,13 +74,12 @@ class FrozenKeeper:
             self._note_changes()
         elif [p._version for p in self._versioned] != self._versions:
             self._note_changes()
-        kept = [local_tensor(p) for p in (self._smallest | self._changing).values()]
-        if len(kept) == len(self._values):
-            if kept:
-                torch._foreach_copy_(self._values, kept)
-        else:
-            self._values = [tensor.clone() for tensor in kept]
-        self._kept = kept
+        params = self._smallest | self._changing
+        names, self._kept = list(params), [local_tensor(p) for p in params.values()]
+        if names != self._kept_names:
+            self._kept_names, self._values = names, [tensor.clone() for tensor in self._kept]
+        elif names:
+            torch._foreach_copy_(self._values, self._kept)
 
     @torch.no_grad()
     def restore(self) -> None:

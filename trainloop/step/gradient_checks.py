@@ -25,7 +25,9 @@ class GradientChecks:
         self._frozen = {name: param for name, param in named if not param.requires_grad}
         self._is_first = True
         # With these options DDP accepts that a parameter gets no gradient.
-        self._needs_all = any(not (d.find_unused_parameters or d.static_graph) for d in ddp_modules(model))
+        strict = [ddp for ddp in ddp_modules(model) if not (ddp.find_unused_parameters or ddp.static_graph)]
+        ignored = {clean_name(name) for ddp in strict for name in ddp.parameters_to_ignore}
+        self._needed = {n: p for n, p in self._trainable.items() if n not in ignored} if strict else {}
 
     def before_forward(self) -> None:
         """Raise if a parameter that was frozen when the model was built is not any more."""
@@ -52,9 +54,7 @@ class GradientChecks:
 
     def after_backward(self) -> None:
         """Raise if DDP still waits for gradients, which it would tell in the next step only, in terms of its own."""
-        if not self._needs_all:
-            return
-        missing = [name for name, param in self._trainable.items() if param.grad is None]
+        missing = [name for name, param in self._needed.items() if param.grad is None]
         if missing:
             raise ValueError(
                 f"{_listed(missing)} got no gradient in this step, but DDP waits for every one, so no rank has the mean"

@@ -32,16 +32,21 @@ class Modes:
     def __init__(self, trainer: BaseTrainer) -> None:
         self._prepared, self._model = trainer.model, trainer.unwrapped_model
         self._optimizer: Any = trainer._raw_optimizer
-        is_in_training = self._model.training
-        self._in_eval_mode = [part for part in self._model.modules() if not part.training] if is_in_training else []
+        parts = self._model.named_modules() if self._model.training else ()
+        self._in_eval_mode = {name: part for name, part in parts if not part.training}
         self._has_modes = all(callable(getattr(self._optimizer, name, None)) for name in ("train", "eval"))
         self._is_training = self._is_replaced = False
+
+    @property
+    def names_in_eval_mode(self) -> list[str]:
+        """The parts that `build_model` has put into eval mode, without the parts of these."""
+        return [name for name in self._in_eval_mode if name.rpartition(".")[0] not in self._in_eval_mode]
 
     def begin(self) -> None:
         """Begin to train. A part that a hook has put into eval mode stays so."""
         if not (self._prepared.training and self._model.training):
             self._prepared.train()
-            for part in self._in_eval_mode:
+            for part in self._in_eval_mode.values():
                 part.training = False
         if self._has_modes:
             self._optimizer.train()

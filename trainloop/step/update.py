@@ -17,7 +17,7 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.optim import optimizer as torch_optimizer
 
-from ..hook import BaseHook
+from ..hook import overrides
 from .agreement import Agreement
 from .gradients import Gradients
 
@@ -47,7 +47,7 @@ class Update:
         self._stream: Any = None
         self._event: Any = None
         # A hook that looks at the gradient before the update must be called with one that is known to be finite.
-        calls_hooks = any(_overrides(hook, "on_before_optimizer_step") for hook in trainer.hooks)
+        calls_hooks = any(overrides(hook, "on_before_optimizer_step") for hook in trainer.hooks)
         self.reads_last = not calls_hooks and gradients.can_clip_unread and skips_on_device(trainer._raw_optimizer)
         """Whether the update is queued before the host reads the norm."""
 
@@ -149,7 +149,3 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
         or torch_optimizer._global_optimizer_post_hooks
     )
     return not has_hooks and all(group.get("fused") for group in optimizer.param_groups)
-
-
-def _overrides(hook: BaseHook, event: str) -> bool:
-    return getattr(getattr(hook, event), "__func__", None) is not getattr(BaseHook, event)

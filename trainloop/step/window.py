@@ -66,7 +66,7 @@ class Window:
         """From a step's first hook until its update is complete."""
         self._has_run = False
         self._checked_step = -1
-        self._first_epoch_without_loss = 0
+        self._first_epoch = 0
         self._first_epoch_of_retries = 0
 
     def begin_step(self) -> None:
@@ -113,6 +113,7 @@ class Window:
         start = time.perf_counter()
         info.losses, info.records, info.loss_factors = [], [], None
         self.skipped = []
+        self._first_epoch = self._feed.epoch
         self.buffers.remember()
         self._has_run = True
         batches = self._draw_weighted(num_micro_steps) if self._is_weighted else None
@@ -237,14 +238,9 @@ class Window:
 
     def _check_progress(self) -> None:
         """End a run whose data gives no loss: it would draw for ever."""
-        trainer, info = self._trainer, self._trainer.step_info
-        if info.losses:
-            return
-        if info.skipped_micro_batch_count == 1:
-            self._first_epoch_without_loss = self._feed.epoch
-        if self._feed.epoch > self._first_epoch_without_loss + 1:
+        if not self._trainer.step_info.losses and self._feed.epoch > self._first_epoch + 1:
             raise TrainingError(
-                f"Step {trainer.step}: no micro-batch of a whole epoch gave a loss. `forward` returned None, or"
+                f"Step {self._trainer.step}: no micro-batch of a whole epoch gave a loss. `forward` returned None, or"
                 " `batch_weight` returned 0, for each of them."
             )
 
