@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from trainloop.checkpoint import CheckpointStore, Content, FileSystem
-from trainloop.checkpoint.tools import export, pick
+from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem
+from trainloop.checkpoint.format.catalog import read_manifest
+from trainloop.checkpoint.format.layout import MANIFEST, manifest_text
+from trainloop.checkpoint.format.tables import Chunk, FileRecord
+from trainloop.checkpoint.format.tensorfile import serialize
+from trainloop.checkpoint.load.reader import RemovedError
+from trainloop.checkpoint.tools import export, pick, sources
 
 from .folders import PREFIX, Quick, contents, flip, once, run, saved, steps_in
 from .launching import environment
@@ -196,7 +204,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, capsys: pytest.Captur
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(FileSystem, "sync_file", raise_no_space)
             code, _, error = run(capsys, "export", root, "--output", path, "--force")
-        assert (code, "No space left on device" in error) == (1, True)
+        assert (code, "No space left on device" in error, "cannot be read" in error) == (1, True, False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(FileSystem, "free_bytes", lambda self, path: 1000)
             code, _, error = run(capsys, "export", root, "--output", path, "--force")
@@ -207,6 +215,70 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, capsys: pytest.Captur
 
 def raise_no_space(*_: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_more_parts_than_a_process_may_open(tmp_path: Path) -> None:
+    """A checkpoint of 100 parts, of which every tensor has rows in each, is exported with 64 descriptors."""
+    root = in_parts(saved(tmp_path / "checkpoints", 1, content=lambda step: Content({"model": ROWS})), 100)
+    out = tmp_path / "out.safetensors"
+    main = ["-m", "trainloop", "checkpoints", "export", str(root), "--output", str(out)]
+    subprocess.run(
+        ["/bin/sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", sys.executable, *main], env=environment(), check=True
+    )
+    assert {name: bits(tensor) for name, tensor in load_file(out).items()} == {n: bits(t) for n, t in ROWS.items()}
+
+
+def test_a_part_that_is_opened_again_is_of_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the run removes the checkpoint, or saves it again, the parts that are not open are an error that says so."""
+    monkeypatch.setattr(sources.resource, "getrlimit", lambda _: (4, 4))
+    root = in_parts(saved(tmp_path / "checkpoints", 1, content=lambda step: Content({"model": ROWS})), 3)
+    again = in_parts(saved(tmp_path / "again", 1, content=lambda step: Content({"model": ROWS})), 3)
+    for replace in (False, True):
+        checkpoint = Checkpoint.open(folder_of(root, 1))
+        opened = sources.Sources(checkpoint, checkpoint.records("model"))
+        memory = memoryview(bytearray(8))
+        for path in opened._files:  # two stay open, so the third takes turns with the second
+            opened.read_into(path, "a", 0, memory)
+        folder_of(root, 1).rename(tmp_path / f"moved {replace}")
+        if replace:
+            folder_of(again, 1).rename(folder_of(root, 1))
+        first, second, third = opened._files
+        for path in (first, third):
+            opened.read_into(path, "a", 0, memory)
+        with pytest.raises(RemovedError, match="was removed or saved again while it was read"):
+            opened.read_into(second, "a", 0, memory)
+        opened.close()
+        if not replace:
+            (tmp_path / "moved False").rename(folder_of(root, 1))
+
+
+ROWS = {"a": torch.arange(200.0).reshape(100, 2), "b": torch.arange(300).reshape(100, 3)}
+
+
+def in_parts(root: Path, num_parts: int) -> Path:
+    """The checkpoint of step 1 with its rows dealt to so many files, as that many ranks of FSDP2 would have written."""
+    folder = folder_of(root, 1)
+    manifest = read_manifest(folder)
+    (whole,) = {chunk.file for record in manifest.tensors["model"].values() for chunk in record.chunks}
+    paths = [f"model/part-{i:05d}.safetensors" for i in range(num_parts)]
+    pieces = {name: tensor.tensor_split(num_parts) for name, tensor in ROWS.items()}
+    files = {path: record for path, record in manifest.files.items() if path != whole}
+    for i, path in enumerate(paths):
+        raw = b"".join(serialize({name: split[i].contiguous() for name, split in pieces.items()}))
+        (folder / path).write_bytes(raw)
+        files[path] = FileRecord(len(raw), zlib.crc32(raw))
+    (folder / whole).unlink()
+    records = {}
+    for name, split in pieces.items():
+        first = [0, *itertools.accumulate(len(piece) for piece in split)]
+        chunks = [
+            Chunk(path, name, (begin, 0), tuple(piece.shape))
+            for path, begin, piece in zip(paths, first, split, strict=False)
+        ]
+        records[name] = dataclasses.replace(manifest.tensors["model"][name], chunks=tuple(chunks))
+    parts = dataclasses.replace(manifest, files=files, tensors={**manifest.tensors, "model": records})
+    (folder / MANIFEST).write_text(manifest_text(parts))
+    return root
 
 
 MEMORY = """

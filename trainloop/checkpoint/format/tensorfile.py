@@ -132,6 +132,10 @@ class TensorFile:
         except (KeyError, TypeError, ValueError) as ex:
             raise CheckpointError(f"{path} is damaged: its header is not as safetensors has it ({ex})") from ex
 
+    def continue_in(self, file: BufferedReader) -> None:
+        """Read from here on from the same file, which was opened again."""
+        self._file = file
+
     def check(self, key: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
         """Raise unless a tensor is stored as the manifest says.
 

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from ..format.layout import Manifest, parse_step_name, weight_file, weight_index
 from ..format.limits import MAX_JSON_BYTES
 from ..format.nested import parse_json
 from ..format.tables import FileRecord, TensorRecord
-from ..format.tensorfile import TensorFile, bytes_of, header, open_tensors
-from ..format.verification import check_stored, stored_in
+from ..format.tensorfile import bytes_of, header
 from ..load.reader import Checkpoint
+from .sources import Sources
 
 FILE_SUFFIX = ".safetensors"
 CONFIG = "config.json"
@@ -193,21 +193,13 @@ def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 
 @contextmanager
-def _opened(
-    checkpoint: Checkpoint, records: Mapping[str, TensorRecord]
-) -> Iterator[tuple[dict[str, TensorFile], bytes | None]]:
-    """All files of tensors at once, and the text of the configuration if there is one. What is open can be read to the
-    end, also when the run lets go of the checkpoint.
-    """
-    folder, sources = checkpoint.folder, {}
-    with ExitStack() as stack:
+def _opened(checkpoint: Checkpoint, records: Mapping[str, TensorRecord]) -> Iterator[tuple[Sources, bytes | None]]:
+    """The files of tensors, and the text of the configuration if there is one."""
+    with closing(Sources(checkpoint, records)) as sources:
         try:
-            for path, stored in sorted(stored_in(records.values()).items()):
-                sources[path] = stack.enter_context(open_tensors(folder, path))
-                check_stored(sources[path], stored)
             has_config = _SAVED_CONFIG in checkpoint.manifest.files
-            config = read_regular(folder, _SAVED_CONFIG, MAX_JSON_BYTES) if has_config else None
-        except (OSError, CheckpointError):
+            config = read_regular(checkpoint.folder, _SAVED_CONFIG, MAX_JSON_BYTES) if has_config else None
+        except OSError:
             checkpoint.check_there()  # if it is gone, that is the reason
             raise
         checkpoint.check_there()
@@ -217,7 +209,7 @@ def _opened(
 def _buffers(
     begin: bytes,
     records: Mapping[str, TensorRecord],
-    sources: Mapping[str, TensorFile],
+    sources: Sources,
     described: Mapping[str, tuple[torch.dtype, Sequence[int]]],
 ) -> Iterator[Buffer]:
     """The bytes of a file. A buffer is valid until the next one is asked for."""
@@ -231,7 +223,7 @@ def _buffers(
             yield bytes_of(cast)
 
 
-def _pieces(record: TensorRecord, sources: Mapping[str, TensorFile]) -> Iterator[torch.Tensor]:
+def _pieces(record: TensorRecord, sources: Sources) -> Iterator[torch.Tensor]:
     """A tensor from its first row to its last, in pieces of `_PIECE_BYTES`, or of one row if that is more."""
     dtype: torch.dtype = DTYPES[record.dtype]
     shape = record.shape or (1,)
@@ -248,7 +240,7 @@ def _pieces(record: TensorRecord, sources: Mapping[str, TensorFile]) -> Iterator
                 target = piece[slices(wanted, box[0])]
                 rows = target if target.is_contiguous() else torch.empty(wanted[1], dtype=dtype)
                 skipped = (wanted[0][0] - stored[0][0]) * math.prod(stored[1][1:]) * dtype.itemsize
-                sources[chunk.file].read_into(chunk.key, skipped, bytes_of(rows))
+                sources.read_into(chunk.file, chunk.key, skipped, bytes_of(rows))
                 if rows is not target:
                     target.copy_(rows)
         yield piece
