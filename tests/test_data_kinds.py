@@ -415,6 +415,41 @@ def test_little_data_in_many_workers() -> None:
         Ranks(stream(Shifting), 2, num_workers=2).draw(4)
 
 
+class Part(Stream):
+    """A part of the numbers, which `take_part` chooses in each worker, as the documentation of torch has it."""
+
+    begin, end = 0, N
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.begin, self.end))
+
+
+class Shifted(Numbers):
+    begin = 0
+
+    def __getitem__(self, index: int) -> int:
+        return index + self.begin
+
+
+def take_part(worker: int) -> None:
+    info: Any = get_worker_info()
+    assert isinstance(info.dataset, Part | Shifted)
+    share = N // info.num_workers
+    info.dataset.begin, info.dataset.end = worker * share, (worker + 1) * share
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_worker_init_fn_may_set_attributes_of_the_data_set(context: str) -> None:
+    """Each worker reads the part that it was given. It read all of the data."""
+    options: dict[str, Any] = {"worker_init_fn": take_part, "multiprocessing_context": context}
+    found = samples(Ranks(stream(Part, **options), 1, num_workers=2).draw(15))
+    assert [sorted(found[:N]), sorted(found[N:])] == [list(range(N))] * 2
+    loader = DataLoader(Shifted(), batch_size=5, num_workers=2, **options)
+    with DataFeed(loader, seed=0, rank=0, world_size=1, device=CPU) as feed:
+        feed.start()
+        assert [next(feed).tolist() for _ in range(2)] == [[0, 1, 2, 3, 4], [20, 21, 22, 23, 24]]
+
+
 def test_a_tail_of_streams_in_workers_is_dropped_if_the_loader_says_so() -> None:
     """Of 30 samples, the 6 that do not fill the last global batch."""
     found = samples(Ranks(stream(Stream, drop_last=True), 2, num_workers=2).draw(6))

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from .sampling import SeededDataset, is_of_torchdata
+from .workers import WithOwnDataset
 
 
 def is_map_style(loader: Any) -> TypeGuard[DataLoader[Any]]:
@@ -37,7 +38,7 @@ def with_sampler(loader: DataLoader[Any], sampler: Iterable[Any], seed: int) -> 
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=WithOwnDataset(loader.worker_init_fn) if loader.num_workers else None,
         multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator().manual_seed(seed),
         prefetch_factor=loader.prefetch_factor,

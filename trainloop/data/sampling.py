@@ -223,9 +223,3 @@ class SeededDataset(Dataset[Any]):
             return [self[key] for key in keys]
         seed_all(derived_seed(*keys[0]))
         return fetch([key[2] for key in keys])
-
-    def __getattr__(self, name: str) -> Any:
-        # A `worker_init_fn` finds what it expects at `get_worker_info().dataset`.
-        if name == "dataset":
-            raise AttributeError(name)  # while it is unpickled
-        return getattr(self.dataset, name)

@@ -28,7 +28,7 @@ from ..errors import DataReplayWarning
 from ..rng import OwnRng, derived_seed, seed_all
 from .checksums import sample_checksum
 from .order import is_stateful
-from .workers import end_workers, start_iterator
+from .workers import WithOwnDataset, end_workers, start_iterator
 
 EMPTY = "`build_data_loader` returned data without a batch."
 EXHAUSTED = (
@@ -160,7 +160,7 @@ class SampledSource:
             num_workers=self._num_workers,
             pin_memory=self._given.pin_memory,
             timeout=self._given.timeout,
-            worker_init_fn=self._given.worker_init_fn,
+            worker_init_fn=WithOwnDataset(self._given.worker_init_fn),
             multiprocessing_context=self._given.multiprocessing_context,
             generator=torch.Generator().manual_seed(seed),
             prefetch_factor=self._given.prefetch_factor,
@@ -295,11 +295,10 @@ class _Stream(IterableDataset[_Item]):
             index += len(samples)
             yield _Item(worker, "group", self._collate(samples), checksum)
 
-    def __getattr__(self, name: str) -> Any:
-        # A `worker_init_fn` finds what it expects at `get_worker_info().dataset`.
-        if name == "reader":
-            raise AttributeError(name)  # while it is unpickled
-        return getattr(self.reader.dataset, name)
+    @property
+    def dataset(self) -> Any:
+        """The user's."""
+        return self.reader.dataset
 
 
 class _Reader:

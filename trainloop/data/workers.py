@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 
 def start_iterator(data: Iterable[Any]) -> Iterator[Any]:
@@ -40,6 +40,21 @@ def end_workers(iterator: Any) -> None:
         for worker in getattr(iterator, "_workers", ()):
             worker.terminate = worker.kill  # for one that hangs: it may leave SIGTERM to its rank
         shutdown()
+
+
+@dataclass
+class WithOwnDataset:
+    """A `worker_init_fn` that puts the user's data set at `get_worker_info().dataset`, where ours around it would be, and
+    then runs the user's function. Many set attributes there, for example which part of the data the worker reads.
+    """
+
+    then: Callable[[int], None] | None
+
+    def __call__(self, worker_id: int) -> None:
+        info: Any = get_worker_info()
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # it is frozen
+        if self.then is not None:
+            self.then(worker_id)
 
 
 @dataclass
