@@ -44,7 +44,7 @@ def end_workers(iterator: Any) -> None:
 
 @dataclass
 class WithOwnDataset:
-    """A `worker_init_fn` that puts the user's data set at `get_worker_info().dataset`, where ours around it would be, and
+    """A `worker_init_fn` that puts the user's data set at `get_worker_info().dataset`, in place of ours around it, and
     then runs the user's function. Many set attributes there, for example which part of the data the worker reads.
     """
 
