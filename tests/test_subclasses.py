@@ -184,3 +184,10 @@ def test_every_hook_of_ours_stores_an_argument_under_its_name() -> None:
         source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
         names = list(inspect.signature(cls).parameters)
         assert any(f"self.{name} = " in source or f"self.{name}: " in source for name in names), cls
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_eval_forward_may_be_static(kind: Any) -> None:
+    """It is called on the trainer, where it takes the batch alone."""
+    function = (lambda batch: (None, {})) if kind is staticmethod else (lambda cls, batch: (None, {}))
+    assert type("Mine", (SmallTrainer,), {"eval_forward": kind(function)})(1).step == 0

@@ -94,7 +94,9 @@ def check_trainer_class(cls: type, base: type) -> None:
                 f"{cls.__name__} defines `{name}`, which trainloop never calls on a trainer. Define `{event}` in a"
                 " subclass of `BaseHook`, and return an instance of it from `build_hooks`."
             )
-    check_call(f"{cls.__name__}.eval_forward", cls.eval_forward, ["self", "batch"])  # type: ignore[attr-defined]
+    is_static = isinstance(inspect.getattr_static(cls, "eval_forward"), staticmethod | classmethod)
+    arguments = ["batch"] if is_static else ["self", "batch"]
+    check_call(f"{cls.__name__}.eval_forward", cls.eval_forward, arguments)  # type: ignore[attr-defined]
 
 
 def check_hook(hook: BaseHook) -> None:
