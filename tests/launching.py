@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -90,3 +92,23 @@ def launch(
     if check and process.returncode != 0:
         raise AssertionError(f"{script.name} in form {form} ended with {process.returncode}:\n{output[-6000:]}")
     return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+def on_ranks(world_size: int, folder: Path, work: Callable[[int], None]) -> list[int]:
+    """Run `work(rank)` in forked processes with a gloo group; their exit codes."""
+    rendezvous = folder / f"rendezvous{random.getrandbits(64)}"
+
+    def run(rank: int) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+        work(rank)
+        dist.destroy_process_group()
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode is not None, "a rank hangs"
+    return [process.exitcode or 0 for process in processes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepPrevious, RetentionPolicy
 
-from .launching import REPOSITORY, launch
+from .launching import REPOSITORY, launch, on_ranks
 from .workers.checkpoint_store import ABOUT, folder_of, in_child, names, small
 
 KILLED = 9
@@ -229,24 +227,6 @@ def test_any_operation_may_fail(scene: Any, caplog: pytest.LogCaptureFixture) ->
 
 
 # ---------------------------------------------------------------------- two processes
-
-
-def on_ranks(world_size: int, folder: Path, work: Callable[[int], None]) -> list[int]:
-    """Run `work(rank)` in forked processes with a gloo group; their exit codes."""
-    rendezvous = folder / f"rendezvous{random.getrandbits(64)}"
-
-    def run(rank: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-        work(rank)
-        dist.destroy_process_group()
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode is not None, "a rank hangs"
-    return [process.exitcode or 0 for process in processes]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
