@@ -44,15 +44,15 @@ def model_state(model: nn.Module, options: StateDictOptions | None = None) -> di
     return {name: tensor for name, tensor in state.items() if not is_extra(name, tensor)}
 
 
-def like_param(value: Any, param: torch.Tensor) -> Any:
-    """`value` as a tensor of its own, on `param`'s device, and sharded like it if it has its shape."""
+def like_param(value: Any, param: torch.Tensor, *, copy: bool = True) -> Any:
+    """`value` on `param`'s device, and sharded like it if it has its shape. Without `copy` it may share memory with
+    `value`.
+    """
     if not isinstance(value, torch.Tensor):
         return value
-    if hasattr(value, "device_mesh"):
-        return value.detach().clone()
-    if value.dim() == 0 and value.device.type == "cpu":
-        return value.detach().clone()  # step counters live on the CPU on purpose
-    value = value.detach().to(param.device, copy=True)
+    if hasattr(value, "device_mesh") or (value.dim() == 0 and value.device.type == "cpu"):
+        return value.detach().clone() if copy else value.detach()  # step counters live on the CPU on purpose
+    value = value.detach().to(param.device, copy=copy)
     if hasattr(param, "device_mesh") and value.shape == param.shape:
         from torch.distributed.tensor import distribute_tensor
 

@@ -70,11 +70,19 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+def load_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any], *, copy: bool = True
+) -> None:
     """Put back what `optimizer_state` read.
 
     Values keep their dtype (`Optimizer.load_state_dict` casts them to the parameter's). A whole tensor is sharded like
     its parameter.
+
+    Args:
+        model: The model without its wrappers.
+        optimizer: The optimizer without its wrapper.
+        state_dict: As `optimizer_state` returned it.
+        copy: Without it, the optimizer takes the tensors over, and updates them in place from then on.
 
     Raises:
         ValueError: The groups or names are not those of this optimizer; nothing was changed.
@@ -86,7 +94,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state_dict: dic
     if unknown:
         raise ValueError(f"The saved optimizer state has parameters that the model has not: {', '.join(unknown[:5])}.")
     state: dict[Any, Any] = {
-        params[name]: {key: like_param(value, params[name]) for key, value in values.items()}
+        params[name]: {key: like_param(value, params[name], copy=copy) for key, value in values.items()}
         for name, values in state_dict["state"].items()
     }
     other, own = state_dict.get("other", {}), state_dict.get("own", {})

@@ -133,7 +133,9 @@ def _entries(state_dict: dict[str, Any]) -> dict[tuple[str, str], Any]:
     return {**run, **{("rank", key): value for key, value in state_dict["rank"].items()}}
 
 
-def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any], script_wins: Collection[str] = ()) -> None:
+def load_run_state(
+    trainer: BaseTrainer, state_dict: dict[str, Any], script_wins: Collection[str] = (), *, copy: bool = True
+) -> None:
     """Put back everything but the model, which a resume reads in place, and the hooks' part. Call on every rank.
 
     Args:
@@ -141,6 +143,7 @@ def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any], script_wins
         state_dict: As for `BaseTrainer.load_state_dict`; `"model"` isn't looked at. Without `"rank"` the random
             generators are derived anew from seed, step and rank.
         script_wins: What is not put back, out of `resuming.ON_RESUME`.
+        copy: Without it, the optimizer takes the tensors of its state over, so they are in memory only once.
 
     Raises:
         ValueError: The state is not that of this optimizer, schedule, scaler or data.
@@ -157,7 +160,7 @@ def load_run_state(trainer: BaseTrainer, state_dict: dict[str, Any], script_wins
         load_made_entries(trainer.unwrapped_model, own_state.get("extra_state", {}))
     script = ScriptHyperparameters(trainer)
     if "optimizer" not in script_wins:
-        load_optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer, state["optimizer"])
+        load_optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer, state["optimizer"], copy=copy)
     if scheduler is not None and "lr_scheduler" not in script_wins:
         scheduler.load_state_dict(state["lr_scheduler"])
     if scaler is not None:
@@ -219,7 +222,7 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
     try:
         wins = script_wins(on_resume, asked, saved, checkpoint.folder)
         state_dict = _read_together(trainer, checkpoint)
-        load_run_state(trainer, state_dict, wins)
+        load_run_state(trainer, state_dict, wins, copy=False)
     except (AttributeError, IndexError, KeyError, TypeError) as ex:  # no run of ours has written that
         raise CheckpointError(
             f"{checkpoint.folder} holds state that no run has saved ({type(ex).__name__}: {ex}). Load another one."
