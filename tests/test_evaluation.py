@@ -422,7 +422,7 @@ class NotMean:
             "EvaluationHook (prefix 'val') has no data: `build_eval_data_loader` returned None.",
         ),
         (
-            lambda: SmallTrainer(1, hooks_=lambda self: [EvaluationHook(1, data_loader=[1])] * 2).train(),
+            lambda: SmallTrainer(1, hooks_=lambda self: [EvaluationHook(1, data_loader=[1]) for _ in range(2)]).train(),
             ValueError,
             "The `prefix`es of several EvaluationHooks must differ, but two are 'val'.",
         ),
