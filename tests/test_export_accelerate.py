@@ -98,7 +98,7 @@ def test_load_state_reads_it_and_training_goes_on(
         assert {k: got_group[k] for k in ("lr", "weight_decay", "eps")} == {
             k: saved_group[k] for k in ("lr", "weight_decay", "eps")
         }
-        assert list(got_group["betas"]) == saved_group["betas"]
+        assert tuple(got_group["betas"]) == saved_group["betas"]
     got_losses = json.loads((tmp_path / "losses.json").read_text())
     assert got_losses[:2] == pytest.approx(losses[SAVED : SAVED + 2], rel=1e-6)
     if form == "single":  # with several processes the prepared schedule moves more than once a step

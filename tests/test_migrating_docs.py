@@ -146,7 +146,7 @@ assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16
 def test_the_import_is_named_for_the_first_start_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The block names the old checkpoint until the run has one of its own."""
     monkeypatch.chdir(tmp_path)
-    for load in ("old/checkpoint", "latest"):
+    for load in (tmp_path / "old" / "checkpoint", "latest"):
         names: dict[str, Any] = {}
         exec(snippet("has_own"), names)
         assert names["hook"].load == load

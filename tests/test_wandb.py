@@ -43,6 +43,9 @@ class Told(BaseHook):
         flat = {f"{k}/{name}": value for k, group in records.items() for name, value in group.items()}
         self.rows.setdefault(trainer.step, {}).update(flat)
 
+    def on_log_images(self, trainer: Any, records: Any, dry_run: bool) -> None:
+        """Hears of the images, and keeps none."""
+
 
 def life(workspace: Path, how: str, step: int, **env: str) -> str:
     """One process of the run; returns what it printed."""

@@ -366,15 +366,15 @@ class BaseTrainer(Recipe):
             data position (the same on every rank); `"rank"`: random generators and what else belongs to this rank only;
             and what the hooks add. Tensors are the live ones, unless `state_dict_options` says otherwise.
         """
-        return run_state(self, model_state(self.model, self.state_dict_options))
+        return run_state(self, self.live_model_state(self.state_dict_options))
 
     def live_state_dict(self) -> dict[str, Any]:
         """`state_dict` with the live tensors, whatever `state_dict_options` says. Checkpoints are made of it."""
         return run_state(self, self.live_model_state())
 
-    def live_model_state(self) -> dict[str, torch.Tensor]:
-        """The model's live tensors by clean name. Call on every rank."""
-        return model_state(self.model)
+    def live_model_state(self, options: StateDictOptions | None = None) -> dict[str, torch.Tensor]:
+        """The model's tensors by clean name, without `options` the live ones. Call on every rank."""
+        return model_state(self.model, options)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by clean name; under FSDP2 they are DTensors."""
