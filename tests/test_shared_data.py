@@ -15,7 +15,7 @@ SHARDS_ITSELF = [name for name, (_, shards_itself) in make_loaders(0, 1).items()
 IS_SHARED = [name for name, (_, shards_itself) in make_loaders(0, 1).items() if not shards_itself]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("ddp2", marks=pytest.mark.slow), "ddp3"])
+@pytest.fixture(scope="module", params=["ddp2", "ddp3"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """By case what each rank saw or was told."""
     out = tmp_path_factory.mktemp("shared_data")
