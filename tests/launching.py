@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 COMMON = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -81,17 +83,23 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # so that a timeout ends the ranks as well as the launcher
     )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         output, _ = process.communicate()
         raise AssertionError(f"{script.name} in form {form} hung for {timeout} s:\n{output[-4000:]}") from None
     if check and process.returncode != 0:
         raise AssertionError(f"{script.name} in form {form} ended with {process.returncode}:\n{output[-6000:]}")
     return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a launcher and all processes below it: the ranks, which have sessions of their own, and their workers."""
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def on_ranks(world_size: int, folder: Path, work: Callable[[int], None]) -> list[int]:

@@ -14,7 +14,8 @@ PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
     "errors version",
     "records rng images paths",
-    "ranks.__init__ ranks.collectives",
+    "ranks.__init__ ranks.forks",
+    "ranks.collectives",
     "ranks.roll_call",
     "ranks.control ranks.peers",
     "ranks.failure",

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from .forks import guard_forks
+
 T = TypeVar("T")
 
 _LAST_SECONDS = 0.2
@@ -49,6 +51,7 @@ def host_group() -> Any:
         _host_groups[world] = dist.new_group(backend="gloo", timeout=timeout())  # torch's default is not the run's
         atexit.unregister(_end_groups)
         atexit.register(_end_groups)
+        guard_forks()
     return _host_groups[world]
 
 
