@@ -18,11 +18,11 @@ _THREADS = Path("/proc/self/task")
 def guard_forks() -> None:
     """From now on let each fork of this process wait until the threads of torch's process groups are idle.
 
-    A data loader forks its workers, often right after a collective. The thread that carried the collective out then lets
-    go of its tensors. For that it enters the interpreter, under a lock that a forked process inherits as it is. Before
-    3.12, CPython takes the lock in the new process before it makes it anew. If the thread held it, the worker hangs for
-    ever, and with it the rank. A thread that sleeps doesn't hold the lock. A collective that ends during the fork does no
-    harm: whoever waits for it still holds the tensors.
+    A data loader forks its workers, often right after a collective. The thread that carried the collective out then
+    lets go of its tensors. For that it enters the interpreter, under a lock that a forked process inherits as it is.
+    Before 3.12, CPython takes the lock in the new process before it makes it anew. If the thread held it, the worker
+    hangs for ever, and with it the rank. A thread that sleeps doesn't hold the lock. A collective that ends during the
+    fork does no harm: whoever waits for it still holds the tensors.
     """
     if sys.version_info < (3, 12) and _THREADS.exists():
         os.register_at_fork(before=_wait_for_process_groups)
