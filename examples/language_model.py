@@ -6,7 +6,8 @@ r"""Pre-train a small GPT on the source of Python's standard library, byte by by
         examples/language_model.py --width 768 --depth 12 --batch-size 16 --compile
 
 On CPU processes, put `ACCELERATE_USE_CPU=true` in front. Start it again, and it goes on where it was stopped. The
-workspace holds checkpoints/: the newest, the one before, and the best by the loss of the averaged weights.
+workspace holds tokens/, the bytes of the library, and checkpoints/: the newest, the one before, and the best by the
+loss of the averaged weights.
 """
 
 import argparse
@@ -16,36 +17,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, EvaluationHook, ProgressHook
 from trainloop.checkpoint import BestK
+from trainloop.data import TokenDataset, write_tokens
 
 VOCABULARY = 256  # bytes
-END = 0  # no byte of a source file: it begins each text, and fills up what is shorter than a window
+END = 0  # no byte of a source file: it comes after each text
 
 
 def source_files(is_held_out):
     """The library's modules in an order that is the same everywhere; every twentieth is held out."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return [file for i, file in enumerate(files) if (i % 20 == 0) == is_held_out]
-
-
-class Windows(Dataset):
-    """Each text cut into windows of `length` + 1 bytes that overlap by one, so that each byte is predicted once."""
-
-    def __init__(self, files, length):
-        self.texts = [torch.frombuffer(bytearray([END]) + file.read_bytes(), dtype=torch.uint8) for file in files]
-        self.starts = [(i, start) for i, text in enumerate(self.texts) for start in range(0, len(text) - 1, length)]
-        self.length = length
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, index):
-        i, start = self.starts[index]
-        piece = self.texts[i][start : start + self.length + 1].long()
-        return nn.functional.pad(piece, (0, self.length + 1 - len(piece)), value=END)
 
 
 class Block(nn.Module):
@@ -91,12 +76,18 @@ class LanguageModelTrainer(BaseTrainer):
         super().__init__(**kwargs)
 
     def build_data_loader(self):
-        windows = Windows(source_files(is_held_out=False), self.options.length)
-        return DataLoader(windows, self.options.batch_size, shuffle=True)
+        return DataLoader(self.windows("training"), self.options.batch_size, shuffle=True)
 
     def build_eval_data_loader(self):
-        windows = Windows(source_files(is_held_out=True), self.options.length)
-        return DataLoader(torch.utils.data.Subset(windows, range(min(512, len(windows)))), self.options.batch_size)
+        windows = self.windows("held_out")
+        return DataLoader(Subset(windows, range(min(512, len(windows)))), self.options.batch_size)
+
+    def windows(self, part):
+        folder = self.workspace / "tokens" / part
+        with self.accelerator.main_process_first():
+            if not folder.exists():  # it is whole, or not there
+                write_tokens(source_files(part == "held_out"), folder, separator=END)
+        return TokenDataset(folder, self.options.length, vocab_size=VOCABULARY)
 
     def build_model(self):
         model = GPT(self.options.length, self.options.width, self.options.depth)

@@ -1,4 +1,4 @@
-"""The command line: `python -m trainloop checkpoints ls`, `verify`, `export` and `prune`."""
+"""The command line: `python -m trainloop checkpoints ls`, `verify`, `export` and `prune`, and `tokens`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .checkpoint.tools.pick import pick
 from .checkpoint.tools.prune import plan_pruning, prune
 from .checkpoint.tools.report import listing, listing_json, pruning, size
 from .checkpoint.tools.survey import check_folder, examine, is_one_checkpoint, leftovers, survey
+from .data import write_tokens
 from .errors import CheckpointError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except (CheckpointError, OSError, ValueError) as ex:
+    except (CheckpointError, ImportError, OSError, ValueError) as ex:
         told = f"{ex.filename}: {ex.strerror}" if isinstance(ex, OSError) and ex.filename else str(ex)
         print(f"{parser.prog}: error: {told.rstrip('.')}.", file=sys.stderr)
         return 2 if isinstance(ex, ValueError) else 1
@@ -158,6 +159,12 @@ def _prune(options: argparse.Namespace) -> int:
     num_bytes = sum(finding.num_bytes for finding in plan.go) + sum(item.num_bytes for item in plan.leftovers)
     what = f"{len(plan.go) + len(plan.leftovers)} ({size(num_bytes)})"
     print(f"Removed {what}." if options.yes else f"Would remove {what}. Nothing was removed: --yes does it.")
+    return 0
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    count = write_tokens(options.files, options.out, tokenizer=options.tokenizer, separator=options.separator)
+    print(f"{len(options.files)} files -> {options.out}: {count} ids")
     return 0
 
 
@@ -282,6 +289,29 @@ def _make_parser() -> _Parser:
         help="how those that stay are verified: read every byte, or only look at sizes (default: full)",
     )
     cut.add_argument("--yes", action="store_true", help="remove; else nothing is changed")
+
+    tokens: _Parser = areas.add_parser(
+        "tokens",
+        help="write texts as token ids, for `trainloop.data.TokenDataset`",
+        description="Write the ids of texts, one after another, into a folder with a small index. It is whole or not"
+        " there: the folder gets its name when it is complete.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    tokens.set_defaults(run=_tokens)
+    tokens.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a text")
+    tokens.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder, which must not exist yet")
+    tokens.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        type=Path,
+        help="a tokenizer.json of the package tokenizers, or a folder with one (default: the ids are the bytes)",
+    )
+    tokens.add_argument(
+        "--separator",
+        metavar="TOKEN",
+        help="what comes after each text: a token by its name, or, without a tokenizer, a number (default: nothing)",
+    )
     return parser
 
 

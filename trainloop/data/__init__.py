@@ -6,5 +6,7 @@ which a checkpoint keeps.
 """
 
 from .per_rank import per_rank
+from .token_files import write_tokens
+from .tokens import TokenDataset
 
-__all__ = ["per_rank"]
+__all__ = ["TokenDataset", "per_rank", "write_tokens"]

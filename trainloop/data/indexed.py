@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..rng import derived_seed, lent_rng
 from .checksums import sample_checksum
 from .loaders import with_sampler
-from .order import is_stateful
+from .order import DatasetOrder, is_stateful, sampler_name
 from .sampling import EndlessSampler, batch_keys, sample_key, sampling_of
 from .workers import end_workers, start_iterator
 
@@ -115,7 +115,7 @@ class IndexedSource:
 
     def _order_record(self, epoch: int) -> dict[str, Any]:
         order = self._sampler.order(epoch)
-        return {"sampler": type(self._given_sampler).__name__, "length": order.length, "checksum": order.checksum}
+        return {"sampler": sampler_name(self._given_sampler), "length": order.length, "checksum": order.checksum}
 
     def rank_state_dict(self) -> None:
         return None
@@ -128,9 +128,18 @@ class IndexedSource:
         if saved is None:  # of trainloop 0.1.0, which counted an own batch sampler's batches
             self._sampler.position = self._sampler.num_samples(state["epoch"], state["position"])
         elif state["position"] and saved != own and {**saved, "checksum": 0} == {**own, "checksum": 0}:
+            if isinstance(self._given_sampler, DatasetOrder):
+                remedy = (
+                    "Give it the data and the arguments of the saved run. To train on other data from here on, let the"
+                    ' data begin anew: `CheckpointingHook(on_resume=["data"])`.'
+                )
+            else:
+                remedy = (
+                    "Let it draw from a generator that it holds as an attribute (`self.generator = torch.Generator()`),"
+                    " which the trainer seeds for each epoch; or give it `set_epoch`; or `state_dict` and"
+                    " `load_state_dict`."
+                )
             raise ValueError(
                 f"The {own['sampler']} of `build_data_loader` gives another order of epoch {state['epoch']} than the"
-                " saved run had, so samples of it would be seen twice and others never. Let it draw from a generator"
-                " that it holds as an attribute (`self.generator = torch.Generator()`), which the trainer seeds for"
-                " each epoch; or give it `set_epoch`; or `state_dict` and `load_state_dict`."
+                f" saved run had, so samples of it would be seen twice and others never. {remedy}"
             )

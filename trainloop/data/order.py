@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 
 from ..rng import OwnRng, derived_seed, lent_rng
 from .checksums import checksum
@@ -56,7 +56,7 @@ class Order:
             self.checksum = checksum(self._items[:_NUM_COMPARED])
             return
         with lent_rng(derived_seed(seed, epoch)):
-            self._items = _all_items(sampler)
+            self._items = _all_items(sampler, seed, epoch)
         self.length = self._num_items = len(self._items)
         self.checksum = checksum(self._items)
 
@@ -91,14 +91,62 @@ class Order:
         return self.items(0, self._num_items)
 
 
+class EpochOrdered(Dataset[Any]):
+    """A map-style data set that gives the order of each epoch itself."""
+
+    def __len__(self) -> int:
+        """Samples of an epoch, the same for each."""
+        raise NotImplementedError
+
+    def epoch_indices(self, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
+        """The order of an epoch. The trainer calls it, in place of a sampler.
+
+        Args:
+            seed: Of the run.
+            epoch: From 0.
+            shuffle: Whether the loader was made with `shuffle=True`.
+
+        Returns:
+            The indices that `__getitem__` will be asked for, one after another: int64, `len(self)` of them.
+        """
+        raise NotImplementedError
+
+
+class DatasetOrder(Sampler[int]):
+    """Takes the place of torch's sampler where the data set orders its epochs itself."""
+
+    def __init__(self, dataset: EpochOrdered, shuffle: bool) -> None:
+        self.dataset, self.shuffle = dataset, shuffle
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        raise NotImplementedError  # `Order` asks the data set
+
+
+def sampler_name(sampler: Any) -> str:
+    """What the records of a run call it."""
+    if isinstance(sampler, DatasetOrder):
+        return f"{type(sampler.dataset).__name__}, {'shuffled' if sampler.shuffle else 'in order'}"
+    return type(sampler).__name__
+
+
+def permutation(num_items: int, *seed: Any) -> torch.Tensor:
+    """A permutation that depends on `seed` only: int64."""
+    return torch.randperm(num_items, generator=torch.Generator().manual_seed(derived_seed(*seed)))
+
+
 def is_stateful(data: Any) -> bool:
     """Whether `data` can save and restore its own position."""
     return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
 
 
-def _all_items(sampler: Iterable[Any]) -> Any:
+def _all_items(sampler: Iterable[Any], seed: int, epoch: int) -> Any:
     if isinstance(sampler, range):
         return sampler
+    if isinstance(sampler, DatasetOrder):
+        return sampler.dataset.epoch_indices(seed, epoch, sampler.shuffle)
     if type(sampler) is SequentialSampler:
         return range(len(sampler))
     if type(sampler) is RandomSampler and not sampler.replacement:

@@ -20,7 +20,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
 from ..rng import derived_seed, seed_all
-from .order import Order
+from .order import DatasetOrder, EpochOrdered, Order
 
 
 def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, bool]:
@@ -41,6 +41,11 @@ def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, boo
         return batch_sampler, None, False
     if _is_known(sampler, DistributedSampler):  # it shards; here that is done below, for any number of processes
         sampler = (RandomSampler if sampler.shuffle else SequentialSampler)(loader.dataset)  # type: ignore[arg-type]
+    dataset = loader.dataset
+    if isinstance(dataset, EpochOrdered) and not getattr(sampler, "replacement", False):
+        shuffles = _is_known(sampler, RandomSampler)
+        if (shuffles or _is_known(sampler, SequentialSampler)) and len(sampler) == len(dataset):
+            sampler = DatasetOrder(dataset, shuffles)
     return sampler, batch_size, drop_last
 
 

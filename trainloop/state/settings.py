@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..data.order import sampler_name
 from ..data.per_rank import PerRank
 from ..data.sampling import sampling_of
 from ..ranks import collectives
@@ -60,7 +61,7 @@ def _data_settings(loader: Any) -> Settings:
         if not isinstance(data, IterableDataset):
             sampler, sampled_batch_size, drop_last = sampling_of(loader)
             batch_size = batch_size or sampled_batch_size
-            order = type(sampler).__name__ + (", drop_last" if drop_last else "")
+            order = sampler_name(sampler) + (", drop_last" if drop_last else "")
     try:
         length: int | None = len(data)
     except TypeError:
