@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -70,6 +71,8 @@ class CheckpointStore:
         self._async_ranks: Ranks | None = None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self.last_seconds = 0.0
+        """How long the last save that succeeded took from its start until it was durable."""
 
     # ------------------------------------------------------------------ open and close
 
@@ -155,10 +158,11 @@ class CheckpointStore:
             CheckpointError: On every rank, naming those that failed and why. The earlier checkpoints are untouched.
         """
         self._join()
-        policies = tuple(retention)
+        start, policies = time.monotonic(), tuple(retention)
         saving, ranks = self._saving(step, run_id, metrics, policies, settings, stopped_by), Ranks()
         saving.start(content, extra or {}, self._buffers, ranks, copy=False)
         replaced = self._finish(saving, ranks)
+        self.last_seconds = time.monotonic() - start
         if ranks.rank == 0:  # what was written may be gigabytes, and the others would wait for rank 0
             self._start_thread(lambda: self._retain(saving, replaced, policies), saving)
 
@@ -181,12 +185,13 @@ class CheckpointStore:
         self._join()
         if self._async_ranks is None:
             self._async_ranks = Ranks(self._timeout)
-        policies = tuple(retention)
+        start, policies = time.monotonic(), tuple(retention)
         saving, ranks = self._saving(step, run_id, metrics, policies, settings, stopped_by), self._async_ranks
         saving.start(content, extra or {}, self._buffers, Ranks(), copy=True)
 
         def finish() -> None:
             replaced = self._finish(saving, ranks)
+            self.last_seconds = time.monotonic() - start
             if ranks.rank == 0:
                 self._retain(saving, replaced, policies)
 

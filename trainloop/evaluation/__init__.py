@@ -8,6 +8,7 @@ Out: nested numbers, the same on every rank.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def evaluate(
     for name, how in reduce.items():
         if how not in REDUCTIONS:
             raise ValueError(f"`reduce` must name one of {REDUCTIONS} for each record, but has {how!r} for {name!r}.")
-    with trainer.peers.doing("an evaluation"), _untouched(trainer), torch.no_grad():
+    with trainer.peers.doing("an evaluation"), _timed(trainer), _untouched(trainer), torch.no_grad():
         if not isinstance(data, Mapping):
             return _evaluate_one(trainer, data, reduce, should_stop)
         results: dict[str, Any] = {}
@@ -62,6 +63,15 @@ def evaluate(
                 return None
             results[name] = result
         return results
+
+
+@contextmanager
+def _timed(trainer: BaseTrainer) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        trainer.step_info.evaluation_time += time.perf_counter() - start
 
 
 def _evaluate_one(

@@ -9,13 +9,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..account.keeper import Account
 from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
 from ..checkpoint.format.layout import step_name
 from ..errors import CheckpointError, check_int, describe
 from ..hook import CheckpointerHook
 from ..paths import parse_absolute_path, parse_path
 from ..ranks import collectives
-from ..ranks.control import check_main_thread
+from ..ranks.control import check_main_thread, parse_signals
 from ..records import Records, flatten_nested_dict, is_number
 from ..state.pretrained import config_text
 from ..state.restoring import Source, restore_from
@@ -109,7 +110,7 @@ class CheckpointingHook(CheckpointerHook):
         if load is not None and load != "latest" and not isinstance(load, int):
             load = parse_absolute_path("load", load)
         self.load = load
-        self.exit_signals = _signals(exit_signals)
+        self.exit_signals = parse_signals("exit_signals", exit_signals)
         self.exit_code = exit_code
         self.exit_wait = exit_wait
         self.save_every = save_every
@@ -124,6 +125,7 @@ class CheckpointingHook(CheckpointerHook):
         if keep_steps:
             self._retention.append(KeepSteps(keep_steps))
         self._store: CheckpointStore | None = None
+        self._account: Account | None = None  # one for all CheckpointingHooks of a run
         self._run_id = ""
         self._saved_step = -1
         self._has_saved = False
@@ -141,6 +143,7 @@ class CheckpointingHook(CheckpointerHook):
             return None  # the first one has looked for all
         for hook in hooks:
             hook._open(trainer)
+        self._begin_account(trainer)
         sources = [Source(hook._opened, hook.load, hook.verify, hook.on_resume) for hook in hooks]
         restored = restore_from(trainer, sources)
         for hook in hooks:
@@ -151,6 +154,8 @@ class CheckpointingHook(CheckpointerHook):
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._open(trainer)
+        self._begin_account(trainer)
+        self._kept.start()
         self._last_save = time.monotonic()
         if self.exit_signals:
             check_main_thread("exit_signals")
@@ -186,9 +191,22 @@ class CheckpointingHook(CheckpointerHook):
         assert self._store is not None
         return self._store
 
+    def _begin_account(self, trainer: BaseTrainer) -> None:
+        if self._account is None:
+            account = Account(trainer)
+            for hook in trainer.checkpointers:
+                if isinstance(hook, CheckpointingHook):
+                    hook._account = account
+
+    @property
+    def _kept(self) -> Account:
+        assert self._account is not None
+        return self._account
+
     # ------------------------------------------------------------------ save
 
     def save_if_due(self, trainer: BaseTrainer) -> None:
+        self._kept.after_step()
         agreed = trainer.control.agreed
         if trainer.control.take("save_failed"):
             self._settle(trainer)
@@ -214,7 +232,7 @@ class CheckpointingHook(CheckpointerHook):
         if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._store.busy())):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
-        self._last_save = time.monotonic()
+        start = self._last_save = time.monotonic()
         self._settle(trainer, is_final)
         save = self._store.save_async if runs_in_thread else self._store.save
         try:
@@ -235,6 +253,7 @@ class CheckpointingHook(CheckpointerHook):
                 raise
             self._count_failure(trainer, ex)
         else:
+            self._kept.saved(trainer.step, time.monotonic() - start, is_durable=not runs_in_thread)
             self._saved_step, self._has_saved = trainer.step, True
             if not self._has_looked and collectives.rank() == 0:
                 logged = {*self._metrics, *(name for info in self._store.checkpoints() for name in info.metrics)}
@@ -254,11 +273,13 @@ class CheckpointingHook(CheckpointerHook):
             self._count_failure(trainer, ex, is_final)
         else:
             if not self._is_settled:
+                self._kept.durable(self._saved_step, self._store.last_seconds)
                 self._num_failures = 0
         self._is_settled = True
 
     def _count_failure(self, trainer: BaseTrainer, error: CheckpointError, is_final: bool = False) -> None:
         self._num_failures += 1
+        self._kept.save_failed(trainer.step, error)
         if self._num_failures > self.max_failures and not is_final:
             raise error
         trainer.logger.error(
@@ -277,11 +298,14 @@ class CheckpointingHook(CheckpointerHook):
         code = 128 + exit_signal if isinstance(self.exit_code, str) else self.exit_code
         name = signal.Signals(exit_signal).name
         trainer.logger.warning(f"{name} was received: saved after step {trainer.step}, exiting with code {code}.")
+        self._kept.ends_by("signal", name)
         time.sleep(self.exit_wait)
         raise SystemExit(code)  # `on_exception` closes; until then another signal is only noted
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
+        stopped_by = trainer.control.who_stopped()
         self._close()
+        self._end_account(stopped_by=stopped_by)
 
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
         store, is_latest = self._store, self.load == "latest"
@@ -293,12 +317,20 @@ class CheckpointingHook(CheckpointerHook):
             folders = [step_name(info.step) for info in store.checkpoints() if info.health]
             last = f"goes on from {store.path / folders[-1]}" if folders else "begins anew: there is no checkpoint yet"
             trainer.logger.info(f"The run ends after step {trainer.step}. Started again, it {last}.")
+        self._end_account(exception)
+
+    def _end_account(self, exception: BaseException | None = None, stopped_by: str = "") -> None:
+        account, self._account = self._account, None
+        if account is not None:
+            account.end(exception, stopped_by)
 
     def _close(self) -> None:
         store, self._store = self._store, None
         try:
             if store is not None:
                 store.close()
+                if not self._is_settled and self._account is not None:
+                    self._account.durable(self._saved_step, store.last_seconds)
         finally:
             for number, previous in self._previous_handlers.items():
                 signal.signal(number, previous)
@@ -306,16 +338,3 @@ class CheckpointingHook(CheckpointerHook):
 
 
 _ON_BUSY = ("wait", "skip")
-
-
-def _signals(given: Any) -> list[int]:
-    """Signal numbers from numbers and names."""
-    if given is None:
-        return []
-    numbers = []
-    for one in [given] if isinstance(given, int | str) else given:
-        try:
-            numbers.append(int(signal.Signals[one] if isinstance(one, str) else signal.Signals(one)))
-        except (KeyError, ValueError) as ex:
-            raise ValueError(f"`exit_signals` must be signals, by number or name, but one is {one!r}.") from ex
-    return numbers

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import RankDisagreementError
 from . import collectives
@@ -122,3 +123,20 @@ def check_main_thread(argument: str) -> None:
             f"`{argument}` needs `train` to be called in the main thread, since Python handles signals only there. Call"
             f" it in the main thread, or leave `{argument}` out and call `request_stop`."
         )
+
+
+def parse_signals(argument: str, given: Iterable[int | str] | int | str | None) -> list[int]:
+    """Signal numbers from the numbers and names that `argument` was given.
+
+    Raises:
+        ValueError: There is no such signal.
+    """
+    if given is None:
+        return []
+    numbers = []
+    for one in [given] if isinstance(given, int | str) else given:
+        try:
+            numbers.append(int(signal.Signals[one] if isinstance(one, str) else signal.Signals(one)))
+        except (KeyError, ValueError) as ex:
+            raise ValueError(f"`{argument}` must be signals, by number or name, but one is {one!r}.") from ex
+    return numbers

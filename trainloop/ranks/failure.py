@@ -48,7 +48,9 @@ def _explained(trainer: BaseTrainer, exception: BaseException) -> BaseException:
         return exception
     if is_lost_contact(exception):
         resumes = " Started again, the run goes on from its last checkpoint." if trainer.checkpointers else ""
-        return TrainingError(trainer.peers.explain(collectives.timeout()) + resumes)
+        explained = TrainingError(trainer.peers.explain(collectives.timeout()) + resumes)
+        explained.__cause__ = exception  # the hooks hear of it before it is raised
+        return explained
     if not isinstance(exception, TrainingError | SystemExit):  # every rank raises those
         trainer.peers.tell({collectives.rank(): f"{ENDED} {type(exception).__name__}: {exception}"})
     return exception

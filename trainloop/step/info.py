@@ -34,6 +34,8 @@ class StepInfo:
     """Wall time of the step in seconds, waiting for data and retries included."""
     data_time: float = 0.0
     """The part of `step_time` spent waiting for batches, in seconds."""
+    evaluation_time: float = 0.0
+    """Wall time of evaluations since the step began, in seconds."""
     own_time: float = 0.0
     """Wall time of the applied window until its last backward pass, in seconds. Under DDP no other rank has had a part
     in it, so it differs where `step_time`, which waits for all, does not. On an accelerator it is the host's time."""

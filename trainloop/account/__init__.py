@@ -1,0 +1,11 @@
+"""The account that a run keeps of itself in its workspace: its lives, and the bits of each step.
+
+```
+events.jsonl               what has happened, written by rank 0 as it happens (`events`); its lives (`lives`)
+```
+"""
+
+from .events import EVENTS, read_events
+from .lives import Life, failure_times, failures_at_same_step, read_lives
+
+__all__ = ["EVENTS", "Life", "failure_times", "failures_at_same_step", "read_events", "read_lives"]

@@ -1,0 +1,125 @@
+"""The events file of a run: one JSON object a line, written as things happen.
+
+```
+{"event": "begin", "time": 1764149880.1, "life": 2, "hosts": {"n0": 8}, "processes": 8, "version": "0.1.0", …}
+{"event": "start", "time": 1764149893.4, "life": 2, "step": 1000, "settings": {…}}
+{"event": "save", "time": …, "life": 2, "step": 1200, "seconds": 0.8, "durable": false}
+{"event": "durable", "time": …, "life": 2, "step": 1200, "seconds": 14.2}
+{"event": "end", "time": …, "life": 2, "step": 1317, "reason": "signal", "detail": "SIGTERM"}
+```
+
+| event | when | fields |
+| --- | --- | --- |
+| begin | the run is built | hosts, processes, version, started (process start), pid, host, restart |
+| start | the run is restored | step (resumed from; 0: fresh), settings, max_steps |
+| progress | about every 30 seconds | step, data_seconds (waits for data since the last event that has them) |
+| evaluation | after a step with one | step, seconds |
+| discarded | after a step that needed several windows | step, retries, overflows |
+| save | the save has returned | step, seconds (blocked), durable |
+| durable | it is known that an async save has succeeded | step, seconds (from its start) |
+| save_failed | a save has failed | step, detail |
+| again | a life has done all steps again that were done before | step, data_seconds |
+| audit | the steps done again were compared | first, last, same; of a difference also step, rank, quantity |
+| failed | an exception has left `train` | step, rank, error (its type), detail (its first line), lost_contact |
+| end | rank 0 leaves `train` | step, reason, detail, data_seconds |
+
+`restart` is the launcher's count of its restarts.
+A life that was killed has no "end". The last line may be cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"
+"""Name of the file in the workspace."""
+
+
+class EventLog:
+    """Appends to the events file. A disk that does not take an event does not end the run: the log says so once.
+
+    Args:
+        path: The file; its folder is made. None: nothing is written.
+        logger: Is told when writing fails.
+    """
+
+    def __init__(self, path: Path | None, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
+        self.path, self._logger = path, logger
+        self.life = 0
+        """Number of the life, from 1; each event has it."""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one whole line."""
+        if self.path is None:
+            return
+        line = json.dumps(_plain({"event": event, "time": time.time(), "life": self.life, **fields}), allow_nan=False)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.write(file, f"{line}\n".encode())  # one call: lines of several processes do not mix
+            finally:
+                os.close(file)
+        except OSError as ex:
+            self._logger.warning(f"{self.path} cannot be written, so this run keeps no account of itself: {ex}")
+            self.path = None
+
+    def end_torn_line(self) -> None:
+        """End the line that a killed process has left unfinished, so that the next one stands for itself."""
+        if self.path is None:
+            return
+        try:
+            with self.path.open("rb+") as file:
+                if file.seek(0, os.SEEK_END) > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+        except FileNotFoundError:
+            pass
+        except OSError as ex:
+            self._logger.warning(f"{self.path} cannot be written, so this run keeps no account of itself: {ex}")
+            self.path = None
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a file in the order in which they were written. What is cut off or damaged is left out.
+
+    Args:
+        path: The file, or the workspace that has it. There are no events if there is no file.
+    """
+    path = path / EVENTS if path.is_dir() else path
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:  # of UTF-8 as well
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
+            events.append(event)
+    return events
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """Infinities and NaN as text, since JSON has none; what else it does not have, as text too."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    return value if value is None or isinstance(value, str | int) else repr(value)

@@ -1,0 +1,167 @@
+"""The lives of a run, from its events file: when each began, how far it came, and why it ended.
+
+```
+from trainloop.account import read_lives
+
+for life in read_lives("runs/digits"):
+    print(life.number, life.start_step, life.step, life.reason, life.detail)
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .events import read_events
+
+FAILURES = ("error", "killed")
+"""Reasons of lives that did not end as they were told to."""
+STEPS_DONE = ("progress", "evaluation", "discarded", "save", "again", "end")
+"""Events whose step is done."""
+
+
+@dataclass
+class Life:
+    """One process life of a run: one call of `train`, or one attempt of the launcher."""
+
+    number: int
+    """From 1."""
+    started: float
+    """When the process started, in seconds since 1970; not before the life before has ended."""
+    begun: float
+    """When the run was built."""
+    hosts: Mapping[str, int]
+    """Number of processes by host."""
+    num_processes: int
+    version: str
+    """Of trainloop."""
+    pid: int = 0
+    """Of rank 0, on `host`."""
+    host: str = ""
+    ready: float | None = None
+    """When the run was restored and went into its loop; None: it did not come so far."""
+    start_step: int = 0
+    """The step after which it went on."""
+    step: int = 0
+    """The last step that is known to be done."""
+    max_steps: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """By flat name, as checkpoints have them."""
+    ended: float = 0.0
+    """When it ended; without an "end", the time of its last word."""
+    reason: str = "killed"
+    """"complete", "stopped", "signal", "deadline", "error", or "killed": no word of an end. The last life of a run that
+    still goes on is told to be "killed" as well."""
+    detail: str = ""
+    """Name of the signal, first line of the error, who stopped it."""
+    cause: str = ""
+    """The first failure of a rank that had not just lost contact with another one."""
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    """The "failed" events, of all ranks that wrote one."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """All of its events."""
+
+    @property
+    def failed_step(self) -> int:
+        """The step that was under way when the life failed."""
+        steps = [int(failure["step"]) for failure in self.failures if "step" in failure]
+        return max(steps, default=self.step + 1)
+
+
+def read_lives(workspace: Path | str) -> list[Life]:
+    """All lives in a workspace, the oldest first; none if there is no events file.
+
+    Args:
+        workspace: Of the trainer; or the path of an events file.
+    """
+    lives: dict[int, Life] = {}
+    for event in read_events(Path(workspace)):
+        number = event.get("life")
+        if not isinstance(number, int):
+            continue
+        if event["event"] == "begin":
+            lives[number] = _begin(event, lives.get(number - 1))
+        elif number in lives:
+            _take(lives[number], event)
+    return list(lives.values())
+
+
+def _begin(event: dict[str, Any], last: Life | None) -> Life:
+    before = event.get("before") or {}
+    if last is not None and last.reason == "killed":
+        last.ended = max(last.ended, min(before.get("time", 0.0), event["time"]))
+        last.step = max(last.step, before.get("step", 0))
+    started = min(event.get("started", event["time"]), event["time"])
+    return Life(
+        number=event["life"],
+        started=max(started, last.ended) if last is not None else started,
+        begun=event["time"],
+        ended=event["time"],
+        hosts=event.get("hosts", {}),
+        num_processes=event.get("processes", 1),
+        version=event.get("version", ""),
+        pid=event.get("pid", 0),
+        host=event.get("host", ""),
+        events=[event],
+    )
+
+
+def _take(life: Life, event: dict[str, Any]) -> None:
+    life.events.append(event)
+    life.ended = max(life.ended, event["time"])
+    kind = event["event"]
+    if kind == "start":
+        life.ready, life.start_step, life.step = event["time"], event["step"], event["step"]
+        life.settings, life.max_steps = event.get("settings", {}), event.get("max_steps", 0)
+    elif kind == "failed":
+        life.failures.append(event)
+        if not event.get("lost_contact") and not life.cause:
+            life.cause = failure_text(event)
+            life.reason, life.detail = "error", life.cause
+    elif kind in STEPS_DONE:
+        life.step = max(life.step, int(event.get("step") or 0))
+        if kind == "end" and not (life.cause and event.get("reason") == "error"):
+            life.reason, life.detail = str(event.get("reason", "")), str(event.get("detail", ""))
+
+
+def failure_text(event: Mapping[str, Any]) -> str:
+    """A "failed" event in one line."""
+    return f"{event.get('error', 'error')}: {event.get('detail', '')} (rank {event.get('rank', 0)})"
+
+
+def split_runs(lives: Sequence[Life]) -> list[list[Life]]:
+    """The lives of each run in a workspace. A new run begins with a life that starts at step 0 although there were
+    checkpoints.
+    """
+    runs: list[list[Life]] = []
+    has_saved = True
+    for life in lives:
+        if has_saved and life.start_step == 0:
+            runs.append([])
+            has_saved = False
+        runs[-1].append(life)
+        has_saved = has_saved or any(event["event"] in ("save", "durable") for event in life.events)
+    return runs
+
+
+def failures_at_same_step(lives: Sequence[Life]) -> tuple[int, int]:
+    """The step at which the last life failed, and how many lives in a row, up to the last one, have failed there. A
+    life that is still under way must be left out.
+
+    Returns:
+        Step and number; (0, 0): the last life did not fail.
+    """
+    step = number = 0
+    for life in reversed(lives):
+        if life.reason not in FAILURES or (number and life.failed_step != step):
+            break
+        step, number = life.failed_step, number + 1
+    return step, number
+
+
+def failure_times(lives: Sequence[Life]) -> list[float]:
+    """When lives have failed, for an estimate of the time between two failures."""
+    return [life.ended for life in lives if life.reason in FAILURES]
