@@ -185,6 +185,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted(there)
 
 
+def test_the_table_of_contents_has_every_how_to() -> None:
+    """how_to/index.md leads to each of its neighbours."""
+    linked = re.findall(r"\]\((\w+\.md)\)", (DOCS / "how_to" / "index.md").read_text())
+    assert sorted({*linked, "index.md"}) == sorted(page.name for page in (DOCS / "how_to").iterdir())
+
+
 def test_the_readme_and_the_changelog_know_every_public_name() -> None:
     """README's table of hooks has each hook; CHANGELOG.md names everything that can be imported."""
     names = {name: value for name, value in public().items() if name.count(".") == 1}
