@@ -57,7 +57,7 @@ def average_contenders(model_name: str, device: str = "cpu") -> dict[str, Callab
     trainer.step = 1
     return {
         "_foreach_lerp_ on cached lists": lambda: torch._foreach_lerp_(bare, weights, 0.001),
-        "EmaHook": lambda: hook.on_after_optimizer_step(trainer),
+        "EmaHook": lambda: hook.update_average(trainer),
         "AveragedModel, foreach": lambda: averaged.update_parameters(model),
     }
 

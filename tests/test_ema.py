@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook
+from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, ProgressHook
 from trainloop.checkpoint import Checkpoint
 
 from .small import SmallTrainer
@@ -352,3 +353,43 @@ def test_wrong_use_is_an_error_that_names_it(make: Any, error: type[Exception], 
     with pytest.raises(error) as caught:
         make()
     assert message in str(caught.value)
+
+
+class Constrain(BaseHook):
+    """Keeps the weights small, as a hook may."""
+
+    @torch.no_grad()
+    def on_after_optimizer_step(self, trainer: Any) -> None:
+        for param in trainer.model.parameters():
+            param.clamp_(-0.1, 0.1)
+
+
+def test_the_place_among_the_hooks_does_not_matter() -> None:
+    """The average is taken of what all hooks have made of the weights, wherever EmaHook is in the list."""
+    averages = []
+    for order in itertools.permutations(range(3)):
+        ema = EmaHook(0.5)
+        hooks = [ema, Constrain(), ProgressHook(5)]
+        trainer = SmallTrainer(6, hooks_=lambda self, hooks=hooks, order=order: [hooks[i] for i in order])
+        trainer.train()
+        averages.append([param.clone() for param in ema.ema_model.parameters()])
+    assert all(torch.equal(a, b) for other in averages for a, b in zip(averages[0], other, strict=True))
+    assert max(float(param.abs().max()) for param in averages[0]) < 0.1001
+
+
+def test_a_part_of_the_model_is_averaged() -> None:
+    """The other parts are the model's own in `ema_model`; a name that the model has not is told."""
+    ema = EmaHook(0.5, module="0")
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    trainer = SmallTrainer(4, model_=lambda self: model, hooks_=lambda self: [ema])
+    trainer.train()
+    own, average = dict(model.named_parameters()), dict(ema.ema_model.named_parameters())
+    assert {name: torch.equal(own[name], average[name]) for name in own} == {
+        "0.weight": False,
+        "0.bias": False,
+        "1.weight": True,
+        "1.bias": True,
+    }
+    trainer = SmallTrainer(hooks_=lambda self: [EmaHook(0.5, module="decoder")])
+    with pytest.raises(ValueError, match="`module` of EmaHook is 'decoder', but the model has no parameters"):
+        trainer.train()

@@ -35,6 +35,14 @@ def check_int(name: str, value: Any, minimum: int, optional: bool = False) -> No
         raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
 
 
+def check_interval(name: str, value: Any) -> None:
+    """Raise unless an argument is a number of steps or "epoch"."""
+    if isinstance(value, str) and value != "epoch":
+        raise ValueError(f'`{name}` must be a number of steps or "epoch", but is {value!r}.')
+    if value != "epoch":
+        check_int(name, value, 1)
+
+
 def check_initialised(instance: object, attributes: Iterable[str], base: str) -> None:
     """Raise if `instance` has none of the attributes that the `__init__` of the class named `base` sets."""
     if vars(instance).keys().isdisjoint(attributes):

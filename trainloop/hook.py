@@ -22,8 +22,9 @@ class BaseHook:
 
     Hooks are called in list order, on every rank, in the same places, so an event that runs on all ranks may use
     collectives; do not guard a collective with a rank check. The order of the hooks never changes a result: a
-    checkpoint is taken after every hook's `on_after_step`, and a hook gets its own state back right after its
-    `on_before_train`. `trainer` is the run's `BaseTrainer`, the same at every event.
+    checkpoint is taken after every hook's `on_after_step`, averages are updated after every hook's
+    `on_after_optimizer_step`, and a hook gets its own state back right after its `on_before_train`. `trainer` is the
+    run's `BaseTrainer`, the same at every event.
 
     Example:
         ```python
@@ -53,9 +54,8 @@ class BaseHook:
         """
 
     def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
-        """The update was just applied, and no hook has heard `on_after_step` yet: the place for what every other hook
-        must find done, as an average of the weights. Every rank; collectives allowed; weights may be read and, alike on
-        every rank, constrained.
+        """The update was just applied, and no hook has heard `on_after_step` yet. Every rank; collectives allowed.
+        Weights may be read and, alike on every rank, constrained. `EmaHook` averages them after all hooks' events.
         """
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
@@ -147,6 +147,17 @@ class CheckpointerHook(BaseHook):
         """Save, if it is time to, after every hook's `on_after_step`. Every rank; collectives allowed."""
 
 
+class AveragingHook(BaseHook):
+    """A hook that averages the weights. The trainer calls it in a place of its own, so that no other hook's position in
+    the list matters.
+    """
+
+    def update_average(self, trainer: BaseTrainer) -> None:
+        """Take the new weights into the average, after every hook's `on_after_optimizer_step`. Every rank; collectives
+        allowed; weights are not to be changed.
+        """
+
+
 _WRITERS = {"log": "WandbHook, TrackerHook", "log_images": "ImageFileLoggerHook, WandbHook, TrackerHook"}
 
 
@@ -182,6 +193,12 @@ def listeners(trainer: BaseTrainer, method: str, records: Any) -> Sequence[BaseH
             )
             warnings.warn(text + remedy, TrainloopWarning, stacklevel=3)  # at who called `log`
     return trainer.hooks
+
+
+def progress(trainer: BaseTrainer) -> str:
+    """Where the run stands, for a line of the log: "step 10/100", or "step 10/100 | epoch 1/3"."""
+    step = f"step {trainer.step}" + (f"/{trainer.max_steps}" if trainer.max_steps is not None else "")
+    return step if trainer.max_epochs is None else f"{step} | epoch {trainer.epoch}/{trainer.max_epochs}"
 
 
 def overrides(hook: BaseHook, event: str) -> bool:

@@ -20,23 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import KwargsHandler, set_seed
+from accelerate.utils import KwargsHandler
 from torch import nn
 
 from .data.feed import DataFeed
 from .errors import check_initialised
 from .evaluation import evaluate
 from .evaluation.totals import Reduce
-from .hook import BaseHook, CheckpointerHook, listeners
+from .hook import AveragingHook, BaseHook, CheckpointerHook, listeners
 from .paths import parse_absolute_path
-from .ranks import collectives
 from .ranks.control import Control
 from .ranks.failure import reported_failure
 from .ranks.peers import Peers
 from .recipe import Recipe
 from .records import Records
-from .setup import factories, launch
-from .setup.report import announce
+from .setup import arguments, factories, launch
+from .setup.building import build
 from .state.live import model_state, unwrap
 from .state.training import load_whole_state, restore_run, run_state, start_data
 from .step.agreement import Agreement
@@ -45,6 +44,7 @@ from .step.garbage import GarbageCollection
 from .step.gradients import Gradients
 from .step.info import StepInfo
 from .step.non_finite import clean_name
+from .step.run_length import RunLength
 from .step.update import Update
 from .step.window import Window
 
@@ -61,7 +61,7 @@ class BaseTrainer(Recipe):
     exactly `gradient_accumulation_steps` micro-batches a process.
 
     Args:
-        max_steps: Optimizer steps to run in all; a resumed run goes on to it.
+        max_steps: Optimizer steps to run in all; a resumed run goes on to it. None: `max_epochs` alone ends the run.
         grad_clip: Limit of the gradient's 2-norm. None: nothing is clipped; the norm is taken all the same.
         max_non_finite_grad_retries: How often one step may be tried again with new data because its gradient was not
             finite, before `NonFiniteGradientError`. None: until a whole epoch gave no finite gradient (100 windows, if
@@ -81,6 +81,8 @@ class BaseTrainer(Recipe):
         deterministic: True: the same bits again on a GPU, for some speed; what cannot give them raises. For the whole
             process. False: switched off. None: torch's settings are left alone.
         gc_interval: Steps between Python's garbage collections, on all ranks at once. None: left to Python.
+        max_epochs: Passes over the data in all. The run ends with the step whose window ends the last one, or at
+            `max_steps` if that comes first.
         kwargs_handlers: Accelerate's options, as `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
     Raises:
@@ -118,7 +120,10 @@ class BaseTrainer(Recipe):
     """
 
     # What the user gave.
-    max_steps: int
+    max_steps: int | None
+    """The last step. Where only `max_epochs` was given: the step that will end the last epoch, as soon as the data is
+    built; None: the data has no length."""
+    max_epochs: int | None
     grad_clip: float | None
     max_non_finite_grad_retries: int | None
     mixed_precision: str | None
@@ -146,10 +151,16 @@ class BaseTrainer(Recipe):
     hooks: list[BaseHook]
     checkpointers: list[CheckpointerHook]
     """The hooks among `hooks` that save the run."""
+    averagers: list[AveragingHook]
+    """The hooks among `hooks` that average the weights."""
 
     # Where the run stands.
     step: int
     """The optimizer step last begun; the first is 1. An exception before the update takes the step back."""
+    epoch: int
+    """Epochs of the data that are over; in a step, the epoch that its window began in, from 0."""
+    steps_per_epoch: int | None
+    """Steps in which an epoch fits, rounded up, as soon as the data is built; None: the data has no length."""
     step_info: StepInfo
     """What this step has measured so far."""
     control: Control
@@ -164,6 +175,7 @@ class BaseTrainer(Recipe):
     _kwargs_handlers: list[KwargsHandler]
     _raw_optimizer: Optimizer
     _feed: DataFeed
+    _length: RunLength
     _gradients: Gradients
     _update: Update
     _window: Window
@@ -176,7 +188,7 @@ class BaseTrainer(Recipe):
 
     def __init__(
         self,
-        max_steps: int,
+        max_steps: int | None = None,
         grad_clip: float | None = None,
         max_non_finite_grad_retries: int | None = None,
         mixed_precision: str | None = None,
@@ -193,19 +205,21 @@ class BaseTrainer(Recipe):
         kwargs_handlers: Sequence[KwargsHandler] = (),
         deterministic: bool | None = None,
         gc_interval: int | None = 1000,
+        max_epochs: int | None = None,
     ) -> None:
-        self.max_steps, self.grad_clip = max_steps, grad_clip
+        self.max_steps, self.max_epochs, self.grad_clip = max_steps, max_epochs, grad_clip
         self.max_non_finite_grad_retries, self.mixed_precision = max_non_finite_grad_retries, mixed_precision
         self.workspace = parse_absolute_path("workspace", workspace) if workspace is not None else None
         self.no_sync_accumulate, self.state_dict_options = no_sync_accumulate, state_dict_options
         self.seed, self._asked_seed, self.deterministic, self.gc_interval = seed, seed, deterministic, gc_interval
-        self.timeout, self._kwargs_handlers = factories.parse_timeout(timeout), list(kwargs_handlers)
-        factories.check_arguments(self, BaseTrainer, accelerator, gradient_accumulation_steps)
+        self.timeout, self._kwargs_handlers = arguments.parse_timeout(timeout), list(kwargs_handlers)
+        arguments.check_arguments(self, BaseTrainer, accelerator, gradient_accumulation_steps)
         self.mixed_precision = launch.resolve_mixed_precision(mixed_precision)
         launch.choose_accelerator(self, accelerator, gradient_accumulation_steps, device, BaseTrainer)
         self.logger = logger if logger is not None else factories.default_logger()
-        self.hooks, self.checkpointers, self.settings = [], [], {}
+        self.hooks, self.checkpointers, self.averagers, self.settings = [], [], [], {}
         self.step, self.step_info, self.control, self.peers = 0, StepInfo(), Control(), Peers()
+        self.epoch, self.steps_per_epoch = 0, None
         self._is_built, self._is_restored, self._restored_rng, self._unheard = False, False, None, set()
 
     def build_accelerator(self) -> Accelerator:
@@ -215,9 +229,9 @@ class BaseTrainer(Recipe):
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> None:
-        """Run until `max_steps` or an agreed stop. Call on every rank.
+        """Run until `max_steps`, `max_epochs` or an agreed stop. Call on every rank.
 
-        It may be called again after `max_steps` was raised, and goes on where it stood.
+        It may be called again after the limit was raised, and goes on where it stood.
 
         Raises:
             NonFiniteGradientError: See `max_non_finite_grad_retries`.
@@ -230,7 +244,7 @@ class BaseTrainer(Recipe):
             restore_run(self)
             with self._feed, factories.accumulation_state(self), GarbageCollection(self.gc_interval) as garbage:
                 self._begin()
-                while self.step < self.max_steps and not self.control.agreed["stop"]:
+                while not self.is_finished:
                     self._run_step()
                     self.peers.enter("saving a checkpoint")
                     for checkpointer in self.checkpointers:  # after every hook, so that their order doesn't matter
@@ -262,9 +276,11 @@ class BaseTrainer(Recipe):
         except BaseException:
             self._window.take_back()
             raise
-        self._window.is_updating = False
+        self._window.finish_update()
         for hook in self.hooks:
             hook.on_after_optimizer_step(self)
+        for averager in self.averagers:  # after every hook, so that their order doesn't matter
+            averager.update_average(self)
         self._window.is_in_step = False
         info.step_time = time.perf_counter() - start
         self.peers.enter("hooks")
@@ -275,7 +291,7 @@ class BaseTrainer(Recipe):
         """Run one window and clip its gradient; returns whether the gradient can be applied."""
         self.peers.enter("forward and backward")
         self._window.run()
-        self.control.start(self._window.skipped, self._agreement.checksum())
+        self.control.start(self._window.skipped, self._agreement.checksum(), self._feed.num_epochs_done)
         norm = self._gradients.norm()
         self.peers.enter("waiting for the other ranks' messages")
         self.control.finish(self.step, self._agreement.explain)  # first: the device may wait for a rank that died
@@ -320,34 +336,8 @@ class BaseTrainer(Recipe):
     def _build(self) -> None:
         """Make everything, once; a later `train` goes on with it."""
         check_initialised(self, ["_is_built"], "BaseTrainer")
-        if self._is_built:
-            return
-        self.peers.enter("building the run")
-        accelerator = self.accelerator
-        if self.seed is None:
-            self.seed = collectives.broadcast_object(int(torch.randint(2**31, ())))
-        set_seed(self.seed)
-        self.data_loader = self.build_data_loader()
-        self._feed = factories.data_feed(self.data_loader, self.seed, accelerator)
-        self.eval_data_loader = self.build_eval_data_loader()
-        set_seed(self.seed)  # the model doesn't depend on what building the data drew
-        self.model = factories.check_model(self.build_model())
-        self.optimizer = factories.check_optimizer(self.build_optimizer())
-        self.lr_scheduler, self.lr_monitor = factories.check_lr_scheduler(self.build_lr_scheduler())
-        self.grad_scaler = factories.choose_grad_scaler(accelerator, self.build_grad_scaler())
-        self.model, self.optimizer = factories.prepare(self, self.model, self.optimizer)
-        self._raw_optimizer = factories.raw_optimizer(self.optimizer)
-        factories.check_optimizer_params(self._raw_optimizer, self.model)
-        self.hooks, self.checkpointers = factories.check_hooks(self.build_hooks(), self.workspace, self.lr_monitor)
-        set_seed(self.seed, device_specific=True)  # from here on each rank draws its own noise
-        self._gradients = Gradients(self.model, self.grad_clip, self.grad_scaler, self._raw_optimizer)
-        self._window = Window(self, self._feed, self._gradients)
-        self._agreement = Agreement(self, self._feed)
-        self._built_model = BuiltModel.of(self.unwrapped_model)
-        self._is_built = True
-        if self.timeout is not None:
-            collectives.set_timeout(self.timeout, self.model)
-        announce(self)
+        if not self._is_built:
+            build(self)
 
     def _begin(self) -> None:
         self._window.check_whole()
@@ -398,6 +388,17 @@ class BaseTrainer(Recipe):
         load_whole_state(self, state_dict)
 
     # ------------------------------------------------------------------ for hooks and scripts
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no step follows: the run has reached its limit, or a stop was agreed. The same on every rank."""
+        return self._is_built and (self._length.is_reached or bool(self.control.agreed["stop"]))
+
+    def is_due(self, interval: int | str) -> bool:
+        """Whether something that is done every `interval` steps is due after this one; "epoch": the step's window has
+        ended an epoch. For a hook's `on_after_step`; the same on every rank.
+        """
+        return self.step_info.ends_epoch if interval == "epoch" else self.step % int(interval) == 0
 
     def log(self, records: Records, dry_run: bool = False) -> None:
         """Hand numbers to every hook's `on_log`. Call on any rank; hooks that write do so on rank 0.

@@ -63,6 +63,19 @@ class DataFeed:
         return self._source.epoch
 
     @property
+    def num_epochs_done(self) -> int:
+        """How many epochs are over on this rank. The end of data without a length is noticed with the first batch after
+        it.
+        """
+        return self._source.num_epochs_done
+
+    def num_batches_left(self, num_epochs: int) -> int | None:
+        """This rank's micro-batches from the current position until `num_epochs` epochs are over; None: the data has
+        no length. Call on every rank.
+        """
+        return self._source.num_batches_left(num_epochs)
+
+    @property
     def position(self) -> tuple[int, int]:
         """Epoch and consumed samples of it; (0, 0) for data of which each rank has its own."""
         return self._source.position

@@ -59,6 +59,13 @@ class IndexedSource:
         return self._sampler.epoch
 
     @property
+    def num_epochs_done(self) -> int:
+        return self._sampler.epoch + self._sampler.ends_epoch
+
+    def num_batches_left(self, num_epochs: int) -> int | None:
+        return self._sampler.num_batches_left(num_epochs)
+
+    @property
     def position(self) -> tuple[int, int]:
         return self._sampler.epoch, self._sampler.position
 

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..errors import DataReplayWarning
+from ..ranks import collectives
 from ..rng import load_rng_state, rng_state
-from .order import is_stateful
+from .order import is_stateful, length_of
 from .streamed import EMPTY, EXHAUSTED
 from .workers import end_workers, start_iterator
 
@@ -34,10 +35,21 @@ class IterableSource:
         self._state: dict[str, Any] | None = None
         self._epoch_rng: dict[str, Any] | None = None
         self._epoch = self._position = 0
+        self._length = length_of(iterable)
 
     @property
     def epoch(self) -> int:
         return self._epoch
+
+    @property
+    def num_epochs_done(self) -> int:
+        return self._epoch + (self._length is not None and self._position >= self._length)
+
+    def num_batches_left(self, num_epochs: int) -> int | None:
+        own = None if self._length is None else max(0, (num_epochs - self._epoch) * self._length - self._position)
+        by_rank: list[int | None] = collectives.gather_objects(own)
+        known = [num_left for num_left in by_rank if num_left is not None]
+        return max(known) if len(known) == len(by_rank) else None
 
     @property
     def position(self) -> tuple[int, int]:

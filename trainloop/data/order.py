@@ -45,10 +45,7 @@ class Order:
         self._num_items = 0
         self._block_start, self._block = 0, list[Any]()
         """A part of the tensor, as a list."""
-        try:
-            self.length: int | None = len(sampler)  # type: ignore[arg-type]
-        except TypeError:
-            self.length = None
+        self.length = length_of(sampler)
         if self.length is None:
             with self._rng.lent():
                 self._iterator = iter(sampler)
@@ -140,6 +137,26 @@ def permutation(num_items: int, *seed: Any) -> torch.Tensor:
 def is_stateful(data: Any) -> bool:
     """Whether `data` can save and restore its own position."""
     return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
+
+
+def length_of(data: Any) -> int | None:
+    """The length of data or of a sampler; None: it has none."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def count_batches(num_epochs: int, length: int | None, num_seen: int, size: int, drop_last: bool) -> int | None:
+    """Batches of `size` items that `num_epochs` epochs give, of whose first one `num_seen` items are gone. A batch may
+    begin in one epoch and end in the next, and the last one is counted whole, unless `drop_last`. None: the length is
+    not known.
+    """
+    if length is None:
+        return None
+    if drop_last:
+        return max(0, num_epochs * (length // size) - num_seen // size)
+    return max(0, -((num_seen - num_epochs * length) // size))
 
 
 def _all_items(sampler: Iterable[Any], seed: int, epoch: int) -> Any:

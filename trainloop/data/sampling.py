@@ -20,7 +20,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
 from ..rng import derived_seed, seed_all
-from .order import DatasetOrder, EpochOrdered, Order
+from .order import DatasetOrder, EpochOrdered, Order, count_batches, length_of
 
 
 def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, bool]:
@@ -100,11 +100,14 @@ class EndlessSampler:
         """Samples of that epoch that were consumed, by all ranks together."""
         self.checksum = 0
         """Of the order of that epoch; 0 before the first batch."""
+        self.ends_epoch = False
+        """Whether the batch that was consumed last is the last one of that epoch."""
         self._sampler, self._drop_last, self._key = sampler, drop_last, key
         self._holds_batches, self._is_single = holds_batches, batch_size is None
         self._rank, self._size = rank, batch_size or 1
         self._global_batch = self._size * world_size
-        self._ahead: deque[tuple[int, int, int]] = deque()
+        self._min_left = self._global_batch if drop_last else 1  # items that the next batch of an epoch needs
+        self._ahead: deque[tuple[int, int, int, bool]] = deque()
         self._orders: dict[int, Order] = {}
 
     def __iter__(self) -> Iterator[Any]:
@@ -119,8 +122,8 @@ class EndlessSampler:
         pieces, _ = next(self._global_batches())
         return self._own(pieces, 0)
 
-    def _global_batches(self) -> Iterator[tuple[list[_Piece], tuple[int, int, int]]]:
-        """The pieces of each global batch; with epoch, position and checksum after it."""
+    def _global_batches(self) -> Iterator[tuple[list[_Piece], tuple[int, int, int, bool]]]:
+        """The pieces of each global batch; with epoch, position, checksum and whether the epoch is over after it."""
         epoch, position = self.epoch, self.position
         pieces: list[_Piece] = []
         num_drawn = 0
@@ -131,7 +134,8 @@ class EndlessSampler:
                 pieces, num_drawn, position = [_Piece(rest, epoch, 0, 1)], 1, position + len(rest.items(0, 1)[0])
             while True:
                 if num_drawn == self._global_batch:
-                    yield pieces, (epoch, position, order.checksum)
+                    ends_epoch = order.count(index, self._min_left) < self._min_left
+                    yield pieces, (epoch, position, order.checksum, ends_epoch)
                     pieces, num_drawn = [], 0
                 count = order.count(index, self._global_batch - num_drawn)
                 if not count:
@@ -152,7 +156,7 @@ class EndlessSampler:
 
     def advance(self) -> None:
         """The oldest batch that was drawn has been consumed."""
-        self.epoch, self.position, self.checksum = self._ahead.popleft()
+        self.epoch, self.position, self.checksum, self.ends_epoch = self._ahead.popleft()
         for epoch in [epoch for epoch in self._orders if epoch < self.epoch]:
             del self._orders[epoch]
 
@@ -165,7 +169,16 @@ class EndlessSampler:
     def go_to(self, seed: int, epoch: int, position: int) -> None:
         """Go to a position that was saved."""
         self.seed, self.epoch, self.position = seed, epoch, position
-        self._orders = {}
+        self.ends_epoch, self._orders = False, {}
+
+    def num_batches_left(self, num_epochs: int) -> int | None:
+        """Global batches from the current position until `num_epochs` epochs are over; None: there is no length."""
+        index = self.position
+        if self._holds_batches and self.position:
+            index, rest = self._seek(self.order(self.epoch), self.position)
+            index -= rest is not None
+        length = length_of(self._sampler)
+        return count_batches(num_epochs - self.epoch, length, index, self._global_batch, self._drop_last)
 
     def num_samples(self, epoch: int, num_items: int) -> int:
         """How many samples the first items of an epoch hold."""

@@ -29,6 +29,15 @@ class Source(Protocol):
         """The epoch of the batch that was yielded last, from 0."""
 
     @property
+    def num_epochs_done(self) -> int:
+        """How many epochs are over. The end of data without a length is noticed with the first batch after it."""
+
+    def num_batches_left(self, num_epochs: int) -> int | None:
+        """This rank's batches from the current position until `num_epochs` epochs are over on every rank; None: the
+        data has no length. Call on every rank.
+        """
+
+    @property
     def position(self) -> tuple[int, int]:
         """Epoch and consumed samples of it, the same on all ranks; (0, 0) if each rank reads its own data."""
 

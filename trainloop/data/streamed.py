@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..errors import DataReplayWarning
 from ..rng import OwnRng, derived_seed, seed_all
 from .checksums import sample_checksum
-from .order import is_stateful
+from .order import count_batches, is_stateful, length_of
 from .workers import WithOwnDataset, end_workers, start_iterator
 
 EMPTY = "`build_data_loader` returned data without a batch."
@@ -48,6 +48,7 @@ class SampledSource:
         self._is_stateful = is_stateful(loader.dataset) and not loader.num_workers
         size = loader.batch_size or 1
         self._group_size = size * world_size
+        self._length = length_of(loader.dataset)
         self._collate = _Collate(
             loader.collate_fn, slice(rank * size, (rank + 1) * size), is_single=loader.batch_size is None
         )
@@ -63,6 +64,15 @@ class SampledSource:
         self._reader: _Reader | None = None
         self._items: Iterator[_Item] = iter(())
         self._batches: Iterator[Any] | None = None
+
+    @property
+    def num_epochs_done(self) -> int:
+        min_left = self._group_size if self._given.drop_last else 1
+        return self.epoch + (self._length is not None and sum(self._seen) + min_left > self._length)
+
+    def num_batches_left(self, num_epochs: int) -> int | None:
+        position = num_epochs - self.epoch, self._length, sum(self._seen)
+        return count_batches(*position, self._group_size, self._given.drop_last)
 
     @property
     def position(self) -> tuple[int, int]:

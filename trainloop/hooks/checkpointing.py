@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..account.keeper import Account
 from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
 from ..checkpoint.format.layout import step_name
-from ..errors import CheckpointError, check_int, describe
+from ..errors import CheckpointError, check_int, check_interval, describe
 from ..hook import CheckpointerHook
 from ..paths import parse_absolute_path, parse_path
 from ..ranks import collectives
@@ -37,7 +37,7 @@ class CheckpointingHook(CheckpointerHook):
     `python -m trainloop checkpoints ls` go by.
 
     Args:
-        interval: Optimizer steps between two saves.
+        interval: Optimizer steps between two saves; "epoch": saved with the step that ends an epoch of the data.
         keep_previous: How many commits before the newest stay.
         keep_interval: Steps that are multiples of it stay. 0: none.
         path: Folder, relative to the trainer's `workspace`.
@@ -70,7 +70,7 @@ class CheckpointingHook(CheckpointerHook):
 
     def __init__(
         self,
-        interval: int,
+        interval: int | str,
         keep_previous: int = 0,
         keep_interval: int = 0,
         path: Path | str = "checkpoints",
@@ -88,8 +88,8 @@ class CheckpointingHook(CheckpointerHook):
         max_failures: int = 3,
         on_resume: Iterable[str] | str = (),
     ) -> None:
+        check_interval("interval", interval)
         for name, value, lowest in (
-            ("interval", interval, 1),
             ("keep_previous", keep_previous, 0),
             ("keep_interval", keep_interval, 0),
             ("max_failures", max_failures, 0),
@@ -211,9 +211,9 @@ class CheckpointingHook(CheckpointerHook):
         if trainer.control.take("save_failed"):
             self._settle(trainer)
         exit_signal = agreed["exit_signal"]
-        is_final = bool(exit_signal or agreed["stop"] or trainer.step >= trainer.max_steps)
+        is_final = bool(exit_signal or trainer.is_finished)
         is_asked = bool(trainer.control.take("checkpoint"))
-        if is_final or is_asked or trainer.step % self.interval == 0:
+        if is_final or is_asked or trainer.is_due(self.interval):
             self._save(trainer, is_final)
         elif self._is_overdue() and collectives.rank() == 0:
             trainer.request_checkpoint()

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..checkpoint.content import is_dtensor
 from ..checkpoint.sharding import local_tensor
-from ..errors import check_int, describe
-from ..hook import BaseHook
+from ..errors import check_int, check_interval, describe
+from ..hook import AveragingHook
 from ..ranks.collectives import reshard
 from ..state.live import like_param
 from ..state.model_copy import CopyError, ModelCopy, loose_tensors
@@ -30,7 +30,7 @@ _COARSE = (torch.float16, torch.bfloat16)
 """Their steps are wider than what one update adds, so their average is kept in fp32."""
 
 
-class EmaHook(BaseHook):
+class EmaHook(AveragingHook):
     """Averages the weights over the steps: `average = decay * average + (1 - decay) * weights` after each update.
 
     Each rank averages the shards that it holds: no communication, no host sync, no copy of the module. Frozen
@@ -45,8 +45,9 @@ class EmaHook(BaseHook):
         warmup: What `decay` is at most at update t (the first, which copies, is t = 0): "ratio", (1 + t) / (10 + t), as
             diffusers' `EMAModel` has it by default; "power", 1 - (1 + t)^(-2/3), as it has it with `use_ema_warmup`; a
             function of t; None: no warm-up.
-        update_interval: Optimizer steps between two updates.
+        update_interval: Optimizer steps between two updates, or "epoch".
         start_step: Until this step the average is a copy of the weights.
+        module: Name of the part of the model whose weights are averaged, for example "generator". None: all of it.
         device: Where the average lies, for example "cpu", which costs a transfer an update. None: beside the weights.
         name: Of the average in `state_dict` and checkpoints; several hooks must differ in it.
 
@@ -69,10 +70,11 @@ class EmaHook(BaseHook):
         decay: float,
         *,
         warmup: str | Callable[[int], float] | None = None,
-        update_interval: int = 1,
+        update_interval: int | str = 1,
         start_step: int = 0,
         device: torch.device | str | None = None,
         name: str = "ema",
+        module: str | None = None,
     ) -> None:
         if isinstance(decay, bool) or not isinstance(decay, int | float):
             raise TypeError(f"`decay` must be a number, but is {describe(decay)}.")
@@ -80,7 +82,7 @@ class EmaHook(BaseHook):
             raise ValueError(f"`decay` must be in [0, 1], but is {decay}.")
         if not (warmup is None or callable(warmup) or warmup in _WARMUPS):
             raise ValueError(f"`warmup` must be one of {list(_WARMUPS)}, a function or None, but is {warmup!r}.")
-        check_int("update_interval", update_interval, 1)
+        check_interval("update_interval", update_interval)
         check_int("start_step", start_step, 0)
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"`name` must be an identifier, since it names a folder, but is {name!r}.")
@@ -88,6 +90,7 @@ class EmaHook(BaseHook):
         self.update_interval = update_interval
         self.start_step = start_step
         self.name = name
+        self.module = module
         self.num_updates = 0
         """Updates of the average so far, the copy at its begin included."""
         self._warmup = _WARMUPS[warmup] if isinstance(warmup, str) else warmup
@@ -104,7 +107,13 @@ class EmaHook(BaseHook):
         self._unwrapped = trainer.unwrapped_model
         self._constants = loose_tensors(self._unwrapped)
         named = trainer.named_parameters()
-        self._params = {name: p.detach() for name, p in named.items() if p.requires_grad}
+        prefix = "" if self.module is None else f"{self.module}."
+        self._params = {name: p.detach() for name, p in named.items() if p.requires_grad and name.startswith(prefix)}
+        if not self._params:
+            raise ValueError(
+                f"`module` of EmaHook is {self.module!r}, but the model has no parameters to train in a part of that"
+                f" name. Its parts: {', '.join(name for name, _ in self._unwrapped.named_children())}."
+            )
         first_names = {p: name for name, p in named.items()}
         tied = self._unwrapped.named_parameters(remove_duplicate=False)
         self._first_names = {clean_name(name): first_names[p] for name, p in tied}
@@ -125,10 +134,10 @@ class EmaHook(BaseHook):
             raise ValueError(f"The `name`s of several EmaHooks must differ, but {len(twins)} have {self.name!r}.")
         self._bind(trainer)
 
-    def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
+    def update_average(self, trainer: BaseTrainer) -> None:
         if self._is_swapped:
             raise RuntimeError("The model was trained inside `EmaHook.swapped`, which puts its weights back. Leave it.")
-        if trainer.step % self.update_interval:
+        if not trainer.is_due(self.update_interval):
             return
         weights = self._weights
         if not self._is_direct:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..errors import check_int, describe
+from ..errors import check_interval, describe
 from ..evaluation import evaluate
 from ..evaluation.totals import Reduce
-from ..hook import BaseHook
+from ..hook import BaseHook, progress
 from ..records import ShownRecords, flatten_nested_dict
 from .ema import EmaHook
 
@@ -27,7 +27,7 @@ class EvaluationHook(BaseHook):
     already would take it for a repetition.
 
     Args:
-        interval: Optimizer steps between two evaluations.
+        interval: Optimizer steps between two evaluations; "epoch": with the step that ends an epoch of the data.
         data_loader: The data, as `BaseTrainer.build_eval_data_loader` returns it. None: what that returns.
         ema: Evaluate with the averaged weights of this hook, which must be one of the run's.
         prefix: Under which the numbers are logged; several hooks must differ in it.
@@ -45,7 +45,7 @@ class EvaluationHook(BaseHook):
 
     def __init__(
         self,
-        interval: int,
+        interval: int | str,
         *,
         data_loader: Any = None,
         ema: EmaHook | None = None,
@@ -54,7 +54,7 @@ class EvaluationHook(BaseHook):
         at_start: bool = False,
         at_end: bool = True,
     ) -> None:
-        check_int("interval", interval, 1)
+        check_interval("interval", interval)
         if ema is not None and not isinstance(ema, EmaHook):
             raise TypeError(f"`ema` must be an EmaHook or None, but is {describe(ema)}.")
         if not isinstance(prefix, str) or not prefix:
@@ -94,8 +94,7 @@ class EvaluationHook(BaseHook):
                 trainer.step = step
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
-        is_last = trainer.step >= trainer.max_steps or trainer.control.agreed["stop"]
-        if trainer.step % self.interval == 0 or (self.at_end and is_last):
+        if trainer.is_due(self.interval) or (self.at_end and trainer.is_finished):
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: BaseTrainer) -> None:
@@ -111,7 +110,7 @@ class EvaluationHook(BaseHook):
         self._is_pending = False
         flat = flatten_nested_dict({self.prefix: result})
         shown = [f"{'/'.join(map(str, key[1:]))} {value:.4g}" for key, value in flat.items()]
-        trainer.logger.info(f"step {trainer.step}/{trainer.max_steps} | {self.prefix}: {' | '.join(shown)}")
+        trainer.logger.info(f"{progress(trainer)} | {self.prefix}: {' | '.join(shown)}")
         trainer.log(ShownRecords({self.prefix: result}))
         if trainer.lr_monitor is not None and trainer.step > 0:
             self._move_schedule(trainer, trainer.lr_monitor, {"/".join(map(str, key)): n for key, n in flat.items()})

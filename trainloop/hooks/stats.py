@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ..errors import check_int, describe
-from ..hook import BaseHook
+from ..errors import check_int, check_interval, describe
+from ..hook import BaseHook, progress
 from ..ranks import collectives
 from ..records import flat_average, flatten_nested_dict, read_rows, unflatten_nested_dict
 from ..step.info import StepInfo, TrainingStats
@@ -31,8 +31,8 @@ class _StatsHook(BaseHook):
     checkpoint cuts in two is logged by the resumed run as if nothing had happened (at the same number of processes).
     """
 
-    def __init__(self, interval: int, sync: bool) -> None:
-        check_int("interval", interval, 1)
+    def __init__(self, interval: int | str, sync: bool) -> None:
+        check_interval("interval", interval)
         if not isinstance(sync, bool):
             raise TypeError(f"`sync` must be True or False, but is {describe(sync)}.")
         self.interval = interval
@@ -42,7 +42,8 @@ class _StatsHook(BaseHook):
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
         """What only one hook of a run in `workspace` may do: state is saved under this name."""
-        return [(f"report every {self.interval} steps as a {type(self).__name__}", "interval")]
+        every = "epoch" if self.interval == "epoch" else f"{self.interval} steps"
+        return [(f"report every {every} as a {type(self).__name__}", "interval")]
 
     def _start_interval(self) -> None:
         self._steps: list[StepInfo] = []
@@ -52,7 +53,7 @@ class _StatsHook(BaseHook):
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
         self._steps.append(trainer.step_info)
-        if trainer.step % self.interval == 0:
+        if trainer.is_due(self.interval):
             groups = enumerate(zip(trainer.optimizer.param_groups, trainer.step_info.lr, strict=True))
             self._lr = {str(group.get("name", i)): float(lr) for i, (group, lr) in groups}
             self._read_steps()
@@ -137,11 +138,11 @@ class LoggingHook(_StatsHook):
     """Hands the means of every interval to `trainer.log`, as `{"train": {"loss": …, "lr": {…}, …, <records>}}`.
 
     Args:
-        interval: Optimizer steps.
+        interval: Optimizer steps, or "epoch".
         sync: Average over the ranks as well; a record that only some ranks have is averaged over those.
     """
 
-    def __init__(self, interval: int = 10, sync: bool = True) -> None:
+    def __init__(self, interval: int | str = 10, sync: bool = True) -> None:
         super().__init__(interval, sync)
 
     def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
@@ -163,7 +164,7 @@ class ProgressHook(_StatsHook):
     """A log line every interval, and on a terminal a live bar; on rank 0.
 
     Args:
-        interval: Optimizer steps.
+        interval: Optimizer steps, or "epoch".
         with_records: Show the records of `forward` too.
         sync: Show means over the ranks instead of rank 0's.
         eta_warmup: Steps of this run that the estimate of the remaining time leaves out; it is shown after them.
@@ -172,7 +173,7 @@ class ProgressHook(_StatsHook):
 
     def __init__(
         self,
-        interval: int = 1,
+        interval: int | str = 1,
         with_records: bool = False,
         sync: bool = False,
         eta_warmup: int = 10,
@@ -215,12 +216,12 @@ class ProgressHook(_StatsHook):
     def _line(self, trainer: BaseTrainer, stats: TrainingStats) -> str:
         seconds, gib = (" s", " GiB") if self.show_units else ("", "")
         parts = [
-            f"step {trainer.step}/{trainer.max_steps}",
+            progress(trainer),
             f"step time {stats.step_time:.3g}{seconds}",
             f"data time {stats.data_time:.3g}{seconds}",
         ]
         num_timed = trainer.step - self._first_timed
-        if num_timed > 0:
+        if num_timed > 0 and trainer.max_steps is not None:
             step_seconds = (time.monotonic() - self._timed_since) / num_timed
             eta_seconds = round((trainer.max_steps - trainer.step) * step_seconds)
             parts.append(f"ETA {timedelta(seconds=eta_seconds)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import check_int, describe
+from ..errors import check_int, check_interval, describe
 from ..hook import BaseHook
 from ..ranks import collectives
 
@@ -51,7 +51,7 @@ class ThroughputHook(BaseHook):
             shown.
         flops_per_step: Floating-point operations of one optimizer step, of all micro-batches and ranks together: of a
             transformer about 6 x parameters x tokens. None: `mfu` is not shown.
-        interval: Optimizer steps.
+        interval: Optimizer steps, or "epoch".
         peak_flops: Operations a second of one device. None: known for some NVIDIA GPUs, in bf16.
 
     Raises:
@@ -64,11 +64,11 @@ class ThroughputHook(BaseHook):
         batch_size: int | None = None,
         flops_per_step: float | None = None,
         *,
-        interval: int = 50,
+        interval: int | str = 50,
         peak_flops: float | None = None,
     ) -> None:
         check_int("batch_size", batch_size, 1, optional=True)
-        check_int("interval", interval, 1)
+        check_interval("interval", interval)
         for name, value in (("flops_per_step", flops_per_step), ("peak_flops", peak_flops)):
             if value is None:
                 continue
@@ -106,7 +106,7 @@ class ThroughputHook(BaseHook):
         self._own_time += info.own_time
         if info.total_weight is not None:
             self._weights.append(info.total_weight)
-        if trainer.step % self.interval == 0:
+        if trainer.is_due(self.interval):
             measured = self._measure()
             self._start_interval()
             trainer.logger.info(_line(trainer.step, measured))

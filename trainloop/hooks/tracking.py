@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _ARGUMENTS = (
     "max_steps",
+    "max_epochs",
     "grad_clip",
     "max_non_finite_grad_retries",
     "mixed_precision",

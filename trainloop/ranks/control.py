@@ -14,7 +14,7 @@ from . import collectives
 REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed")
 """What any rank may ask of all: a signal number, 1 for the others; 0: nothing."""
 
-_NOTHING = [0] * (len(REQUESTS) + 1)
+_NOTHING = [0] * (len(REQUESTS) + 1)  # and no skipped micro-batch
 
 
 class Control:
@@ -30,6 +30,8 @@ class Control:
         self.agreed = dict.fromkeys(REQUESTS, 0)
         self.stopped_by = ""
         """Who has asked for a stop on this rank."""
+        self.num_epochs_done = 0
+        """How many epochs of the data are over on every rank, at the end of the last window."""
 
     def ask(self, request: str, value: int = 1) -> None:
         """Make a request on this rank; it is agreed on with the next exchange. The first value that is asked for
@@ -67,21 +69,23 @@ class Control:
         self.agreed["exit_signal"] = max(signal for (signal,) in collectives.start_gather([own])())
         return bool(self.agreed["exit_signal"])
 
-    def start(self, skipped: Sequence[int], checksum: int = 0) -> None:
+    def start(self, skipped: Sequence[int], checksum: int = 0, num_epochs_done: int = 0) -> None:
         """Tell the others, without waiting for them. Call on every rank once a window, when its work is queued: the
         exchange of host values over gloo then runs while the device computes.
 
         Args:
             skipped: Which draws of the window gave no loss on this rank; must be the same on all.
             checksum: Of everything else that must be the same on all ranks.
+            num_epochs_done: How many epochs of its data this rank has seen.
         """
         # Exchanged for new ones before they are read: a signal may come between any two lines, and must not be lost.
         asked, self._asked = self._asked, dict.fromkeys(REQUESTS, 0)
         values = [asked[request] for request in REQUESTS]
         self._skipped = list(skipped)
         pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
-        self._usual = [*_NOTHING, checksum]
-        self._finish = collectives.start_gather([*values, pattern, checksum])
+        self.num_epochs_done = num_epochs_done
+        self._usual = [*_NOTHING, checksum, num_epochs_done]
+        self._finish = collectives.start_gather([*values, pattern, checksum, num_epochs_done])
 
     def finish(self, step: int, explain: Callable[[], None] = lambda: None) -> None:
         """Hear from the others. Call on every rank, after `start`.
@@ -97,7 +101,8 @@ class Control:
         del self._finish  # it holds the process group, whose threads must end before the interpreter does
         if by_rank.count(self._usual) == len(by_rank):
             return  # nobody asks for anything, nobody has skipped anything, and all agree: nearly always
-        *by_request, patterns, checksums = zip(*by_rank, strict=True)
+        *by_request, patterns, checksums, epochs = zip(*by_rank, strict=True)
+        self.num_epochs_done = min(epochs)
         if len(set(patterns)) > 1:
             skipped = collectives.gather_objects(self._skipped)
             told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(skipped))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,73 +19,20 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ..data.feed import DataFeed
-from ..errors import check_int, describe
+from ..errors import describe
 from ..hook import BaseHook, CheckpointerHook
 from ..ranks import collectives
-from .accelerate_options import check_data_loader_options, check_kwargs_handlers, restore_noise_in_checkpointed_layers
+from .accelerate_options import check_data_loader_options, restore_noise_in_checkpointed_layers
 from .buckets import settle_buckets
 from .forward_methods import add_forward_methods, check_forward_methods
 from .launch import choose_fsdp2_precision
 from .statistics import full_precision_statistics
-from .subclasses import check_hook, check_trainer_class
+from .subclasses import check_hook
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 T = TypeVar("T")
-
-
-# ---------------------------------------------------------------------- arguments
-
-
-def check_arguments(
-    trainer: BaseTrainer, base: type[BaseTrainer], accelerator: Any, gradient_accumulation_steps: Any
-) -> None:
-    """Raise for mistakes in a new trainer: in its class, which derives from `base`, in the arguments that it holds
-    already, and in the last two.
-    """
-    check_trainer_class(type(trainer), base)
-    check_int("max_steps", trainer.max_steps, 0)
-    check_int("max_non_finite_grad_retries", trainer.max_non_finite_grad_retries, 0, optional=True)
-    check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
-    check_int("seed", trainer.seed, 0, optional=True)
-    check_int("gc_interval", trainer.gc_interval, 1, optional=True)
-    if trainer.seed is not None and trainer.seed >= 2**31:
-        raise ValueError(f"`seed` must be below 2**31, but is {trainer.seed}.")
-    if trainer.grad_clip is not None:
-        if isinstance(trainer.grad_clip, bool) or not isinstance(trainer.grad_clip, int | float):
-            raise TypeError(f"`grad_clip` must be a number or None, but is {describe(trainer.grad_clip)}.")
-        if not (math.isfinite(trainer.grad_clip) and trainer.grad_clip > 0):
-            raise ValueError(
-                f"`grad_clip` must be positive and finite, but is {trainer.grad_clip}. None turns clipping off."
-            )
-    choices = ("no", "fp16", "bf16", "fp8")  # fp8 is refused by `resolve_mixed_precision`, with the reason
-    if trainer.mixed_precision is not None and trainer.mixed_precision not in choices:
-        raise ValueError(f"`mixed_precision` must be one of {choices} or None, but is {trainer.mixed_precision!r}.")
-    if not isinstance(trainer.no_sync_accumulate, bool):
-        raise TypeError(f"`no_sync_accumulate` must be True or False, but is {describe(trainer.no_sync_accumulate)}.")
-    if accelerator is not None and not isinstance(accelerator, Accelerator):
-        raise TypeError(f"`accelerator` must be an accelerate.Accelerator, but is {describe(accelerator)}.")
-    check_kwargs_handlers(
-        trainer._kwargs_handlers, has_accelerator=accelerator is not None, has_timeout=trainer.timeout is not None
-    )
-    if trainer.state_dict_options is not None and type(trainer.state_dict_options).__name__ != "StateDictOptions":
-        raise TypeError(
-            "`state_dict_options` must be torch.distributed.checkpoint.state_dict.StateDictOptions, but is"
-            f" {describe(trainer.state_dict_options)}."
-        )
-
-
-def parse_timeout(timeout: timedelta | float | None) -> timedelta | None:
-    """The `timeout` argument as a `timedelta`."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, timedelta | int | float):
-        raise TypeError(f"`timeout` must be a timedelta, seconds or None, but is {describe(timeout)}.")
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"`timeout` must be positive and finite, but is {timeout}.")
-    return timedelta(seconds=seconds)
 
 
 class _FallbackHandler(logging.StreamHandler[Any]):

@@ -98,8 +98,8 @@ def settings_in_force(asked: Mapping[str, Any], saved: Mapping[str, Any], wins: 
 
 def settings_to_save(trainer: BaseTrainer, on_resume: Collection[str]) -> Settings:
     """The settings for a checkpoint that is saved now."""
-    now = {"max_steps": trainer.max_steps, "seed": trainer.seed, "on_resume": list(on_resume)}
-    return {**trainer.settings, **now}
+    limits = {"max_steps": trainer._length.max_steps, "max_epochs": trainer.max_epochs}
+    return {**trainer.settings, **limits, "seed": trainer.seed, "on_resume": list(on_resume)}
 
 
 def tell_differences(trainer: BaseTrainer, asked: Mapping[str, Any], manifest: Manifest, wins: Collection[str]) -> None:
@@ -214,7 +214,7 @@ def check_schedule_length(trainer: BaseTrainer) -> None:
     if not isinstance(total_steps, int):
         return
     last = trainer.step + total_steps - scheduler.last_epoch  # type: ignore[union-attr]
-    if trainer.step < trainer.max_steps and last < trainer.max_steps:
+    if trainer.max_steps is not None and trainer.step < trainer.max_steps and last < trainer.max_steps:
         raise ValueError(
             f"`max_steps` is {trainer.max_steps}, but {type(scheduler).__name__} ends at step {last} (its `total_steps`"
             f" is {total_steps}), and cannot go on after it. Build it for `max_steps` steps; if it comes from a"
@@ -226,10 +226,10 @@ def stays_stopped(trainer: BaseTrainer, manifest: Manifest, on_resume: Collectio
     """Whether a run that was stopped ends again at once. Says so."""
     if "stop" in on_resume and "stop" not in manifest.settings.get("on_resume", ()):
         return False
-    if not manifest.stopped_by or trainer.max_steps > manifest.settings.get("max_steps", 0):
+    if not manifest.stopped_by or trainer._length.is_raised(manifest.settings):
         return False
     trainer.logger.warning(
         f"The run was stopped after step {trainer.step} by {manifest.stopped_by}, so it ends here. To go on, raise"
-        f' `max_steps` ({trainer.max_steps}), or pass `on_resume=["stop"]` to CheckpointingHook.'
+        f' {trainer._length.names}, or pass `on_resume=["stop"]` to CheckpointingHook.'
     )
     return True

@@ -36,7 +36,8 @@ _POSITION = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_ste
 def run_settings(trainer: BaseTrainer) -> Settings:
     """What the script asks for. Call on every rank, after the run is built and before anything is restored."""
     return {
-        "max_steps": trainer.max_steps,
+        "max_steps": trainer._length.max_steps,
+        "max_epochs": trainer.max_epochs,
         "seed": trainer._asked_seed,
         "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
         "grad_clip": trainer.grad_clip,

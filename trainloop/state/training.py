@@ -44,6 +44,7 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
         "model": model,
         "training_state": {
             "step": trainer.step,
+            "epoch": trainer.epoch,
             "seed": trainer.seed,
             "optimizer": optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer),
             "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
@@ -168,8 +169,11 @@ def load_run_state(
     trainer.step, trainer.seed = state["step"], state["seed"]
     script.put_back(script_wins)
     trainer._window.is_updating = False
+    trainer.epoch = 0
     if "data" not in script_wins:
         trainer._feed.load_state_dict(state["data"], rank_state["data"] if rank_state is not None else None)
+        trainer.epoch = state.get("epoch", state["data"]["epoch"])  # earlier versions saved that of the data alone
+    trainer._length.update(trainer.step)
     if rank_state is None:
         set_seed(derived_seed(state["seed"], trainer.step, trainer.accelerator.process_index))
     else:
@@ -189,11 +193,12 @@ def restore_run(trainer: BaseTrainer) -> None:
         if trainer.checkpointers and not trainer.settings:  # of a `train` that failed here: what was asked for
             trainer.settings = run_settings(trainer)
         state_dict = next(filter(None, (hook.restore(trainer) for hook in trainer.checkpointers)), None)
+    trainer._length.update(trainer.step)
     check_schedule_length(trainer)
-    if trainer.step >= trainer.max_steps and trainer.step > 0 and not trainer.control.agreed["stop"]:
+    if trainer._length.is_reached and trainer.step > 0 and not trainer.control.agreed["stop"]:
         trainer.logger.info(
-            f"The run is complete: it has reached step {trainer.step}, and `max_steps` is {trainer.max_steps}. To go"
-            " on, raise `max_steps`."
+            f"The run is complete: it has reached step {trainer.step}, and {trainer._length}. To go on, raise"
+            f" {trainer._length.names}."
         )
     for hook in trainer.hooks:
         hook.on_before_train(trainer)

@@ -48,6 +48,8 @@ class StepInfo:
     """Windows that were discarded because the loss scale was too high (fp16 with a grad scaler)."""
     skipped_micro_batch_count: int = 0
     """Micro-batches for which `forward` returned no loss."""
+    ends_epoch: bool = False
+    """Whether the step's window has ended an epoch of the data, on all ranks; known as soon as the update is done."""
     max_memory: float | None = None
     """Peak CUDA memory in GiB, if `CudaMaxMemoryHook` is there."""
 

@@ -86,6 +86,14 @@ class Window:
         if self._has_run:
             self.buffers.restore()
 
+    def finish_update(self) -> None:
+        """The step's update is complete: take note of the epochs that are over."""
+        self.is_updating = False
+        trainer = self._trainer
+        if trainer.control.num_epochs_done != trainer.epoch:
+            trainer.step_info.ends_epoch = trainer.control.num_epochs_done > trainer.epoch
+            trainer.epoch = trainer.control.num_epochs_done
+
     def check_whole(self) -> None:
         """Raise if the last `train` ended in the middle of an update.
 
@@ -153,6 +161,7 @@ class Window:
         self.buffers.restore()
         report = diagnose(trainer.unwrapped_model, info.losses, trainer._built_model.non_finite)
         self._gradients.drop()
+        trainer._length.update(trainer.step - 1)
         if report.parameters:
             raise NonFiniteGradientError(self._final_report("the parameters themselves are non-finite", report))
         if trainer.grad_scaler is not None:
@@ -197,6 +206,7 @@ class Window:
             trainer.accelerator.gradient_state.plugin_kwargs["num_steps"] = num_micro_steps
             trainer.accelerator.sync_gradients = True
             self._num_micro_steps = num_micro_steps
+            trainer._length.update(trainer.step - 1)
         return num_micro_steps
 
     # ------------------------------------------------------------------ drawing

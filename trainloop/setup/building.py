@@ -1,0 +1,54 @@
+"""Builds a run: calls the factories in order, checks what they return, and prepares it through Accelerate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import set_seed
+
+from ..hook import AveragingHook
+from ..ranks import collectives
+from ..step.agreement import Agreement
+from ..step.built import BuiltModel
+from ..step.gradients import Gradients
+from ..step.run_length import RunLength
+from ..step.window import Window
+from . import factories
+from .report import announce
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+
+def build(trainer: BaseTrainer) -> None:
+    """Make everything that a trainer needs to step. Call once, on every rank."""
+    trainer.peers.enter("building the run")
+    accelerator = trainer.accelerator
+    if trainer.seed is None:
+        trainer.seed = collectives.broadcast_object(int(torch.randint(2**31, ())))
+    set_seed(trainer.seed)
+    trainer.data_loader = trainer.build_data_loader()
+    trainer._feed = factories.data_feed(trainer.data_loader, trainer.seed, accelerator)
+    trainer._length = RunLength(trainer, trainer._feed)
+    trainer.eval_data_loader = trainer.build_eval_data_loader()
+    set_seed(trainer.seed)  # the model doesn't depend on what building the data drew
+    trainer.model = factories.check_model(trainer.build_model())
+    trainer.optimizer = factories.check_optimizer(trainer.build_optimizer())
+    trainer.lr_scheduler, trainer.lr_monitor = factories.check_lr_scheduler(trainer.build_lr_scheduler())
+    trainer.grad_scaler = factories.choose_grad_scaler(accelerator, trainer.build_grad_scaler())
+    trainer.model, trainer.optimizer = factories.prepare(trainer, trainer.model, trainer.optimizer)
+    trainer._raw_optimizer = factories.raw_optimizer(trainer.optimizer)
+    factories.check_optimizer_params(trainer._raw_optimizer, trainer.model)
+    hooks = factories.check_hooks(trainer.build_hooks(), trainer.workspace, trainer.lr_monitor)
+    trainer.hooks, trainer.checkpointers = hooks
+    trainer.averagers = [hook for hook in trainer.hooks if isinstance(hook, AveragingHook)]
+    set_seed(trainer.seed, device_specific=True)  # from here on each rank draws its own noise
+    trainer._gradients = Gradients(trainer.model, trainer.grad_clip, trainer.grad_scaler, trainer._raw_optimizer)
+    trainer._window = Window(trainer, trainer._feed, trainer._gradients)
+    trainer._agreement = Agreement(trainer, trainer._feed)
+    trainer._built_model = BuiltModel.of(trainer.unwrapped_model)
+    trainer._is_built = True
+    if trainer.timeout is not None:
+        collectives.set_timeout(trainer.timeout, trainer.model)
+    announce(trainer)

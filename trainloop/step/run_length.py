@@ -1,0 +1,79 @@
+"""How long a run is: until a number of steps, until a number of epochs, or whichever comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data.feed import DataFeed
+    from ..trainer import BaseTrainer
+
+
+class RunLength:
+    """Knows where a run ends, and says it in steps where the data has a length.
+
+    A run that has `max_epochs` and no `max_steps` gets a `max_steps`: the number of steps in which it will have seen
+    that many epochs. Schedules and progress bars go by it. The run itself ends by the epoch, because a window that was
+    discarded or another number of micro-batches a step moves the last step.
+
+    Args:
+        trainer: The trainer. Its data is built and at the beginning.
+        feed: Where the batches come from.
+    """
+
+    def __init__(self, trainer: BaseTrainer, feed: DataFeed) -> None:
+        self._trainer, self._feed = trainer, feed
+        self._batches_per_epoch = feed.num_batches_left(1)
+        self._expected_steps: int | None = None
+        self.update(0)
+
+    @property
+    def max_steps(self) -> int | None:
+        """The limit that the user has set; None: the epochs alone decide."""
+        trainer = self._trainer
+        is_limit = trainer.max_epochs is None or trainer.max_steps != self._expected_steps
+        return trainer.max_steps if is_limit else None
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the run has taken all its steps or seen all its epochs."""
+        trainer, max_steps = self._trainer, self.max_steps
+        if max_steps is not None and trainer.step >= max_steps:
+            return True
+        return trainer.max_epochs is not None and trainer.epoch >= trainer.max_epochs
+
+    def update(self, num_done: int) -> None:
+        """Count the steps anew after `num_done` steps, because the run was restored, a window was discarded, or a step
+        now has another number of micro-batches. Call on every rank.
+        """
+        trainer, num_micro_steps = self._trainer, self._trainer.gradient_accumulation_steps
+        if self._batches_per_epoch is not None:
+            trainer.steps_per_epoch = _ceil(self._batches_per_epoch, num_micro_steps)
+        if trainer.max_epochs is not None and self.max_steps is None:
+            num_left = self._feed.num_batches_left(trainer.max_epochs)
+            self._expected_steps = None if num_left is None else num_done + _ceil(num_left, num_micro_steps)
+            trainer.max_steps = self._expected_steps
+
+    def is_raised(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a limit is higher than in the settings of a checkpoint."""
+        return any(saved.get(name) is not None and limit > saved[name] for name, limit in self.limits.items())
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The limits that the user has set, by argument."""
+        limits = {"max_steps": self.max_steps, "max_epochs": self._trainer.max_epochs}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    @property
+    def names(self) -> str:
+        """For example: `max_steps` and `max_epochs`."""
+        return " and ".join(f"`{name}`" for name in self.limits)
+
+    def __str__(self) -> str:
+        """For example: `max_steps` is 100 and `max_epochs` is 3."""
+        return " and ".join(f"`{name}` is {limit}" for name, limit in self.limits.items())
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)
