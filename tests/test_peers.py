@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from trainloop import BaseHook, CheckpointingHook
 from trainloop.ranks import collectives
-from trainloop.ranks.peers import is_lost_contact
+from trainloop.ranks.lost_contact import is_lost_contact
 
 from .launching import REPOSITORY, environment, free_port
 from .small import SmallTrainer

@@ -49,9 +49,9 @@ def hosts() -> Iterator[tuple[str, list[list[str]], dict[str, str]]]:
                 ip("netns", "delete", name)
 
 
-def results(workspace: Path) -> dict[str, Any]:
+def results(workspace: Path, step: int = NUM_STEPS) -> dict[str, Any]:
     """The last checkpoint: every byte of its tensors, and the state of the run without what names one run."""
-    folder = workspace / "checkpoints" / f"step_{NUM_STEPS:07d}"
+    folder = workspace / "checkpoints" / f"step_{step:07d}"
     found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
     state = json.loads((folder / "state" / "global.json").read_text())
     state.pop("run_id")

@@ -51,7 +51,13 @@ def check_initialised(instance: object, attributes: Iterable[str], base: str) ->
 
 
 class TrainingError(RuntimeError):
-    """Something stopped the run. Every rank raises the same error."""
+    """Something stopped the run. Every rank raises the same error.
+
+    Attributes:
+        is_consequence: Another rank failed first, and the message names it.
+    """
+
+    is_consequence = False
 
 
 class NonFiniteGradientError(TrainingError):

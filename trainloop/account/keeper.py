@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
 from ..ranks import collectives
-from ..ranks.peers import is_lost_contact
+from ..ranks.lost_contact import is_lost_contact
 from ..version import __version__
 from .events import EVENTS, EventLog
 from .lives import Life, read_lives, split_runs
@@ -132,7 +132,7 @@ class Account:
         else:
             reason = ("error", f"{type(exception).__name__}: {first_line(exception)}")
             # Every rank raises a TrainingError alike.
-            if self._is_first or not isinstance(exception, TrainingError):
+            if trainer.peers.is_first_left or not isinstance(exception, TrainingError):
                 self._log.write(
                     "failed",
                     step=trainer.peers.step or trainer.step,

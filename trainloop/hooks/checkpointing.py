@@ -297,10 +297,13 @@ class CheckpointingHook(CheckpointerHook):
     def _exit(self, trainer: BaseTrainer, exit_signal: int) -> None:
         code = 128 + exit_signal if isinstance(self.exit_code, str) else self.exit_code
         name = signal.Signals(exit_signal).name
-        trainer.logger.warning(f"{name} was received: saved after step {trainer.step}, exiting with code {code}.")
+        text = f"{name} was received: saved after step {trainer.step}, exiting with code {code}."
+        trainer.logger.warning(text)
         self._kept.ends_by("signal", name)
         time.sleep(self.exit_wait)
-        raise SystemExit(code)  # `on_exception` closes; until then another signal is only noted
+        end = SystemExit(code)
+        end.add_note(text)  # for the launcher's summary
+        raise end  # `on_exception` closes; until then another signal is only noted
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
         stopped_by = trainer.control.who_stopped()

@@ -32,6 +32,8 @@ class Control:
         """Who has asked for a stop on this rank."""
         self.num_epochs_done = 0
         """How many epochs of the data are over on every rank, at the end of the last window."""
+        self.last_step: int | None = None
+        """The last step in which all ranks have met; None: there was none yet."""
 
     def ask(self, request: str, value: int = 1) -> None:
         """Make a request on this rank; it is agreed on with the next exchange. The first value that is asked for
@@ -98,6 +100,7 @@ class Control:
             RankDisagreementError: On every rank, naming what each has skipped.
         """
         by_rank = self._finish()
+        self.last_step = step
         del self._finish  # it holds the process group, whose threads must end before the interpreter does
         if by_rank.count(self._usual) == len(by_rank):
             return  # nobody asks for anything, nobody has skipped anything, and all agree: nearly always

@@ -1,33 +1,44 @@
-"""How a failure is reported: to the other ranks, to the hooks, and to whoever reads the log."""
+"""How a failure is reported: to the other ranks, to the hooks, to the launcher, and to whoever reads the log."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..account.lives import failures_at_same_step, read_lives
 from ..errors import TrainingError, check_initialised
-from . import collectives
-from .peers import ENDED, is_lost_contact
+from . import collectives, launcher
+from .lost_contact import is_lost_contact
+from .peers import ENDED
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
+_MAX_LIVES = 3
+"""Lives in a row that may fail at the same step; then the run is not started again."""
+
 
 @contextmanager
 def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
-    """Within it, an exception is reported before it leaves: to the other ranks, then to every hook's `on_exception`.
+    """Within it, an exception is reported before it leaves: to the other ranks, to the launcher, then to every hook's
+    `on_exception`.
 
     A rank that waited in vain raises a `TrainingError` that names the rank it waited for. Either way the end of it
     drops every request for a stop, a checkpoint or an exit, so that the next `train` doesn't act on it.
     """
     check_initialised(trainer, ["peers"], "BaseTrainer")
+    launcher.retract()
     try:
         trainer.peers.open()
         yield
         trainer.peers.close()
     except BaseException as ex:
+        trainer.peers.is_ending = True
         reported = _explained(trainer, ex)
+        _tell_launcher(trainer, reported)
         for hook in trainer.hooks:
             try:
                 hook.on_exception(trainer, reported)
@@ -48,9 +59,41 @@ def _explained(trainer: BaseTrainer, exception: BaseException) -> BaseException:
         return exception
     if is_lost_contact(exception):
         resumes = " Started again, the run goes on from its last checkpoint." if trainer.checkpointers else ""
-        explained = TrainingError(trainer.peers.explain(collectives.timeout()) + resumes)
-        explained.__cause__ = exception  # the hooks hear of it before it is raised
-        return explained
+        error = TrainingError(trainer.peers.explain(collectives.timeout()) + resumes)
+        error.is_consequence, error.__cause__ = True, exception  # the hooks hear of it before it is raised
+        return error
     if not isinstance(exception, TrainingError | SystemExit):  # every rank raises those
         trainer.peers.tell({collectives.rank(): f"{ENDED} {type(exception).__name__}: {exception}"})
     return exception
+
+
+def _tell_launcher(trainer: BaseTrainer, exception: BaseException) -> None:
+    """Say why this rank ends. A run that was asked to end is not to be restarted, nor is one that no restart helps."""
+    if trainer.control.agreed["exit_signal"] and isinstance(exception, SystemExit):
+        launcher.end_restarts("The run was asked to end")
+    elif isinstance(exception, Exception) and trainer.control.last_step is not None and trainer.workspace is not None:
+        # The same step on every rank: a hook may have failed after this rank's last step, and before the others'.
+        num_lives = 1 + _num_lives_failed(trainer.workspace, trainer.control.last_step + 1)
+        if num_lives >= _MAX_LIVES:
+            exception.add_note(
+                f"The run has failed at step {trainer.peers.step} in {num_lives} lives in a row. The cause is not the"
+                " machine: look at the code, the data and the memory that this step needs. The run is not restarted"
+                " again."
+            )
+            launcher.end_restarts(f"The run has failed at the same step in {num_lives} lives in a row")
+    if isinstance(exception, Exception) or (isinstance(exception, SystemExit) and exception.code):
+        step = trainer.peers.step  # an exception takes `trainer.step` back
+        launcher.report(exception, f"step {step}" if step else "before the first step")
+
+
+def _num_lives_failed(workspace: Path, step: int) -> int:
+    """How many lives in a row before this one have failed at `step`. One that has left no word of a failure ends the
+    row: at which step it was killed is not known.
+    """
+    try:
+        *before, _ = read_lives(workspace) or [None]
+    except OSError:
+        return 0
+    failed = list(takewhile(lambda life: life.failures, reversed(before)))
+    last_step, num_lives = failures_at_same_step(failed[::-1])
+    return num_lives if last_step == step else 0

@@ -6,11 +6,12 @@ answers over a socket of its own, from a thread that lives as long as its proces
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
-import re
 import secrets
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -20,9 +21,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
-from . import collectives
+from . import collectives, launcher
 from .roll_call import await_all
 
 ENDED = "ended with"
@@ -33,30 +32,9 @@ _ANSWER_SECONDS = 3.0  # a living rank answers in milliseconds, also from within
 _SEARCH_SECONDS = 10.0  # no longer than this for all ranks together
 _NUM_ASKED_AT_ONCE = 64
 _MAX_LINE = 2**16
+_STUCK_SECONDS = 20.0  # that a rank may need to notice that the others are gone
 _NUM_NAMED = 3  # ranks that are named with all their particulars
-_GLOO = re.compile(r"\[\S+\.(cc|h):\d+\]")
-"""How gloo begins its errors, which are plain RuntimeErrors; a script may raise one with the same words."""
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "Application timeout caused pair closure",
-)
-
 _listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def is_lost_contact(exception: BaseException | None) -> bool:
-    """Whether a collective failed because another rank is gone or did not come in time."""
-    while exception is not None:
-        text = str(exception)
-        is_gloo = type(exception) is RuntimeError and _GLOO.search(text) is not None
-        is_ours = is_gloo and any(lost in text for lost in _LOST)
-        if is_ours or (dist.is_available() and isinstance(exception, dist.DistError)):
-            return True
-        exception = exception.__cause__
-    return False
 
 
 class Address(NamedTuple):
@@ -73,20 +51,25 @@ class Peers:
 
     Attributes:
         step: The optimizer step that this rank is in.
+        gone: The ranks that `explain` has found to be gone.
+        is_ending: This rank has failed as well, and knows it.
     """
 
     def __init__(self) -> None:
         self.step = 0
+        self.gone: set[int] = set()
+        self.is_ending = False
         self._phase, self._since = "the start", time.monotonic()
         self._addresses: list[Address] = []
         self._token = ""
         self._statuses: dict[int, str] = {}
+        self._told_by: list[int] = []
         self._server: socket.socket | None = None
 
     def open(self) -> None:
         """Begin to answer, and learn where the others do. Call on every rank; nothing in a single process."""
         self.close()
-        self._statuses = {}
+        self._statuses, self._told_by, self.gone, self.is_ending = {}, [], set(), False
         if collectives.world_size() == 1:
             return
         await_all()
@@ -110,6 +93,11 @@ class Peers:
         """Note what this rank does from now on. A few hundred nanoseconds: called several times a step."""
         self._phase, self._since = phase, time.monotonic()
 
+    @property
+    def is_first_left(self) -> bool:
+        """Whether this is the first rank that is not gone, as far as it knows."""
+        return collectives.rank() == min(set(range(collectives.world_size())) - self.gone)
+
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:
         """Within it, this rank does `phase`; an exception leaves it standing, to be reported."""
@@ -122,7 +110,8 @@ class Peers:
         """Tell the others what became of ranks, by rank ("ended with …"), so that they need not guess. Any rank."""
         this_rank = collectives.rank()
         self._ask(
-            [rank for rank in self._askable() if rank == this_rank or rank not in statuses], {"statuses": statuses}
+            [rank for rank in self._askable() if rank == this_rank or rank not in statuses],
+            {"statuses": statuses, "by": this_rank},
         )
 
     def explain(self, timeout: timedelta | None) -> str:
@@ -139,6 +128,7 @@ class Peers:
             answers = {**self._ask(self._askable(), {}), **self._statuses}
             # Who was told of meanwhile went first: a rank that told it may itself have ended before it was asked.
             gone = self._gone(self._statuses) or self._gone(answers)
+        self.gone = set(gone)
         # The others must not take this rank for the first that went, when it ends as well.
         self.tell(gone or {collectives.rank(): f"{_GAVE_UP} after {waited:.1f} s of {phase}"})
         if gone:
@@ -215,10 +205,39 @@ class Peers:
                     request = json.loads(file.readline(_MAX_LINE))
                     if request.get("token") != self._token:
                         continue
+                    if "by" in request:
+                        if not self._told_by:
+                            threading.Thread(
+                                target=self._end_if_stuck, args=(server,), name="stuck", daemon=True
+                            ).start()
+                        self._told_by.append(int(request["by"]))
                     for rank, status in request.get("statuses", {}).items():
                         self._statuses.setdefault(int(rank), str(status))
                     answer = (self.step, self._phase, time.monotonic() - self._since)
                     file.write(json.dumps(answer).encode() + b"\n")
+
+    def _end_if_stuck(self, server: socket.socket) -> None:
+        """End this process if it doesn't notice that the run is over: its launcher sees only processes that have ended,
+        and cannot restart the run before.
+
+        The others have told that they end. As long as one of them lives, it may finish a save that needs this rank.
+        """
+        noticed_at: float | None = None
+        while not self.is_ending and self._server is server:
+            time.sleep(_STUCK_SECONDS / 4)
+            if any(answer != "is gone" for answer in self._ask(self._told_by[:_NUM_NAMED], {}).values()):
+                noticed_at = None
+            elif noticed_at is None:
+                noticed_at = time.monotonic()
+            elif time.monotonic() - noticed_at > _STUCK_SECONDS and not self.is_ending:
+                stuck = f"Stuck in {self._phase} for {time.monotonic() - self._since:.0f} s"
+                text = (
+                    f"{stuck}: {self._named(self._statuses)}. This process is ended, so that the run can be restarted."
+                )
+                launcher.write(text, text, f"step {self.step}", is_first=not self._gone(self._statuses))
+                print(f"Rank {collectives.rank()}, step {self.step}: {text}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)
 
 
 def _describe_phase(step: int, phase: str, seconds: float) -> str:

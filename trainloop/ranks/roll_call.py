@@ -45,7 +45,9 @@ def await_all() -> None:
             if store.check([_ENDED]):
                 ended = store.get(_ENDED).decode()
                 _count_told(store)
-                raise TrainingError(f"The run cannot begin: {ended}. Look at the output there.")
+                error = TrainingError(f"The run cannot begin: {ended}. Look at the output there.")
+                error.is_consequence = True
+                raise error
             if time.monotonic() > deadline:
                 return  # the collectives that follow fail, and say who waits
             time.sleep(pause)

@@ -17,11 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from ..errors import TrainloopWarning, describe
-from ..ranks import collectives
+from ..ranks import collectives, rendezvous
 from .deterministic import choose_determinism
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
+
+rendezvous.install()  # on import: a script may make its `Accelerator` before the trainer
 
 _PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _FSDP1 = (

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..ranks.peers import is_lost_contact
+from ..ranks.lost_contact import is_lost_contact
 from .comparison import flat
 from .kills import KillAt
 from .witness import UnfitError, Witness
