@@ -91,7 +91,7 @@ def _num_lives_failed(workspace: Path, step: int) -> int:
     row: at which step it was killed is not known.
     """
     try:
-        *before, _ = read_lives(workspace) or [None]
+        before = read_lives(workspace)[:-1]  # the last one is this
     except OSError:
         return 0
     failed = list(takewhile(lambda life: life.failures, reversed(before)))
