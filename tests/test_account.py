@@ -138,6 +138,19 @@ def test_a_new_run_in_an_old_workspace_is_another_run(tmp_path: Path) -> None:
     assert [[life.number for life in run] for run in split_runs(read_lives(tmp_path))] == [[1, 2, 3], [4]]
 
 
+def test_an_events_file_that_makes_no_sense_ends_no_run(tmp_path: Path) -> None:
+    """A run whose first lives are missing in the file, or whose events have other types, goes on."""
+    small(tmp_path).train()
+    (tmp_path / "events.jsonl").unlink()
+    small(tmp_path, max_steps=8).train()
+    assert [(life.start_step, life.step) for life in read_lives(tmp_path)] == [(6, 8)]
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "begin", "time": 0, "life": 2, "started": "early"}\n')
+    trainer = small(tmp_path, max_steps=9)
+    trainer.train()
+    assert trainer.step == 9
+
+
 def test_failures_at_the_same_step_are_counted() -> None:
     """Only lives in a row up to the last one count, and only those that failed at one step."""
 
@@ -155,12 +168,12 @@ def test_failures_at_the_same_step_are_counted() -> None:
 def test_a_life_that_was_killed_has_no_end(tmp_path: Path, num_processes: int) -> None:
     """A SIGKILL of rank 0 leaves a life without a reason, whose step is known from what it wrote; the next goes on."""
     workspace = tmp_path / "run"
-    live(Regression, workspace, KillAt(7, "on_after_step"), num_processes=num_processes)
+    live(Regression, workspace, KillAt(17, "on_after_step"), num_processes=num_processes)
     live(Regression, workspace, num_processes=num_processes)
     killed, complete = read_lives(workspace)
     assert (killed.reason, killed.detail, killed.num_processes) == ("killed", "", num_processes)
-    assert killed.step >= 4
-    assert (complete.reason, complete.start_step, complete.step) == ("complete", 4, 12)
+    assert killed.step >= 10
+    assert (complete.reason, complete.start_step, complete.step) == ("complete", 10, 30)
     assert complete.started >= killed.ended
 
 

@@ -146,6 +146,14 @@ class CheckpointerHook(BaseHook):
     def save_if_due(self, trainer: BaseTrainer) -> None:
         """Save, if it is time to, after every hook's `on_after_step`. Every rank; collectives allowed."""
 
+    def note_losses(self, first_step: int, losses: Sequence[float]) -> None:
+        """The losses of steps in a row were read from the device, for the log. Every rank.
+
+        Args:
+            first_step: The first of the steps.
+            losses: This rank's share of the loss of each step.
+        """
+
 
 class AveragingHook(BaseHook):
     """A hook that averages the weights. The trainer calls it in a place of its own, so that no other hook's position in

@@ -1,4 +1,4 @@
-"""A run whose lives are accounted for: made in processes that are killed, and in scripts of the launcher."""
+"""A run whose lives are accounted for: made in processes that are killed."""
 
 from __future__ import annotations
 
@@ -11,35 +11,62 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainloop import BaseTrainer, CheckpointingHook, LoggingHook
 
+INTERVAL = 10
+"""Steps between checkpoints; losses are read every fifth step."""
+
 
 class Regression(BaseTrainer):
-    """Twelve steps, a checkpoint every fourth, losses read every second. Sample `changed` has another value.
+    """Thirty steps over twenty samples.
 
-    Rank 1 fails at step `fails_at`.
+    Args:
+        workspace: Of the run.
+        changed: A sample that has another value.
+        fails_at: A step in which rank 1 fails.
+        lr: The learning rate.
+        ledger: Of the CheckpointingHook.
+        max_steps: Of the run.
     """
 
-    def __init__(self, workspace: Path, changed: int | None = None, fails_at: int = 0, **kwargs: Any) -> None:
-        self.changed, self.fails_at = changed, fails_at
-        self.hook_options = {key: kwargs.pop(key) for key in ("ledger", "async_save") if key in kwargs}
-        super().__init__(kwargs.pop("max_steps", 12), workspace=workspace, seed=kwargs.pop("seed", 3), **kwargs)
+    def __init__(
+        self,
+        workspace: Path,
+        changed: int | None = None,
+        fails_at: int = 0,
+        lr: float = 1e-2,
+        ledger: bool = True,
+        max_steps: int = 30,
+        batch_size: int = 4,
+        **kwargs: Any,
+    ) -> None:
+        self.changed, self.fails_at, self.lr, self.ledger, self.batch_size = changed, fails_at, lr, ledger, batch_size
+        super().__init__(max_steps, workspace=workspace, seed=3, **kwargs)
 
     def build_data_loader(self) -> Any:
-        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
         if self.changed is not None:
             x[self.changed] += 0.5
-        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4, shuffle=True)
+        data = TensorDataset(torch.arange(20), x, x.sum(1, keepdim=True))
+        return DataLoader(data, batch_size=self.batch_size, shuffle=True)
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        return torch.optim.AdamW(self.model.parameters(), lr=self.lr)
 
     def build_hooks(self) -> Any:
-        return [LoggingHook(interval=2), CheckpointingHook(interval=4, **self.hook_options)]
+        hooks = [LoggingHook(interval=5), CheckpointingHook(interval=INTERVAL, ledger=self.ledger)]
+        if self.lr != 1e-2:
+            hooks[-1].on_resume = ("hyperparameters",)
+        return hooks
 
     def forward(self, batch: Any) -> Any:
         if self.step == self.fails_at and self.accelerator.process_index == 1:
             raise ValueError("broken on rank 1")
-        x, y = batch
+        _, x, y = batch
         return nn.functional.mse_loss(self.model(x), y), {}
+
+
+def indices(batch: Any) -> Any:
+    """What is noted of a micro-batch: the numbers of its samples."""
+    return batch[0]

@@ -2,6 +2,7 @@
 
 ```
 events.jsonl               what has happened, written by rank 0 as it happens (`events`); its lives (`lives`)
+ledger/rank_00000.bin …    the bits of each step, a file a rank (`ledger`); a resumed run compares them (`audit`)
 ```
 """
 

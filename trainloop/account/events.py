@@ -10,7 +10,7 @@
 
 | event | when | fields |
 | --- | --- | --- |
-| begin | the run is built | hosts, processes, version, started (process start), pid, host, restart |
+| begin | the run is built | hosts, processes, version, started (process start), pid, host, restart, versions, before |
 | start | the run is restored | step (resumed from; 0: fresh), settings, max_steps |
 | progress | about every 30 seconds | step, data_seconds (waits for data since the last event that has them) |
 | evaluation | after a step with one | step, seconds |
@@ -19,11 +19,12 @@
 | durable | it is known that an async save has succeeded | step, seconds (from its start) |
 | save_failed | a save has failed | step, detail |
 | again | a life has done all steps again that were done before | step, data_seconds |
-| audit | the steps done again were compared | first, last, same; of a difference also step, rank, quantity |
+| audit | the steps done again were compared | first, last, same, comparable; if not the same step, rank, quantity |
 | failed | an exception has left `train` | step, rank, error (its type), detail (its first line), lost_contact |
 | end | rank 0 leaves `train` | step, reason, detail, data_seconds |
 
-`restart` is the launcher's count of its restarts.
+`restart` is the launcher's count of its restarts. `before` is the last word of the life before: time and step of its
+ledger, which is written more often than this file.
 A life that was killed has no "end". The last line may be cut off.
 """
 

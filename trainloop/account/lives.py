@@ -38,6 +38,8 @@ class Life:
     num_processes: int
     version: str
     """Of trainloop."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the libraries."""
     pid: int = 0
     """Of rank 0, on `host`."""
     host: str = ""
@@ -91,8 +93,8 @@ def read_lives(workspace: Path | str) -> list[Life]:
 
 def _begin(event: dict[str, Any], last: Life | None) -> Life:
     before = event.get("before") or {}
-    if last is not None and last.reason == "killed":
-        last.ended = max(last.ended, min(before.get("time", 0.0), event["time"]))
+    if last is not None and last.reason == "killed" and before.get("time", 0.0) >= last.begun:  # else of another life
+        last.ended = max(last.ended, min(before["time"], event["time"]))
         last.step = max(last.step, before.get("step", 0))
     started = min(event.get("started", event["time"]), event["time"])
     return Life(
@@ -103,6 +105,7 @@ def _begin(event: dict[str, Any], last: Life | None) -> Life:
         hosts=event.get("hosts", {}),
         num_processes=event.get("processes", 1),
         version=event.get("version", ""),
+        versions=event.get("versions", {}),
         pid=event.get("pid", 0),
         host=event.get("host", ""),
         events=[event],
@@ -137,9 +140,9 @@ def split_runs(lives: Sequence[Life]) -> list[list[Life]]:
     checkpoints.
     """
     runs: list[list[Life]] = []
-    has_saved = True
+    has_saved = False
     for life in lives:
-        if has_saved and life.start_step == 0:
+        if not runs or (has_saved and life.start_step == 0):
             runs.append([])
             has_saved = False
         runs[-1].append(life)

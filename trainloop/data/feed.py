@@ -6,6 +6,8 @@ workers prefetch.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,8 +19,11 @@ from accelerate.utils import send_to_device
 from ..errors import RankDisagreementError
 from ..ranks import collectives
 from ..records import map_nested
+from .iterable import IterableSource
 from .per_rank import SHARD_REMEDY, PerRank
 from .sources import source_of
+
+_POSITION = struct.Struct("<qqQ")
 
 
 class DataFeed:
@@ -79,6 +84,12 @@ class DataFeed:
     def position(self) -> tuple[int, int]:
         """Epoch and consumed samples of it; (0, 0) for data of which each rank has its own."""
         return self._source.position
+
+    def position_checksum(self) -> int:
+        """Of where this rank stands: `position` and `checksum`, or, of data of its own, its epoch and batch."""
+        source = self._source
+        epoch, position = source.own_position if isinstance(source, IterableSource) else source.position
+        return zlib.crc32(_POSITION.pack(epoch, position, source.checksum))
 
     @property
     def checksum(self) -> int:

@@ -55,6 +55,11 @@ class IterableSource:
     def position(self) -> tuple[int, int]:
         return 0, 0  # the ranks may have unequally many batches an epoch
 
+    @property
+    def own_position(self) -> tuple[int, int]:
+        """This rank's epoch, and the batches of it that were drawn."""
+        return self._epoch, self._position
+
     def open(self) -> Iterator[Any]:
         if self._iterator is None:
             num_replayed = self._position if self._state is None else 0

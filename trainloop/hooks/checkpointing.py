@@ -62,6 +62,7 @@ class CheckpointingHook(CheckpointerHook):
             that was stopped goes on. By default the checkpoint wins, and a table in the log shows what differs. A name
             applies once: when it is new, or when its settings have changed again. So the same command can be killed
             and started again.
+        ledger: Record the bits of each step in the workspace, and compare the steps that a resumed run does again.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -87,6 +88,7 @@ class CheckpointingHook(CheckpointerHook):
         on_busy: str = "wait",
         max_failures: int = 3,
         on_resume: Iterable[str] | str = (),
+        ledger: bool = True,
     ) -> None:
         check_interval("interval", interval)
         for name, value, lowest in (
@@ -118,6 +120,7 @@ class CheckpointingHook(CheckpointerHook):
         self.verify: Any = verify
         self.on_busy = on_busy
         self.max_failures = max_failures
+        self.ledger = ledger
         self.on_resume = parse_on_resume(on_resume)
         self._retention: list[RetentionPolicy] = [KeepPrevious(keep_previous), *keep]
         if keep_interval:
@@ -193,15 +196,18 @@ class CheckpointingHook(CheckpointerHook):
 
     def _begin_account(self, trainer: BaseTrainer) -> None:
         if self._account is None:
-            account = Account(trainer)
-            for hook in trainer.checkpointers:
-                if isinstance(hook, CheckpointingHook):
-                    hook._account = account
+            hooks = [hook for hook in trainer.checkpointers if isinstance(hook, CheckpointingHook)]
+            account = Account(trainer, keeps_ledger=all(hook.ledger for hook in hooks))
+            for hook in hooks:
+                hook._account = account
 
     @property
     def _kept(self) -> Account:
         assert self._account is not None
         return self._account
+
+    def note_losses(self, first_step: int, losses: Sequence[float]) -> None:
+        self._kept.note_losses(first_step, losses)
 
     # ------------------------------------------------------------------ save
 
@@ -243,7 +249,7 @@ class CheckpointingHook(CheckpointerHook):
                 content,
                 run_id=self._run_id,
                 metrics={name: float(value) for name, value in self._metrics.items()},
-                settings=settings_to_save(trainer, self.on_resume),
+                settings={**settings_to_save(trainer, self.on_resume), **self._kept.counts()},
                 stopped_by=trainer.control.who_stopped(),
                 retention=self._retention,
                 extra={f"{group}/config.json": config for group in content.weights} if config is not None else None,

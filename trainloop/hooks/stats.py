@@ -47,16 +47,18 @@ class _StatsHook(BaseHook):
 
     def _start_interval(self) -> None:
         self._steps: list[StepInfo] = []
+        self._last_step = 0
         self._sums: dict[Key, list[float]] = {}  # of the steps that were read already: [sum, count]
         self._retries = 0
         self._max_memory = -math.inf
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
         self._steps.append(trainer.step_info)
+        self._last_step = trainer.step
         if trainer.is_due(self.interval):
             groups = enumerate(zip(trainer.optimizer.param_groups, trainer.step_info.lr, strict=True))
             self._lr = {str(group.get("name", i)): float(lr) for i, (group, lr) in groups}
-            self._read_steps()
+            self._read_steps(trainer)
             stats = self._stats()
             self._start_interval()
             self.process(trainer, stats)
@@ -66,7 +68,7 @@ class _StatsHook(BaseHook):
         raise NotImplementedError
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
-        self._read_steps()
+        self._read_steps(trainer)
         state_dict["rank"][self._state_key] = {
             "sums": {json.dumps(key): values for key, values in self._sums.items()},
             "retries": self._retries,
@@ -84,7 +86,7 @@ class _StatsHook(BaseHook):
     def _state_key(self) -> str:
         return f"{type(self).__name__}_{self.interval}"
 
-    def _read_steps(self) -> None:
+    def _read_steps(self, trainer: BaseTrainer) -> None:
         """Add the steps that were collected to the sums: one device-to-host sync."""
         if not self._steps:
             return
@@ -101,8 +103,11 @@ class _StatsHook(BaseHook):
             self._retries += info.non_finite_grad_retry_count
             if info.max_memory is not None:
                 self._max_memory = max(self._max_memory, info.max_memory)
-        self._steps = []
-        for row in read_rows(rows):
+        first_step, self._steps = self._last_step - len(rows) + 1, []
+        read = read_rows(rows)
+        for checkpointer in trainer.checkpointers:
+            checkpointer.note_losses(first_step, [row["loss",] for row in read])
+        for row in read:
             for key, value in row.items():  # one after the other: the sum is the same wherever a checkpoint cuts
                 entry = self._sums.setdefault(key, [0.0, 0])
                 entry[0] += value

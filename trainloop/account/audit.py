@@ -1,0 +1,237 @@
+"""Compares the steps that a resumed run does again with what the ledger has of them."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .ledger import LedgerLife, StepBits
+
+QUANTITIES = ("position in the data", "learning rates", "loss", "gradient norm")
+"""What is compared. Of several that differ in a step, the first one is told: it is nearest to the cause."""
+_SEVERAL_RANKS = 3  # that are named
+_WIDTH = 60  # characters of a value that has changed
+
+
+@dataclass(frozen=True, order=True)
+class Difference:
+    """A quantity of a step that is not what it was."""
+
+    step: int
+    order: int
+    """Place of the quantity in `QUANTITIES`."""
+    rank: int
+    was: float = field(compare=False)
+    now: float = field(compare=False)
+
+    @property
+    def quantity(self) -> str:
+        """Its name."""
+        return QUANTITIES[self.order]
+
+
+@dataclass
+class Expected:
+    """What the ledger has of the steps that are done again."""
+
+    steps: dict[int, StepBits] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    world_sizes: dict[int, int] = field(default_factory=dict)
+    """Processes of the life that did the step."""
+
+    @classmethod
+    def of(cls, lives: Iterable[LedgerLife], start_step: int) -> Expected:
+        """What the lives of a run have of the steps after `start_step`. Later lives win. Where two of them differ, the
+        rest of the older one is left out: the run has gone another way since.
+        """
+        expected = cls()
+        for life in lives:
+            steps = {step: bits for step, bits in life.steps.items() if step > start_step}
+            both = [step for step in steps if step in expected.steps]
+            if any(_steps_differ(expected.steps[step], steps[step]) is not None for step in both):
+                expected._forget_after(min(steps))
+            expected.steps |= steps
+            expected.losses |= {step: loss for step, loss in life.losses.items() if step > start_step}
+            expected.world_sizes |= dict.fromkeys(steps, life.world_size)
+        return expected
+
+    def _forget_after(self, step: int) -> None:
+        for table in (self.steps, self.losses, self.world_sizes):
+            for other in [other for other in table if other >= step]:
+                del table[other]
+
+
+class Audit:
+    """The comparison on one rank.
+
+    Args:
+        expected: From the ledger of this rank.
+        rank: This one.
+        world_size: Of this life.
+    """
+
+    def __init__(self, expected: Expected, rank: int, world_size: int) -> None:
+        self._expected, self._rank, self._world_size = expected, rank, world_size
+        self.last_step = max(expected.steps, default=0)
+        self.last_loss = max((step for step in expected.losses if step <= self.last_step), default=0)
+        self.compared: list[int] = []
+        self.differences: list[Difference] = []
+        self.other_world_size = 0
+        """Processes of the life before, if these are others now."""
+        self.largest_deviation = 0.0
+        """Of the gradient norm, relative; at another number of processes its bits may differ."""
+
+    def step(self, step: int, bits: StepBits) -> None:
+        """Compare a step that was just done."""
+        was = self._expected.steps.pop(step, None)
+        if was is None:
+            return
+        self.compared.append(step)
+        world_size = self._expected.world_sizes.get(step, self._world_size)
+        if world_size != self._world_size:
+            self.other_world_size = world_size
+            self.largest_deviation = max(self.largest_deviation, _deviation(was.norm, bits.norm))
+            was = was._replace(norm=bits.norm)
+        if (order := _steps_differ(was, bits)) is not None:
+            then, now = ((float(b.position), float(b.rates), 0.0, b.norm)[order] for b in (was, bits))
+            self.differences.append(Difference(step, order, self._rank, then, now))
+
+    def loss(self, step: int, loss: float) -> None:
+        """Compare a loss that was just read."""
+        was = self._expected.losses.pop(step, None)
+        if was is None or self._expected.world_sizes.get(step, self._world_size) != self._world_size:
+            return  # of other samples, if there were more or fewer ranks
+        if not same_bits(was, loss):
+            self.differences.append(Difference(step, QUANTITIES.index("loss"), self._rank, was, loss))
+
+    def result(self) -> Result:
+        """What this rank has found so far."""
+        first = min((difference.step for difference in self.differences), default=0)
+        return Result(
+            first=min(self.compared, default=0),
+            last=max(self.compared, default=0),
+            differences=[difference for difference in self.differences if difference.step == first],
+            other_world_size=self.other_world_size,
+            world_size=self._world_size,
+            deviation=self.largest_deviation,
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the comparison has come to."""
+
+    first: int
+    last: int
+    """The steps that were compared; 0: none."""
+    differences: Sequence[Difference]
+    """Those of the first step that differs."""
+    other_world_size: int
+    world_size: int
+    deviation: float
+
+    @classmethod
+    def joined(cls, results: Sequence[Result]) -> Result:
+        """Of all ranks."""
+        with_steps = [result for result in results if result.last]
+        found = [difference for result in results for difference in result.differences]
+        first = min((difference.step for difference in found), default=0)
+        return cls(
+            first=min((result.first for result in with_steps), default=0),
+            last=max((result.last for result in with_steps), default=0),
+            differences=sorted(difference for difference in found if difference.step == first),
+            other_world_size=max(result.other_world_size for result in results),
+            world_size=results[0].world_size,
+            deviation=max(result.deviation for result in results),
+        )
+
+    @property
+    def difference(self) -> Difference | None:
+        """The one that is told."""
+        return min(self.differences, default=None)
+
+    @property
+    def is_of_other_samples(self) -> bool:
+        """Whether the number of processes has changed, and the global batch with it: nothing can be compared."""
+        return bool(self.other_world_size and self.difference is not None and self.difference.order == 0)
+
+    def text(self, changes: Mapping[str, tuple[object, object]]) -> str:
+        """What the log says.
+
+        Args:
+            changes: What else differs between this life and the one before: settings, versions, hosts.
+        """
+        steps = f"Steps {self.first} to {self.last} were" if self.last > self.first else f"Step {self.first} was"
+        others = self.other_world_size
+        at = f" by {self.world_size} processes instead of {others}" if others else ""
+        found = self.difference
+        if found is None and not others:
+            return f"{steps} done again with the same bits."
+        if found is None:
+            return (
+                f"{steps} done again{at}: same positions in the data, same learning rates, and gradient norms that"
+                f" deviate by at most {self.deviation:.1e}. Their bits may differ, because the sums have another order."
+            )
+        if self.is_of_other_samples:
+            return f"{steps} done again{at} with other global batches, so they cannot be compared."
+        where = ranks_text([d.rank for d in self.differences if d.order == found.order])
+        values = f": {found.now!r} instead of {found.was!r}" if found.order > 1 else ""
+        before = f"{steps} done again{at}, but not with the same bits. "
+        known = ", ".join(f"{name} ({_shown(was)} → {_shown(now)})" for name, (was, now) in changes.items())
+        known = f" What else has changed since: {known}." if known else ""
+        return (
+            f"{before}The first difference is in step {found.step}, {where}: the {found.quantity}{values}."
+            f" {self._meaning(found)}{known}"
+        )
+
+    def _meaning(self, found: Difference) -> str:
+        if found.quantity == "position in the data":
+            return "The run reads other samples than before: look for a change of the data's length, order or batches."
+        if found.quantity == "learning rates":
+            return "Look for a change of the learning rate or of its schedule."
+        num_ranks = len({d.rank for d in self.differences if d.order == found.order})
+        if found.quantity == "loss" and num_ranks < self.world_size:
+            return (
+                "The other ranks have the same loss as before, so look at this one: a sample that was changed, another"
+                " host, a faulty device, or a kernel that is not deterministic."
+            )
+        return (
+            "The position in the data and the learning rates are the same, so this is one of: a sample was changed, a"
+            " kernel is not deterministic (see `deterministic=True`), the machine or the versions are others, or a"
+            " device is faulty."
+        )
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """For example "ranks 0, 1, 2, …"."""
+    distinct = sorted(set(ranks))
+    more = ", …" if len(distinct) > _SEVERAL_RANKS else ""
+    return f"rank{'s' if len(distinct) > 1 else ''} {', '.join(map(str, distinct[:_SEVERAL_RANKS]))}{more}"
+
+
+def same_bits(a: float, b: float) -> bool:
+    """Whether two numbers are the same, bit by bit; a NaN is the same as any other."""
+    return struct.pack("<d", a) == struct.pack("<d", b) or (math.isnan(a) and math.isnan(b))
+
+
+def _steps_differ(was: StepBits, now: StepBits) -> int | None:
+    """Place in `QUANTITIES` of the first one that differs."""
+    if was.position != now.position:
+        return 0
+    if was.rates != now.rates:
+        return 1
+    return None if same_bits(was.norm, now.norm) else QUANTITIES.index("gradient norm")
+
+
+def _deviation(was: float, now: float) -> float:
+    if same_bits(was, now):
+        return 0.0
+    scale = max(abs(was), abs(now))
+    return abs(was - now) / scale if math.isfinite(scale) and scale > 0 else math.inf
