@@ -295,6 +295,7 @@ class BaseTrainer(Recipe):
         norm = self._gradients.norm()
         self.peers.enter("waiting for the other ranks' messages")
         self.control.finish(self.step, self._agreement.explain)  # first: the device may wait for a rank that died
+        self._window.tell_bad_samples()
         self.step_info.grad_norm = self._update.start(norm)  # the step's one device-to-host sync
         return self._window.can_be_applied()
 

@@ -5,8 +5,10 @@ Out: an endless stream of this rank's micro-batches on its device, each sample o
 which a checkpoint keeps.
 """
 
+from .bad_samples import SkipBadSamples
+from .mixture import Mixture
 from .per_rank import per_rank
 from .token_files import write_tokens
 from .tokens import TokenDataset
 
-__all__ = ["TokenDataset", "per_rank", "write_tokens"]
+__all__ = ["Mixture", "SkipBadSamples", "TokenDataset", "per_rank", "write_tokens"]

@@ -19,6 +19,8 @@ from accelerate.utils import send_to_device
 from ..errors import RankDisagreementError
 from ..ranks import collectives
 from ..records import map_nested
+from .bad_samples import BadSampleCount
+from .indexed import IndexedSource
 from .iterable import IterableSource
 from .per_rank import SHARD_REMEDY, PerRank
 from .sources import source_of
@@ -100,6 +102,15 @@ class DataFeed:
     def has_epochs(self) -> bool:
         """Whether the data is known to end: it has a length, or it has ended before."""
         return self._source.has_length or self.epoch > 0
+
+    @property
+    def bad_samples(self) -> BadSampleCount | None:
+        """Of the samples that could not be read; None: such a sample ends the run."""
+        return self._source.bad_samples if isinstance(self._source, IndexedSource) else None
+
+    def records(self) -> dict[str, Any]:
+        """What the log shows of the data, the same on all ranks."""
+        return self._source.records() if isinstance(self._source, IndexedSource) else {}
 
     @property
     def is_started(self) -> bool:

@@ -12,8 +12,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ..rng import derived_seed, lent_rng
+from .bad_samples import BadSampleCount, CollateWithBadSamples, Fetched, SkipBadSamples
 from .checksums import sample_checksum
 from .loaders import with_sampler
+from .mixture import Mixture
 from .order import DatasetOrder, is_stateful, sampler_name
 from .sampling import EndlessSampler, batch_keys, sample_key, sampling_of
 from .workers import end_workers, start_iterator
@@ -39,6 +41,9 @@ class IndexedSource:
         key = None
         if isinstance(data, DataLoader) and data.num_workers > 0:
             key = batch_keys if holds_batches else sample_key
+        dataset = data.dataset if isinstance(data, DataLoader) else None
+        self.bad_samples = BadSampleCount(dataset.max_failures) if isinstance(dataset, SkipBadSamples) else None
+        """None: a sample that cannot be read ends the run."""
         self._given_sampler = sampler
         self._sampler = EndlessSampler(
             sampler,
@@ -49,6 +54,7 @@ class IndexedSource:
             world_size=world_size,
             key=key,
             holds_batches=holds_batches,
+            with_substitutes=self.bad_samples is not None,
         )
         self._compares = world_size > 1
         """Whether the next `open` fetches what the ranks compare."""
@@ -77,7 +83,10 @@ class IndexedSource:
         # The iterator is made here, and not in the generator, so that `close` can end it.
         if isinstance(self._data, DataLoader):
             sampler = itertools.chain(self._items_to_compare(), self._sampler)
-            self._iterator = start_iterator(with_sampler(self._data, sampler, self._sampler.seed))
+            loader = with_sampler(self._data, sampler, self._sampler.seed)
+            if isinstance(self._data.dataset, SkipBadSamples):
+                loader.collate_fn = CollateWithBadSamples(loader.collate_fn, self._data.dataset)
+            self._iterator = start_iterator(loader)
         return self._batches(self._iterator)
 
     def compared_checksum(self) -> int | None:
@@ -85,7 +94,7 @@ class IndexedSource:
         for item in self._items_to_compare():
             with lent_rng(derived_seed(self._sampler.seed, "compared")):
                 batch = self._data[item] if self._iterator is None else next(self._iterator)  # type: ignore[index]
-            checksums.append(sample_checksum([batch]))
+            checksums.append(sample_checksum([batch.batch if isinstance(batch, Fetched) else batch]))
         self._compares = False
         return checksums[0] if checksums[:1] == checksums[1:] else None
 
@@ -103,11 +112,24 @@ class IndexedSource:
             return
         for batch in iterator:
             self._sampler.advance()
+            if self.bad_samples is not None:
+                self.bad_samples.new += batch.bad_samples
+                batch = batch.batch
             yield batch
 
     def close(self) -> None:
         end_workers(self._iterator)
         self._iterator = None
+
+    def records(self) -> dict[str, Any]:
+        """What the log shows of the data, the same on all ranks."""
+        records: dict[str, Any] = {}
+        if self.bad_samples is not None:
+            records["bad_samples"] = float(self.bad_samples.total)
+        given, sampler = self._given_sampler, self._sampler
+        if isinstance(given, DatasetOrder) and isinstance(given.dataset, Mixture):
+            records["share"] = given.dataset.shares(sampler.seed, sampler.epoch, sampler.position)
+        return {"data": records} if records else {}
 
     def state_dict(self) -> dict[str, Any]:
         sampler = self._sampler
@@ -118,6 +140,7 @@ class IndexedSource:
             "position": sampler.position,
             "order": self._order_record(sampler.epoch),
             "sampler": sampler.order(sampler.epoch).state,
+            "num_bad_samples": 0 if self.bad_samples is None else self.bad_samples.total,
         }
 
     def _order_record(self, epoch: int) -> dict[str, Any]:
@@ -130,6 +153,8 @@ class IndexedSource:
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
         if is_stateful(self._given_sampler) and state.get("sampler") is not None:
             self._given_sampler.load_state_dict(state["sampler"])  # type: ignore[attr-defined]
+        if self.bad_samples is not None:
+            self.bad_samples.total, self.bad_samples.new = state.get("num_bad_samples", 0), []
         self._sampler.go_to(state["seed"], state["epoch"], state["position"])
         saved, own = state.get("order"), self._order_record(state["epoch"])
         if saved is None:  # of trainloop 0.1.0, which counted an own batch sampler's batches

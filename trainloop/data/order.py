@@ -108,6 +108,14 @@ class EpochOrdered(Dataset[Any]):
         """
         raise NotImplementedError
 
+    def name_of(self, index: int) -> str:
+        """How the log names a sample.
+
+        Args:
+            index: As `__getitem__` gets it.
+        """
+        return str(index)
+
 
 class DatasetOrder(Sampler[int]):
     """Takes the place of torch's sampler where the data set orders its epochs itself."""
@@ -125,7 +133,7 @@ class DatasetOrder(Sampler[int]):
 def sampler_name(sampler: Any) -> str:
     """What the records of a run call it."""
     if isinstance(sampler, DatasetOrder):
-        return f"{type(sampler.dataset).__name__}, {'shuffled' if sampler.shuffle else 'in order'}"
+        return type(sampler.dataset).__name__ + (" (shuffled)" if sampler.shuffle else "")
     return type(sampler).__name__
 
 

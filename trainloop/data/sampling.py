@@ -12,6 +12,7 @@ epoch, and none is left out, except for the tail of each epoch with `drop_last`.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
 from ..rng import derived_seed, seed_all
+from .bad_samples import NUM_SUBSTITUTES, Candidates, SkipBadSamples
 from .order import DatasetOrder, EpochOrdered, Order, count_batches, length_of
 
 
@@ -41,7 +43,7 @@ def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, boo
         return batch_sampler, None, False
     if _is_known(sampler, DistributedSampler):  # it shards; here that is done below, for any number of processes
         sampler = (RandomSampler if sampler.shuffle else SequentialSampler)(loader.dataset)  # type: ignore[arg-type]
-    dataset = loader.dataset
+    dataset = loader.dataset.dataset if isinstance(loader.dataset, SkipBadSamples) else loader.dataset
     if isinstance(dataset, EpochOrdered) and not getattr(sampler, "replacement", False):
         shuffles = _is_known(sampler, RandomSampler)
         if (shuffles or _is_known(sampler, SequentialSampler)) and len(sampler) == len(dataset):
@@ -79,6 +81,7 @@ class EndlessSampler:
         world_size: Number of ranks.
         key: Makes of (seed, epoch, item) what is yielded for an item. None: the item.
         holds_batches: Each item is the list of a batch's indices. The position counts the indices in it.
+        with_substitutes: Each index comes with those that follow it in the order, as `Candidates`.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class EndlessSampler:
         world_size: int,
         key: Callable[[int, int, Any], Any] | None = None,
         holds_batches: bool = False,
+        with_substitutes: bool = False,
     ) -> None:
         self.seed = seed
         self.epoch = 0
@@ -104,6 +108,7 @@ class EndlessSampler:
         """Whether the batch that was consumed last is the last one of that epoch."""
         self._sampler, self._drop_last, self._key = sampler, drop_last, key
         self._holds_batches, self._is_single = holds_batches, batch_size is None
+        self._with_substitutes = with_substitutes
         self._rank, self._size = rank, batch_size or 1
         self._global_batch = self._size * world_size
         self._min_left = self._global_batch if drop_last else 1  # items that the next batch of an epoch needs
@@ -205,10 +210,24 @@ class EndlessSampler:
             start, stop = max(rank * self._size - offset, 0), min((rank + 1) * self._size - offset, num_items)
             if start < stop:
                 items = order.items(first + start, first + stop)
+                if self._with_substitutes:
+                    items = _candidates(order, first + start, first + stop, self._holds_batches)
                 items = items if self._key is None else [self._key(self.seed, epoch, item) for item in items]
                 own = [*own, *items] if own else items
             offset += num_items
         return own[0] if self._is_single else own
+
+
+def _candidates(order: Order, start: int, stop: int, holds_batches: bool) -> list[Any]:
+    """The items from `start` to `stop`, each index with those that follow it; after the last comes the first."""
+    num_after = order.count(stop, NUM_SUBSTITUTES)
+    items = [*order.items(start, stop + num_after), *order.items(0, order.count(0, NUM_SUBSTITUTES - num_after))]
+    flat = [index for batch in items for index in batch] if holds_batches else items
+    found = [Candidates(index, tuple(flat[i + 1 : i + 1 + NUM_SUBSTITUTES])) for i, index in enumerate(flat)]
+    if not holds_batches:
+        return found[: stop - start]
+    left = iter(found)
+    return [[*itertools.islice(left, len(batch))] for batch in items[: stop - start]]
 
 
 def sample_key(seed: int, epoch: int, index: Any) -> tuple[int, int, Any]:
@@ -232,8 +251,9 @@ class SeededDataset(Dataset[Any]):
         self.dataset = dataset
 
     def __getitem__(self, key: tuple[int, int, Any]) -> Any:
-        seed_all(derived_seed(*key))
-        return self.dataset[key[2]]
+        seed, epoch, index = key
+        seed_all(derived_seed(seed, epoch, index.first if isinstance(index, Candidates) else index))
+        return self.dataset[index]
 
     def __getitems__(self, keys: list[tuple[int, int, Any]]) -> Any:
         fetch = getattr(self.dataset, "__getitems__", None)

@@ -59,7 +59,7 @@ class _StatsHook(BaseHook):
             groups = enumerate(zip(trainer.optimizer.param_groups, trainer.step_info.lr, strict=True))
             self._lr = {str(group.get("name", i)): float(lr) for i, (group, lr) in groups}
             self._read_steps(trainer)
-            stats = self._stats()
+            stats = self._stats(trainer._feed.records())
             self._start_interval()
             self.process(trainer, stats)
 
@@ -113,7 +113,7 @@ class _StatsHook(BaseHook):
                 entry[0] += value
                 entry[1] += 1
 
-    def _stats(self) -> TrainingStats:
+    def _stats(self, data_records: dict[str, Any]) -> TrainingStats:
         """Means, over the ranks too with `sync`: one exchange of host values, which also joins keys that only some
         ranks have.
         """
@@ -135,7 +135,7 @@ class _StatsHook(BaseHook):
             non_finite_grad_retry_count=max(retries for _, retries, _ in parts),
             max_memory=max_memory if max_memory > -math.inf else None,
             lr=self._lr,
-            records=unflatten_nested_dict({key[1:]: mean for key, mean in means.items()}),
+            records={**data_records, **unflatten_nested_dict({key[1:]: mean for key, mean in means.items()})},
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ..errors import RankDisagreementError
 from . import collectives
 
-REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed")
+REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed", "bad_samples")
 """What any rank may ask of all: a signal number, 1 for the others; 0: nothing."""
 
 _NOTHING = [0] * (len(REQUESTS) + 1)  # and no skipped micro-batch

@@ -19,6 +19,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ..data.feed import DataFeed
+from ..data.mixture import check_samples_per_step
 from ..errors import describe
 from ..hook import BaseHook, CheckpointerHook
 from ..ranks import collectives
@@ -228,6 +229,7 @@ def raw_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
     """The stream of this rank's batches."""
     check_data_loader_options(loader, seed, accelerator)
+    check_samples_per_step(loader, accelerator.num_processes * accelerator.gradient_accumulation_steps)
     return DataFeed(
         loader,
         seed=seed,

@@ -146,6 +146,17 @@ class Window:
                     micro_step += 1
             num_drawn += 1
         self._checks.after_backward()
+        if self._feed.bad_samples is not None and self._feed.bad_samples.new:
+            trainer.control.ask("bad_samples")
+
+    def tell_bad_samples(self) -> None:
+        """Log the samples that the window could not read. Call on every rank, when the ranks have agreed.
+
+        Raises:
+            TrainingError: They are too many.
+        """
+        if self._trainer.control.take("bad_samples") and self._feed.bad_samples is not None:
+            self._feed.bad_samples.exchange(self._trainer.logger, self._trainer.step)
 
     def discard(self) -> bool:
         """Undo the window, which every rank has run to its end. Call on every rank.
