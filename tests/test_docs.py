@@ -125,8 +125,10 @@ def check_command(words: list[str]) -> None:
         options = launch_command_parser().parse_args(rest[1:])
         assert rest[0] == "launch"
         check_script(options.training_script, options.training_script_args)
-    elif rest[:2] == ["-m", "trainloop"]:
-        _make_parser().parse_args(rest[2:] if len(rest) > 4 else [*rest[2:], "DIR"])  # in prose it may be just named
+    elif program == "trainloop" or rest[:2] == ["-m", "trainloop"]:
+        rest = ["-m", "trainloop", *rest] if program == "trainloop" else rest
+        is_only_named = len(rest) <= 4 and rest[2] == "checkpoints"  # in prose
+        _make_parser().parse_args([*rest[2:], "DIR"] if is_only_named else rest[2:])
     elif program == "python":
         check_script(rest[0], rest[1:])
     else:

@@ -96,6 +96,8 @@ LAYERS = [
     "testing.resume",
     "testing.__init__",
     "__init__",
+    "commands.__init__ commands.parser",
+    "commands",
     "__main__",
 ]
 """A module imports only from the lines above its own. "hooks" stands for all modules of that folder that no other line

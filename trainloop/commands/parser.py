@@ -1,0 +1,40 @@
+"""How every command is declared, and how it says what is wrong with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+EXIT_CODES = "exit codes: 0 all is well; 1 something is damaged or has failed; 2 the command line is wrong"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}. See --help\n")
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    what: str,
+    more: str,
+    exit_codes: str = EXIT_CODES,
+) -> Parser:
+    """Declare a command.
+
+    Args:
+        commands: The subparsers that it is added to.
+        name: What the user types.
+        run: Runs it, and returns the exit code.
+        what: A line for the list of commands.
+        more: What its own help says.
+        exit_codes: What they mean.
+    """
+    # No abbreviations: a `--y` must not remove anything, and a later option must not change what one means.
+    made: Parser = commands.add_parser(name, help=what, description=more, epilog=exit_codes, allow_abbrev=False)
+    made.set_defaults(run=run)
+    return made
