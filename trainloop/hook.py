@@ -131,6 +131,9 @@ class CheckpointerHook(BaseHook):
     hook's position in the list matters.
     """
 
+    trainable_only: bool = False
+    """Whether it leaves out the frozen parameters that are still as `build_model` gave them."""
+
     def saves_to(self, trainer: BaseTrainer) -> Path | None:
         """The folder that it saves into, for the report at the start."""
         return None

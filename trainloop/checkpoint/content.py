@@ -11,7 +11,7 @@ import torch
 from ..errors import describe
 from .format.dtypes import dtype_name
 from .format.nested import RESERVED_NAME
-from .format.tables import STATE
+from .format.tables import STATE, FrozenRecord
 from .format.tensorfile import check_storable
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
@@ -42,6 +42,9 @@ class Content:
     of_rank_zero: Collection[str] = ()
     """Names of plain tensors among the weights that may differ between the ranks, as BatchNorm's statistics do: rank
     0's are written."""
+    frozen: Mapping[str, FrozenRecord] = field(default_factory=dict)
+    """By name, parameters of the group "model" that are left out, because they are frozen and can be built again. Rank
+    0's are written down."""
 
     def groups(self) -> dict[str, Tensors]:
         """All groups, those of weights first."""

@@ -123,6 +123,16 @@ class EverySeconds:
         return kept
 
 
+def policies_of(
+    keep_previous: int, keep: Iterable[RetentionPolicy], keep_interval: int, keep_steps: Sequence[int]
+) -> list[RetentionPolicy]:
+    """The policies of a run, from the arguments of `CheckpointingHook`."""
+    policies: list[RetentionPolicy] = [KeepPrevious(keep_previous), *keep]
+    if keep_interval:
+        policies.append(KeepInterval(keep_interval))
+    return [*policies, KeepSteps(keep_steps)] if keep_steps else policies
+
+
 OwnPolicy: TypeAlias = "KeepPrevious | KeepInterval | KeepSteps | BestK | EverySeconds"
 
 _OWN: tuple[type[OwnPolicy], ...] = (KeepPrevious, KeepInterval, KeepSteps, BestK, EverySeconds)

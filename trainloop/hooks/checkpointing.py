@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..account.keeper import Account
-from ..checkpoint import CheckpointStore, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
+from ..checkpoint import CheckpointStore, RetentionPolicy
 from ..checkpoint.format.layout import step_name
+from ..checkpoint.retention import policies_of
 from ..errors import CheckpointError, check_int, check_interval, describe
 from ..hook import CheckpointerHook
 from ..paths import parse_absolute_path, parse_path
 from ..ranks import collectives
 from ..ranks.control import check_main_thread, parse_signals
 from ..records import Records, flatten_nested_dict, is_number
-from ..state.pretrained import config_text
+from ..state.pretrained import texts_beside
 from ..state.restoring import Source, restore_from
 from ..state.resuming import parse_on_resume, settings_to_save
 from ..state.saved import content_of
@@ -63,6 +64,9 @@ class CheckpointingHook(CheckpointerHook):
             applies once: when it is new, or when its settings have changed again. So the same command can be killed
             and started again.
         ledger: Record the bits of each step in the workspace, and compare the steps that a resumed run does again.
+        trainable_only: Leave out the frozen parameters, which `build_model` must give again. The manifest has their
+            names, shapes and fingerprints, and a resume raises if `build_model` gives others. Buffers are saved, and so
+            are frozen parameters that have changed since the model was built.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -89,6 +93,7 @@ class CheckpointingHook(CheckpointerHook):
         max_failures: int = 3,
         on_resume: Iterable[str] | str = (),
         ledger: bool = True,
+        trainable_only: bool = False,
     ) -> None:
         check_interval("interval", interval)
         for name, value, lowest in (
@@ -119,14 +124,13 @@ class CheckpointingHook(CheckpointerHook):
         self.async_save = async_save
         self.verify: Any = verify
         self.on_busy = on_busy
+        if not isinstance(trainable_only, bool):
+            raise TypeError(f"`trainable_only` must be True or False, but is {describe(trainable_only)}.")
+        self.trainable_only = trainable_only
         self.max_failures = max_failures
         self.ledger = ledger
         self.on_resume = parse_on_resume(on_resume)
-        self._retention: list[RetentionPolicy] = [KeepPrevious(keep_previous), *keep]
-        if keep_interval:
-            self._retention.append(KeepInterval(keep_interval))
-        if keep_steps:
-            self._retention.append(KeepSteps(keep_steps))
+        self._retention = policies_of(keep_previous, keep, keep_interval, keep_steps)
         self._store: CheckpointStore | None = None
         self._account: Account | None = None  # one for all CheckpointingHooks of a run
         self._run_id = ""
@@ -233,17 +237,15 @@ class CheckpointingHook(CheckpointerHook):
     def _save(self, trainer: BaseTrainer, is_final: bool) -> None:
         if trainer.step == self._saved_step:
             return
-        assert self._store is not None
         runs_in_thread = self.async_save and not is_final
-        if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._store.busy())):
+        if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._opened.busy())):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
         start = self._last_save = time.monotonic()
         self._settle(trainer, is_final)
-        save = self._store.save_async if runs_in_thread else self._store.save
+        save = self._opened.save_async if runs_in_thread else self._opened.save
         try:
-            content = content_of(trainer, self._run_id, is_first=not self._has_saved)
-            config = config_text(trainer.unwrapped_model)
+            content = content_of(trainer, self._run_id, not self._has_saved, self.trainable_only)
             save(
                 trainer.step,
                 content,
@@ -252,7 +254,7 @@ class CheckpointingHook(CheckpointerHook):
                 settings={**settings_to_save(trainer, self.on_resume), **self._kept.counts()},
                 stopped_by=trainer.control.who_stopped(),
                 retention=self._retention,
-                extra={f"{group}/config.json": config for group in content.weights} if config is not None else None,
+                extra=texts_beside(trainer.unwrapped_model, content.weights),
             )
         except CheckpointError as ex:
             if is_final:
@@ -262,7 +264,7 @@ class CheckpointingHook(CheckpointerHook):
             self._kept.saved(trainer.step, time.monotonic() - start, is_durable=not runs_in_thread)
             self._saved_step, self._has_saved = trainer.step, True
             if not self._has_looked and collectives.rank() == 0:
-                logged = {*self._metrics, *(name for info in self._store.checkpoints() for name in info.metrics)}
+                logged = {*self._metrics, *(name for info in self._opened.checkpoints() for name in info.metrics)}
                 self._has_looked = tell_missing_metrics(trainer, self._retention, logged)
             self._metrics = {}
             self._is_settled = not runs_in_thread
@@ -271,15 +273,14 @@ class CheckpointingHook(CheckpointerHook):
 
     def _settle(self, trainer: BaseTrainer, is_final: bool = False) -> None:
         """Hear what has become of the last async save. Its failure is not a reason to leave out a final one."""
-        assert self._store is not None
         try:
-            self._store.wait()
+            self._opened.wait()
         except CheckpointError as ex:
             self._saved_step = -1
             self._count_failure(trainer, ex, is_final)
         else:
             if not self._is_settled:
-                self._kept.durable(self._saved_step, self._store.last_seconds)
+                self._kept.durable(self._saved_step, self._opened.last_seconds)
                 self._num_failures = 0
         self._is_settled = True
 

@@ -47,7 +47,8 @@ def build(trainer: BaseTrainer) -> None:
     trainer._gradients = Gradients(trainer.model, trainer.grad_clip, trainer.grad_scaler, trainer._raw_optimizer)
     trainer._window = Window(trainer, trainer._feed, trainer._gradients)
     trainer._agreement = Agreement(trainer, trainer._feed)
-    trainer._built_model = BuiltModel.of(trainer.unwrapped_model)
+    sums_frozen = any(hook.trainable_only for hook in trainer.checkpointers)
+    trainer._built_model = BuiltModel.of(trainer.unwrapped_model, sums_frozen=sums_frozen)
     trainer._is_built = True
     if trainer.timeout is not None:
         collectives.set_timeout(trainer.timeout, trainer.model)

@@ -203,6 +203,11 @@ def finite_names(trainer: BaseTrainer) -> tuple[set[str], set[str]]:
     return params, buffers
 
 
+def shares_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, or this rank's shards of them, lie in the same memory."""
+    return _storage(tensor) == _storage(other)
+
+
 def _storage(tensor: torch.Tensor) -> int:
     """Tells the memory of a tensor, or of this rank's shard, which may be empty and have no address."""
     local = local_tensor(tensor)

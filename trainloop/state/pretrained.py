@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from torch import nn
+
+
+def texts_beside(model: nn.Module, groups: Iterable[str]) -> dict[str, str]:
+    """What a checkpoint has beside the weights of each group, by path.
+
+    Args:
+        model: The model without its wrappers.
+        groups: "model", and those of averages.
+    """
+    config = config_text(model)
+    return {f"{group}/config.json": config for group in groups} if config is not None else {}
 
 
 def config_text(model: nn.Module) -> str | None:

@@ -12,8 +12,17 @@ from ..errors import CheckpointError
 from ..ranks import collectives
 from ..step.buffers import memory_of, write_into
 from ..step.built import buffer_slots
+from .frozen import left_out
 from .live import empty_like_param
-from .modules import check_complete, finite_names, load_made_entries, made_entries, new_buffers, place_buffers
+from .modules import (
+    check_complete,
+    finite_names,
+    load_made_entries,
+    made_entries,
+    new_buffers,
+    place_buffers,
+    shares_memory,
+)
 from .optimizer import check_unsharded
 
 if TYPE_CHECKING:
@@ -26,7 +35,7 @@ _FOLDERS = {"optim", "state"}
 """Names in a checkpoint that no hook's weights can have."""
 
 
-def content_of(trainer: BaseTrainer, run_id: str, *, is_first: bool = False) -> Content:
+def content_of(trainer: BaseTrainer, run_id: str, is_first: bool = False, trainable_only: bool = False) -> Content:
     """The trainer's state, sorted by how it is stored. Call on every rank.
 
     A hook's value that is a flat dict of tensors, as an average of the weights is, becomes a folder of its own.
@@ -35,6 +44,7 @@ def content_of(trainer: BaseTrainer, run_id: str, *, is_first: bool = False) -> 
         trainer: The trainer.
         run_id: Names the run.
         is_first: Check also that all of the model would come back.
+        trainable_only: Leave out the frozen parameters that are as `build_model` gave them, from averages too.
 
     Raises:
         TypeError: The optimizer keeps state that cannot be stored.
@@ -47,12 +57,17 @@ def content_of(trainer: BaseTrainer, run_id: str, *, is_first: bool = False) -> 
     optimizer = training_state.pop("optimizer")
     check_unsharded(trainer._raw_optimizer, {"other": optimizer["other"], **optimizer["own"]})
     shards, other, keys = _split(optimizer["state"])
-    weights = {"model": state_dict["model"]}
+    model = state_dict["model"]
+    frozen = left_out(trainer, is_first=is_first) if trainable_only else {}
+    weights = {"model": {name: tensor for name, tensor in model.items() if name not in frozen}}
     hooks: dict[str, Any] = {}
     for key, value in state_dict.items():
         if key not in _OURS:
             is_folder = isinstance(key, str) and key.isidentifier() and key not in _FOLDERS and _is_weights(value)
-            (weights if is_folder else hooks)[key] = value
+            if is_folder:
+                weights[key] = {n: t for n, t in value.items() if n not in frozen or not shares_memory(t, model[n])}
+            else:
+                hooks[key] = value
     params, buffers = finite_names(trainer)
     trained = {name for name, param in trainer.named_parameters().items() if param.requires_grad}
     return Content(
@@ -71,6 +86,7 @@ def content_of(trainer: BaseTrainer, run_id: str, *, is_first: bool = False) -> 
             *(f"state/buffers/{name}" for name in buffers),
         },
         of_rank_zero=buffer_slots(trainer.unwrapped_model).keys(),
+        frozen=frozen,
         rank_state=state_dict["rank"],
     )
 
@@ -133,6 +149,8 @@ def _read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str,
     shared = {n: t for n, t in live.items() if n not in made and not is_dtensor(t) and memory_of(t) is not t}
     copies = {name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in shared.items()}
     targets: dict[str, Any] = live | fresh | copies | buffers
+    for name in checkpoint.manifest.frozen:
+        targets.pop(name, None)
     # Checks all names, shapes and dtypes before it writes.
     checkpoint.read_into("model", {name: tensor for name, tensor in targets.items() if tensor is not None})
     for name in copies.keys() - buffers.keys():

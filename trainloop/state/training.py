@@ -14,6 +14,7 @@ from ..checkpoint.load.reader import RemovedError
 from ..errors import CheckpointError
 from ..ranks import collectives
 from ..rng import derived_seed, load_rng_state, rng_state
+from .frozen import check_left_out
 from .modules import (
     changed_forms,
     extra_state,
@@ -226,6 +227,7 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
     asked, saved = trainer.settings, checkpoint.manifest.settings
     try:
         wins = script_wins(on_resume, asked, saved, checkpoint.folder)
+        check_left_out(trainer, checkpoint)
         state_dict = _read_together(trainer, checkpoint)
         load_run_state(trainer, state_dict, wins, copy=False)
     except (AttributeError, IndexError, KeyError, TypeError) as ex:  # no run of ours has written that

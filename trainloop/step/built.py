@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoint.format.integrity import sums_of_bytes
+from ..checkpoint.sharding import local_tensor
 from ..ranks import collectives
 from .buffers import form_of, memory_of
 from .non_finite import clean_name, non_finite_tensors, untrained_tensors
@@ -23,16 +24,25 @@ class BuiltModel:
         sums: Of the bytes of the buffers that are not persistent.
         non_finite: Clean names of buffers and frozen parameters with infinities or NaN. They are meant to be so, as
             masks are, and say nothing about the health of the run.
+        frozen_sums: Of the bytes of what this rank holds of the frozen parameters; empty: nobody needs them.
+        fingerprints: Of the frozen parameters as they were built, as far as they were computed.
     """
 
     buffers: dict[str, Any]
     sums: dict[str, int]
     non_finite: frozenset[str]
+    frozen_sums: dict[str, int] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module) -> BuiltModel:
-        """Look at a model, without its wrappers. Call on every rank."""
+    def of(cls, model: nn.Module, *, sums_frozen: bool = False) -> BuiltModel:
+        """Look at a model, without its wrappers. Call on every rank.
+
+        Args:
+            model: The model.
+            sums_frozen: Whether to fill `frozen_sums`, which takes a pass over the frozen parameters.
+        """
         slots = buffer_slots(model)
         volatile = {n: b for n, (module, key, b) in slots.items() if key in module._non_persistent_buffers_set}
         present = {name: memory_of(b) for name, b in volatile.items() if b is not None and form_of(b) is not None}
@@ -41,7 +51,29 @@ class BuiltModel:
             {name: buffer_form(buffer) for name, (_, _, buffer) in slots.items()},
             dict(zip(present, sums_of_bytes(list(present.values())), strict=True)),
             frozenset(name for names in collectives.gather_objects(non_finite) for name in names),
+            sums_of_held(frozen_entries(model)) if sums_frozen else {},
         )
+
+
+def frozen_entries(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The entries of a model's `state_dict` that belong to frozen parameters, by clean name: the parameters themselves,
+    and what a module saves beside one, as "fc.weight.absmax" of a quantized "fc.weight".
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {clean_name(name) for name, param in named if not param.requires_grad}
+
+    def is_frozen(name: str) -> bool:
+        while name and name not in frozen:
+            name = name.rpartition(".")[0]
+        return bool(name)
+
+    entries = ((clean_name(name), value) for name, value in model.state_dict().items()) if frozen else ()
+    return {name: value for name, value in entries if isinstance(value, torch.Tensor) and is_frozen(name)}
+
+
+def sums_of_held(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """For each tensor, by name, the sum of the bytes that this rank holds of it."""
+    return dict(zip(tensors, sums_of_bytes([local_tensor(tensor) for tensor in tensors.values()]), strict=True))
 
 
 def buffer_slots(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor | None]]:

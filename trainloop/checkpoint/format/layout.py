@@ -25,7 +25,7 @@ from ...errors import CheckpointError
 from .checks import finite, mapping, number, shown, text, whole
 from .limits import MAX_FILES, MAX_JSON_BYTES, MAX_TENSORS
 from .nested import decode, encode, parse_json
-from .tables import STATE, FileRecord, TensorRecord, read_files, read_tensors
+from .tables import STATE, FileRecord, FrozenRecord, TensorRecord, read_files, read_frozen, read_tensors
 
 FORMAT = "trainloop checkpoint"
 VERSION = 2
@@ -128,6 +128,8 @@ class Manifest(ManifestInfo):
     """By group and name."""
     settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """The settings of the run, by flat name; empty: they were not written down."""
+    frozen: Mapping[str, FrozenRecord] = field(default_factory=dict, kw_only=True)
+    """Frozen parameters that are not in the checkpoint, by name: `build_model` gives them."""
     seal: str = field(default="", kw_only=True, compare=False)
     """The CRC-32 at the end of its text, by which one commit is told from another; "" before it is written."""
 
@@ -152,7 +154,7 @@ def manifest_text(manifest: Manifest) -> str:
     content["retention"], _ = encode(manifest.retention)
     content["settings"], _ = encode(dict(manifest.settings))
     written = _sealed(_lines(content, 3).removesuffix("\n}") + ",\n ")
-    num_tensors = sum(map(len, manifest.tensors.values()))
+    num_tensors = sum(map(len, manifest.tensors.values())) + len(manifest.frozen)
     for what, found, most in (
         ("bytes", len(written), MAX_JSON_BYTES),
         ("files", len(manifest.files), MAX_FILES),
@@ -216,6 +218,7 @@ def _sealed(body: str) -> str:
 def _manifest(content: dict[str, Any]) -> Manifest:
     metrics = mapping("metrics", decode(content["metrics"], {}), MAX_TENSORS)
     files = read_files(content["files"])
+    tensors = read_tensors(content["tensors"], files)
     return Manifest(
         step=whole("step", content["step"]),
         seq=whole("seq", content["seq"]),
@@ -228,7 +231,8 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         retention=_retention(decode(content.get("retention"), {})),
         versions={n: text(n, v) for n, v in mapping("versions", content["versions"], MAX_FILES).items()},
         files=files,
-        tensors=read_tensors(content["tensors"], files),
+        tensors=tensors,
+        frozen=read_frozen(content.get("frozen", {}), tensors),
         settings=mapping("settings", decode(content.get("settings", {}), {}), MAX_TENSORS),
         stopped_by=text("stopped_by", content.get("stopped_by", "")),
         seal=content["crc32"],

@@ -47,8 +47,18 @@ class TensorRecord:
     """The tensor of the same group that shares its memory (tied weights); the bytes are stored under that name only."""
 
 
-_FILE_KEYS, _CHUNK_KEYS, _TENSOR_KEYS = (
-    frozenset(field.name for field in fields(kind)) for kind in (FileRecord, Chunk, TensorRecord)
+@dataclass(frozen=True)
+class FrozenRecord:
+    """A frozen parameter that the checkpoint leaves out: what `build_model` must give again."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fingerprint: str
+    """Of its bits, see `checkpoint/fingerprint.py`."""
+
+
+_FILE_KEYS, _CHUNK_KEYS, _TENSOR_KEYS, _FROZEN_KEYS = (
+    frozenset(field.name for field in fields(kind)) for kind in (FileRecord, Chunk, TensorRecord, FrozenRecord)
 )
 
 
@@ -86,11 +96,31 @@ def read_tensors(content: Any, files: Mapping[str, FileRecord]) -> dict[str, dic
     return tensors
 
 
-def _tensor_record(name: str, record: Any) -> TensorRecord:
-    only_keys(name, mapping(name, record, 4), _TENSOR_KEYS)
-    dtype, alias_of = record["dtype"], record["alias_of"]
+def read_frozen(content: Any, tensors: Mapping[str, Mapping[str, TensorRecord]]) -> dict[str, FrozenRecord]:
+    """The parameters that a checkpoint leaves out, from the JSON of a manifest.
+
+    Raises:
+        KeyError, TypeError, ValueError: They cannot be.
+    """
+    frozen = {}
+    for name, record in mapping("frozen", content, MAX_TENSORS).items():
+        only_keys(name, mapping(name, record, 3), _FROZEN_KEYS)
+        if name in tensors.get("model", {}):
+            raise ValueError(f"{name} is both in the checkpoint and left out of it")
+        fingerprint = text("fingerprint", record["fingerprint"])
+        frozen[name] = FrozenRecord(_dtype(name, record["dtype"]), sizes(name, record["shape"]), fingerprint)
+    return frozen
+
+
+def _dtype(name: str, dtype: Any) -> str:
     if type(dtype) is not str or dtype not in DTYPES:
         raise ValueError(f"{name} must have a dtype that can be stored, but has {shown(dtype)}")
+    return dtype
+
+
+def _tensor_record(name: str, record: Any) -> TensorRecord:
+    only_keys(name, mapping(name, record, 4), _TENSOR_KEYS)
+    dtype, alias_of = _dtype(name, record["dtype"]), record["alias_of"]
     shape = sizes(name, record["shape"])
     if type(record["chunks"]) is not list:
         raise ValueError(f"the chunks of {name} must be a list, but are {shown(record['chunks'])}")

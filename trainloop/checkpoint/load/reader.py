@@ -150,8 +150,10 @@ class Checkpoint:
             if name in targets
             and (record.dtype, record.shape) != (dtype_name(targets[name].dtype), tuple(targets[name].shape))
         ]
+        missing, frozen = targets.keys() - records.keys(), self.manifest.frozen.keys()
         complaints = [
-            _told("not in the checkpoint", sorted(targets.keys() - records.keys())),
+            _told("not in the checkpoint", sorted(missing - frozen)),
+            _told("left out as frozen: `build_model` of the saved run gives them", sorted(missing & frozen)),
             _told("only in the checkpoint", sorted(records.keys() - targets.keys())),
             _told("of another shape or dtype", differing),
         ]

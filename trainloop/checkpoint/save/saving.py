@@ -80,6 +80,7 @@ class Saving:
             CheckpointError: On every rank: it cannot be saved, and nothing was written.
         """
         self._described: Described = {}
+        self._about["frozen"] = content.frozen
         state: State | None = None
 
         values: Checksums = {}

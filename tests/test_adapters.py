@@ -1,0 +1,118 @@
+"""Adapters on a frozen model: what a checkpoint leaves out, and that a resume has all of it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainloop import CheckpointError, CheckpointingHook
+from trainloop.checkpoint import Checkpoint
+from trainloop.checkpoint.fingerprint import fingerprints
+from trainloop.checkpoint.format.layout import manifest_text, parse_manifest
+
+from .launching import NUM_PROCESSES, REPOSITORY, launch
+from .workers.adapters import STEPS, STOP, Trainer, run
+
+WORKER = REPOSITORY / "tests" / "workers" / "adapters.py"
+FROZEN = {"backbone.weight", "backbone.bias", "twin.weight", "twin.bias", "teacher.bias"}
+
+
+@pytest.fixture(scope="module", params=["single", "ddp2", "fsdp2"])
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """The folder of a launch, and what each rank has written."""
+    out: Path = tmp_path_factory.mktemp(request.param)
+    if request.param == "single":
+        run(out)
+    else:
+        launch(WORKER, request.param, str(out))
+    return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_PROCESSES[request.param])]
+
+
+def checkpoint_of(out: Path, run: str, step: int) -> Checkpoint:
+    return Checkpoint.open(out / run / "checkpoints" / f"step_{step:07d}")
+
+
+def test_a_run_without_its_frozen_parameters_on_the_disk_resumes_exactly(launched: tuple[Path, list[Any]]) -> None:
+    """Weights, optimizer, buffers and averages have the bits of the run that was not stopped. The teacher, which is
+    frozen and moves, is in the checkpoints; the backbone is in none, nor in the average.
+    """
+    out, by_rank = launched
+    for results in by_rank:
+        assert results["small"] == results["whole"]
+    for step in (STOP, STEPS):
+        manifest = checkpoint_of(out, "small", step).manifest
+        assert manifest.frozen.keys() == FROZEN
+        assert manifest.tensors["model"].keys() == {"student.weight", "student.bias", "teacher.weight", "seen"}
+        assert manifest.tensors["ema"].keys() == manifest.tensors["model"].keys()
+        assert manifest.frozen["backbone.weight"].dtype == "bfloat16"
+        assert manifest.frozen["backbone.weight"].shape == (33, 16)
+    assert checkpoint_of(out, "whole", STEPS).manifest.frozen == {}
+
+
+def test_a_resume_on_another_base_names_the_first_parameter_that_differs(launched: tuple[Path, list[Any]]) -> None:
+    """On every rank alike, also by a hook that saves everything."""
+    for results in launched[1]:
+        told = results["other base"]
+        assert " of 5 differ. The first is backbone.weight, which has other values here." in told
+        assert told == launched[1][0]["other base"]
+
+
+def test_a_base_that_build_model_has_not_given_is_saved(launched: tuple[Path, list[Any]]) -> None:
+    """What the script has loaded into the model after it was built."""
+    manifest = checkpoint_of(launched[0], "loaded", 1).manifest
+    assert "backbone.bias" in manifest.tensors["model"]
+    assert "backbone.bias" not in manifest.frozen
+    assert "backbone.weight" in manifest.frozen
+
+
+def test_one_process_goes_on_from_any_form(launched: tuple[Path, list[Any]]) -> None:
+    """The fingerprints are those of the whole tensors, however these were cut."""
+    out, by_rank = launched
+    trainer = Trainer(out / "small", STEPS + 1, is_tied="fsdp2" not in out.name, trainable_only=True)
+    trainer.train()
+    assert trainer.step == STEPS + 1
+    assert len(trainer.losses) == 1
+    weight = trainer.named_parameters()["backbone.weight"].detach()
+    assert fingerprints([weight]) == by_rank[0]["fingerprints"]
+    first, second = (checkpoint_of(out, "small", step).manifest for step in (STEPS, STEPS + 1))
+    assert first.frozen == second.frozen
+
+
+def test_a_fingerprint_sees_every_bit_and_every_place() -> None:
+    """One flipped bit, two elements that change places, a tensor that is doubled; for each size of an element."""
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex64):
+        tensor = torch.arange(1, 1 + 64 * 48).remainder(251).reshape(64, 48).to(dtype)
+        flipped, swapped = tensor.clone(), tensor.clone()
+        flipped[40, 7] += 1
+        swapped[3, 4], swapped[5, 6] = tensor[5, 6], tensor[3, 4]
+        different = [tensor, flipped, swapped, tensor * 2, tensor.T.contiguous(), tensor.flatten()[:-1]]
+        assert len(set(fingerprints(different))) == len(different)
+        assert fingerprints([tensor.T.contiguous().T]) == fingerprints([tensor])
+    ones = torch.ones(2**12, 2**10)
+    assert fingerprints([ones]) != fingerprints([ones * 2])
+
+
+def test_a_manifest_that_leaves_out_what_it_has_is_refused(tmp_path: Path) -> None:
+    """And one whose record is none."""
+    trainer = Trainer(tmp_path, 1, trainable_only=True)
+    trainer.train()
+    manifest = Checkpoint.open(tmp_path / "checkpoints" / "step_0000001").manifest
+    record = next(iter(manifest.frozen.values()))
+    for frozen in (
+        {"student.weight": record},
+        {"a": replace(record, dtype="float99")},
+        {"a": replace(record, shape=(-1,))},
+    ):
+        with pytest.raises(CheckpointError, match="damaged"):
+            parse_manifest(manifest_text(replace(manifest, frozen=frozen)))
+
+
+def test_trainable_only_must_be_a_flag() -> None:
+    """An error at construction."""
+    with pytest.raises(TypeError, match="`trainable_only` must be True or False, but is"):
+        CheckpointingHook(1, trainable_only="yes")  # type: ignore[arg-type]
