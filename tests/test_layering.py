@@ -20,6 +20,8 @@ LAYERS = [
     "ranks.control ranks.peers",
     "account.events account.ledger account.process",
     "account.audit account.lives",
+    "account.difference account.goodput",
+    "account.survey",
     "account.__init__",
     "ranks.failure",
     "checkpoint.format.__init__ checkpoint.format.limits checkpoint.format.dtypes checkpoint.format.boxes",
@@ -98,7 +100,7 @@ LAYERS = [
     "testing.resume",
     "testing.__init__",
     "__init__",
-    "commands.__init__ commands.parser",
+    "commands.__init__ commands.parser commands.runs_plot",
     "commands",
     "__main__",
 ]

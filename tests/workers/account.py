@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from trainloop import BaseTrainer, CheckpointingHook, LoggingHook
+from trainloop import BaseTrainer, CheckpointingHook, EvaluationHook, LoggingHook
 
 INTERVAL = 10
 """Steps between checkpoints; losses are read every fifth step."""
@@ -21,7 +22,7 @@ class Regression(BaseTrainer):
     Args:
         workspace: Of the run.
         changed: A sample that has another value.
-        fails_at: A step in which rank 1 fails.
+        fails_at: A step in which rank 1 fails, or the only one.
         lr: The learning rate.
         ledger: Of the CheckpointingHook.
         max_steps: Of the run.
@@ -61,10 +62,46 @@ class Regression(BaseTrainer):
         return hooks
 
     def forward(self, batch: Any) -> Any:
+        if self.step == self.fails_at and self.accelerator.num_processes == 1:
+            raise ValueError("broken on purpose")
         if self.step == self.fails_at and self.accelerator.process_index == 1:
             raise ValueError("broken on rank 1")
         _, x, y = batch
         return nn.functional.mse_loss(self.model(x), y), {}
+
+
+class Slow(Regression):
+    """With data and evaluations that take their time."""
+
+    SECONDS = 0.1
+
+    def build_data_loader(self) -> Any:
+        loader = super().build_data_loader()
+        return DataLoader(Sleepy(loader.dataset, self.SECONDS / 40), batch_size=4, shuffle=True)
+
+    def build_eval_data_loader(self) -> Any:
+        return DataLoader(super().build_data_loader().dataset, batch_size=20)
+
+    def build_hooks(self) -> Any:
+        return [*super().build_hooks(), EvaluationHook(10)]
+
+    def eval_forward(self, batch: Any) -> Any:
+        time.sleep(self.SECONDS)
+        return super().forward(batch)
+
+
+class Sleepy(Dataset):  # type: ignore[type-arg]
+    """Samples that take a while to read."""
+
+    def __init__(self, data: Any, seconds: float) -> None:
+        self.data, self.seconds = data, seconds
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(self.seconds)
+        return self.data[index]
 
 
 def indices(batch: Any) -> Any:

@@ -15,7 +15,7 @@
 | progress | about every 30 seconds | step, data_seconds (waits for data since the last event that has them) |
 | evaluation | after a step with one | step, seconds |
 | discarded | after a step that needed several windows | step, retries, overflows |
-| save | the save has returned | step, seconds (blocked), durable |
+| save | the save has returned | step, seconds (blocked), durable, data_seconds |
 | durable | it is known that an async save has succeeded | step, seconds (from its start) |
 | save_failed | a save has failed | step, detail |
 | again | a life has done all steps again that were done before | step, data_seconds |

@@ -25,7 +25,7 @@ from .audit import Audit, Expected, Result
 from .events import EVENTS, EventLog
 from .ledger import LEDGER, Ledger, StepBits, read_ledger
 from .lives import Life, read_lives, split_runs
-from .process import process_start
+from .process import own_start
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -79,7 +79,7 @@ class Account:
         collectives.broadcast_object(self._log.life)
         self._log.write(
             "begin",
-            started=process_start(),
+            started=own_start(),
             pid=os.getpid(),
             host=socket.gethostname(),
             hosts=dict(Counter(hosts)),
@@ -225,13 +225,13 @@ class Account:
         """How many steps of the run were done again and compared, and how often they differed; on rank 0."""
         return {"audit/steps_done_again": self._num_audited, "audit/differences": self._num_differing}
 
-    def saved(self, step: int, seconds: float, is_durable: bool) -> None:
+    def saved(self, seconds: float, is_durable: bool) -> None:
         """A save has returned, and has blocked the run for `seconds`. Call on every rank."""
-        self._write("save", step=step, seconds=seconds, durable=is_durable)
+        self._write_with_waits("save", seconds=seconds, durable=is_durable)
         if self._ledger is not None:
             with self._guarded():
                 self._ledger.flush()
-        if step >= self._audit_until:
+        if self._trainer.step >= self._audit_until:
             self._conclude(collectives.gather_objects)
 
     def durable(self, step: int, seconds: float) -> None:

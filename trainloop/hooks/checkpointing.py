@@ -261,7 +261,7 @@ class CheckpointingHook(CheckpointerHook):
                 raise
             self._count_failure(trainer, ex)
         else:
-            self._kept.saved(trainer.step, time.monotonic() - start, is_durable=not runs_in_thread)
+            self._kept.saved(time.monotonic() - start, is_durable=not runs_in_thread)
             self._saved_step, self._has_saved = trainer.step, True
             if not self._has_looked and collectives.rank() == 0:
                 logged = {*self._metrics, *(name for info in self._opened.checkpoints() for name in info.metrics)}
