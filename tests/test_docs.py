@@ -124,6 +124,10 @@ def check_command(words: list[str]) -> None:
     elif program == "accelerate":
         options = launch_command_parser().parse_args(rest[1:])
         assert rest[0] == "launch"
+        if options.module:
+            assert options.training_script == "trainloop"
+            _make_parser().parse_args(options.training_script_args)
+            return
         check_script(options.training_script, options.training_script_args)
     elif program == "trainloop" or rest[:2] == ["-m", "trainloop"]:
         rest = ["-m", "trainloop", *rest] if program == "trainloop" else rest

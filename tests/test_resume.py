@@ -220,7 +220,10 @@ def test_wrong_arguments_are_told() -> None:
         ({"interval": 1, "exit_signals": ["SIGNONE"]}, "`exit_signals` must be signals, by number or name"),
         ({"interval": 1, "verify": "some"}, "`verify` must be one of ('full', 'size', 'off'), but is 'some'."),
         ({"interval": 1, "on_busy": "go"}, "`on_busy` must be one of ('wait', 'skip'), but is 'go'."),
-        ({"interval": 1, "load": 1.5}, '`load` must be "latest", a step, a path or None, but is 1.5 (float).'),
+        (
+            {"interval": 1, "load": 1.5},
+            '`load` must be "latest", "best:METRIC", a step, a path or None, but is 1.5 (float).',
+        ),
     ]:
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             CheckpointingHook(**kwargs)  # type: ignore[arg-type]

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import checkpoints, diff, runs, tokens
+from .commands import checkpoints, diff, evaluate, runs, tokens
 from .commands.parser import Parser
 from .errors import CheckpointError
 
-_COMMANDS = (checkpoints, runs, diff, tokens)
+_COMMANDS = (checkpoints, evaluate, runs, diff, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,7 @@ from torch import nn
 
 from .data.feed import DataFeed
 from .errors import check_initialised
-from .evaluation import evaluate
-from .evaluation.totals import Reduce
+from .evaluation.methods import Evaluating
 from .hook import AveragingHook, BaseHook, CheckpointerHook, listeners
 from .paths import parse_absolute_path
 from .ranks.control import Control
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-class BaseTrainer(Recipe):
+class BaseTrainer(Evaluating, Recipe):
     """Trains a model: subclass it, write the `build_*` factories and `forward`, and call `train`.
 
     The same script runs under any `accelerate launch` configuration. One step is one applied optimizer update from
@@ -298,34 +297,6 @@ class BaseTrainer(Recipe):
         self._window.tell_bad_samples()
         self.step_info.grad_norm = self._update.start(norm)  # the step's one device-to-host sync
         return self._window.can_be_applied()
-
-    # ------------------------------------------------------------------ evaluation
-
-    def evaluate(self, data_loader: Any = None, *, reduce: Mapping[str, Reduce] | None = None) -> dict[str, Any]:
-        """Run `eval_forward` over held-out data. Call on every rank, between steps; logs nothing.
-
-        Each sample counts exactly once, at any number of ranks. Loss and records are averaged over the batches by their
-        number of samples, or by `batch_weight` if it is overridden. Each batch draws the same noise at every
-        evaluation. The training run's modes, buffers, random generators and position stay the same, bit for bit.
-        BatchNorm uses rank 0's statistics everywhere.
-
-        Args:
-            data_loader: As `build_eval_data_loader` returns it. None: what that returned.
-            reduce: By a record's name ("a/b"), how it is reduced over batches and ranks: "mean" (the default), "sum",
-                "max" or "min".
-
-        Returns:
-            Nested numbers, the same on every rank: `{"loss": …, <records>}`, for a mapping of loaders by name.
-
-        Raises:
-            TypeError: The data is not iterable.
-            ValueError: There is none, or it cannot be sharded such that each sample counts once.
-        """
-        self._build()
-        data_loader = data_loader if data_loader is not None else self.eval_data_loader
-        if data_loader is None:
-            raise ValueError("`evaluate` has no data: `build_eval_data_loader` returned None. Override it.")
-        return evaluate(self, data_loader, reduce or {}) or {}  # None only where it may be stopped
 
     # ------------------------------------------------------------------ build, restore
 

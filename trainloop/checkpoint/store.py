@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..paths import parse_absolute_path
 from .agreement import Ranks
+from .best import parse_best
 from .clock import Clock
 from .content import Content
 from .disk.fs import FileSystem
@@ -22,7 +23,7 @@ from .disk.lock import FolderLock, is_visible
 from .format.catalog import Catalog
 from .format.layout import ManifestInfo, step_name
 from .format.verification import VERIFY_LEVELS, Verify
-from .load.loading import find_explicit, find_latest
+from .load.loading import find_best, find_explicit, find_latest
 from .load.reader import Checkpoint
 from .retention import RetentionPolicy, describe_policies, to_delete
 from .save.saving import Saving
@@ -298,8 +299,9 @@ class CheckpointStore:
         """Find a checkpoint and verify it; the ranks share that work. Needs no `open`.
 
         Args:
-            which: "latest": the newest healthy one whose files are whole, and if none is healthy, the newest; a step;
-                or the path of a checkpoint, which may lie anywhere.
+            which: "latest": the newest healthy one whose files are whole, and if none is healthy, the newest;
+                "best:val/loss" or "best:val/accuracy:max": the one with the best value of a metric; a step; or the path
+                of a checkpoint, which may lie anywhere.
             verify: "full": every byte is read; "size": only sizes are compared; "off": only the manifest is read.
 
         Returns:
@@ -314,6 +316,8 @@ class CheckpointStore:
         self._join()
         if which == "latest":
             found = find_latest(self._catalog, verify, self._logger)
+        elif (best := parse_best(which)) is not None:
+            found = find_best(self._catalog, best, verify, self._logger)
         else:
             found = find_explicit(self._catalog, which, verify)
         self._damaged |= found.damaged.keys()

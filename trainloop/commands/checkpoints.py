@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import BestK, EverySeconds, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
+from ..checkpoint import BestK, Checkpoint, EverySeconds, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
+from ..checkpoint.best import Best
 from ..checkpoint.format.catalog import Catalog
 from ..checkpoint.tools.export import CONFIG, FILE_SUFFIX, check_output, export, needed_files
 from ..checkpoint.tools.export_accelerate import export_accelerate
@@ -21,7 +22,7 @@ from ..checkpoint.tools.export_accelerate import needed_files as accelerate_file
 from ..checkpoint.tools.pick import pick
 from ..checkpoint.tools.prune import plan_pruning, prune
 from ..checkpoint.tools.report import listing, listing_json, pruning, size
-from ..checkpoint.tools.survey import check_folder, examine, is_one_checkpoint, leftovers, survey
+from ..checkpoint.tools.survey import Select, check_folder, examine, is_one_checkpoint, leftovers, survey
 from ..errors import CheckpointError
 from .parser import add_command
 
@@ -87,6 +88,12 @@ def add(areas: Any) -> None:
     )
     out.add_argument("dir", metavar="DIR", type=Path, help="the folder of checkpoints, or one checkpoint")
     out.add_argument("--step", metavar="N", type=int, help="(default: the newest healthy one that is whole)")
+    out.add_argument(
+        "--best",
+        metavar="METRIC[:min|max]",
+        type=Best.parse,
+        help="the one with the best value of a metric, as val/loss (default mode: that of the run's BestK, else min)",
+    )
     out.add_argument("--group", metavar="NAME", default="model", help="model, ema, ... (default: model)")
     out.add_argument("--output", metavar="PATH", type=Path, help="(default: NAME_step_N.safetensors, here)")
     out.add_argument(
@@ -180,9 +187,7 @@ def _export(options: argparse.Namespace) -> int:
     group = options.group
     if options.output is not None:
         check_output(options.output, options.force)  # before anything takes time
-    checkpoint = pick(
-        options.dir, options.step, lambda manifest: needed_files(manifest, group), logging.getLogger("trainloop")
-    )
+    checkpoint = _pick(options, lambda manifest: needed_files(manifest, group))
     output = options.output or Path(f"{group}_step_{checkpoint.manifest.step:07d}{FILE_SUFFIX}")
     dtype = _DTYPES.get(options.dtype)
     torch.set_num_threads(1)  # on the small pieces of an export, threads wait for one another more than they work
@@ -199,7 +204,7 @@ def _export_accelerate(options: argparse.Namespace) -> int:
         raise ValueError("--format accelerate takes the whole run as it was saved: without --group and --dtype")
     if options.output is not None:
         check_output(options.output, options.force)
-    checkpoint = pick(options.dir, options.step, accelerate_files, logging.getLogger("trainloop"))
+    checkpoint = _pick(options, accelerate_files)
     output = options.output or Path(f"accelerate_step_{checkpoint.manifest.step:07d}")
     done = export_accelerate(checkpoint, output, fsdp2=options.fsdp2, force=options.force)
     print(
@@ -207,6 +212,10 @@ def _export_accelerate(options: argparse.Namespace) -> int:
         f" {'under FSDP2 (FULL_STATE_DICT)' if options.fsdp2 else 'in one process or under DDP'}"
     )
     return 0
+
+
+def _pick(options: argparse.Namespace, select: Select) -> Checkpoint:
+    return pick(options.dir, options.step, select, logging.getLogger("trainloop"), options.best)
 
 
 def _prune(options: argparse.Namespace) -> int:

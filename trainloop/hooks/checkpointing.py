@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..account.keeper import Account
 from ..checkpoint import CheckpointStore, RetentionPolicy
+from ..checkpoint.best import parse_best
 from ..checkpoint.format.layout import step_name
 from ..checkpoint.retention import policies_of
 from ..errors import CheckpointError, check_int, check_interval, describe
@@ -43,10 +44,10 @@ class CheckpointingHook(CheckpointerHook):
         keep_interval: Steps that are multiples of it stay. 0: none.
         path: Folder, relative to the trainer's `workspace`.
         load: "latest": resume from the newest healthy one, of all `CheckpointingHook`s of the run that look for it;
-            start fresh only if there is none at all; a step; a path; None: start fresh. A path may also be of what
-            another tool has saved (`accelerator.save_state` or `save_model`, the trainer's origin, a file of weights):
-            what can be taken from it is, and the log says what cannot. These are mostly pickles; they are read with
-            `weights_only=True`, and only if named here.
+            start fresh only if there is none at all; "best:val/loss" or "best:val/accuracy:max": the one in this hook's
+            folder with the best value of a metric, at every start again; a step; a path; None: start fresh. A path may
+            be of what another tool has saved (`accelerator.save_state` or `save_model`, the trainer's origin, weights):
+            the log says what cannot be taken from it. Pickles are read with `weights_only=True`.
         exit_signals: Signals, by number or name, at which all ranks save after the same step and exit.
         exit_code: Of that exit; "128+signal" follows the shell.
         exit_wait: Seconds to wait before that exit.
@@ -61,8 +62,7 @@ class CheckpointingHook(CheckpointerHook):
             decay and whatever else the optimizer's groups hold. "lr_scheduler": the schedule, moved to the run's step.
             "optimizer": both, with a fresh optimizer state. "data": the data begins at its first epoch. "stop": a run
             that was stopped goes on. By default the checkpoint wins, and a table in the log shows what differs. A name
-            applies once: when it is new, or when its settings have changed again. So the same command can be killed
-            and started again.
+            applies once: when it is new, or when its settings have changed again. So the command can be repeated.
         ledger: Record the bits of each step in the workspace, and compare the steps that a resumed run does again.
         trainable_only: Leave out the frozen parameters, which `build_model` must give again. The manifest has their
             names, shapes and fingerprints, and a resume raises if `build_model` gives others. Buffers are saved, and so
@@ -103,7 +103,7 @@ class CheckpointingHook(CheckpointerHook):
         ):
             check_int(name, value, lowest)
         if isinstance(load, bool) or not (load is None or isinstance(load, str | int | Path)):
-            raise TypeError(f'`load` must be "latest", a step, a path or None, but is {describe(load)}.')
+            raise TypeError(f'`load` must be "latest", "best:METRIC", a step, a path or None, but is {describe(load)}.')
         if exit_code != "128+signal" and (isinstance(exit_code, bool) or not isinstance(exit_code, int)):
             raise TypeError(f'`exit_code` must be an integer or "128+signal", but is {describe(exit_code)}.')
         if save_every is not None and (not isinstance(save_every, timedelta) or save_every <= timedelta(0)):
@@ -114,7 +114,7 @@ class CheckpointingHook(CheckpointerHook):
         self.interval = interval
         self.path = parse_path("path", path)
         self.needs_workspace = not self.path.is_absolute()
-        if load is not None and load != "latest" and not isinstance(load, int):
+        if load is not None and load != "latest" and not isinstance(load, int) and parse_best(load) is None:
             load = parse_absolute_path("load", load)
         self.load = load
         self.exit_signals = parse_signals("exit_signals", exit_signals)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,30 @@ def adopt(trainer: BaseTrainer, path: Path) -> dict[str, Any]:
         f"{path}: not taken from it: {'; '.join(notes)}. The data begins at its first epoch.{plan.cast}"
     )
     return {"model": live, **foreign.hooks, **averages}
+
+
+def adopt_weights(trainer: BaseTrainer, path: Path, average: str | None) -> None:
+    """Load the weights of a foreign checkpoint, or an average of them, into the model. Call on every rank.
+
+    Raises:
+        CheckpointError: On every rank. It cannot be read, or is not of this model, and nothing was changed.
+    """
+    live, ranks, plans = trainer.live_model_state(), Ranks(), []
+
+    def plan() -> None:
+        foreign = open_foreign(path)
+        if average is not None and average not in foreign.weights:
+            averages = ", ".join(group for group in foreign.weights if group != "model") or "none"
+            raise CheckpointError(f"{path} has no average {average!r}. Its averages: {averages}")
+        described = foreign.weights["model"].described()
+        _check_weights(path, described, _clean_names(described, live), live)
+        for source in [foreign.weights[group] for group in ("model", average) if group is not None]:
+            names = _clean_names(source.described(), live)
+            plans.append((source, {key: live[name] for key, name in names.items() if name in live}))
+
+    ranks.do(plan, _nothing, f"{path} cannot be imported")
+    for source, targets in plans:
+        ranks.do(partial(source.read_into, targets), _nothing, f"{path} cannot be imported")
 
 
 # ---------------------------------------------------------------------- what goes where

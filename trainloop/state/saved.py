@@ -116,7 +116,7 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
             params[name], shape, dtype, on_host=on_host
         )
     optimizer["state"] = state
-    _read_model(trainer, checkpoint, training_state.get("changed_buffers", {}))
+    read_model(trainer, checkpoint, training_state.get("changed_buffers", {}))
     checkpoint.read_into("optim", optim)
     for group_name, tensors in checkpoint.manifest.tensors.items():
         if group_name in ("model", "optim"):
@@ -137,8 +137,17 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
     return state_dict
 
 
-def _read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str, Any]) -> None:
-    """Read the weights in place, or into memory that the modules take them from."""
+def read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str, Any]) -> None:
+    """Read the weights in place, or into memory that the modules take them from.
+
+    Args:
+        trainer: The trainer; it is built.
+        checkpoint: One of this model.
+        changed: What `changed_forms` gave when it was saved.
+
+    Raises:
+        CheckpointError: The checkpoint is not of this model; nothing was changed.
+    """
     model, described = trainer.unwrapped_model, checkpoint.tensors("model")
     live = trainer.live_model_state()
     made = made_entries(model, live)

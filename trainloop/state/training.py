@@ -95,6 +95,7 @@ def load_whole_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
     set_model_state_dict(trainer.model, {**extra_state(model), **saved}, options=trainer.state_dict_options)
     for hook in trainer.hooks:
         hook.on_load_state_dict(trainer, state_dict)
+    trainer._weights_from = ""
     if is_running:
         start_data(trainer)
 
@@ -189,6 +190,12 @@ def restore_run(trainer: BaseTrainer) -> None:
     The trainer's state comes back before any hook hears of the run, and a hook's own state right after it has.
     """
     trainer.peers.enter("restoring the run")
+    if trainer._weights_from:
+        raise RuntimeError(
+            f"`load_weights` has loaded {trainer._weights_from}, without the optimizer's state and the position in the"
+            " data, so the run cannot train. To train from a checkpoint, make a new trainer and name the checkpoint in"
+            " `CheckpointingHook(load=...)`."
+        )
     state_dict = None
     if not trainer._is_restored:
         if trainer.checkpointers and not trainer.settings:  # of a `train` that failed here: what was asked for

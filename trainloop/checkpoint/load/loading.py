@@ -10,8 +10,9 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..agreement import Ranks
+from ..best import Best, choose_best
 from ..format.catalog import Catalog, Entry, check_own, is_there, read_manifest_text
-from ..format.layout import LATEST, Manifest, NewerFormatError, parse_manifest
+from ..format.layout import LATEST, Manifest, NewerFormatError, parse_manifest, step_name
 from ..format.verification import Verify, find_problems
 from ..sharding import split_by_bytes
 from .reader import Checkpoint, RemovedError
@@ -47,6 +48,48 @@ def find_explicit(catalog: Catalog, which: int | str | Path, verify: Verify) -> 
                 f"{folder} is damaged: {tried.problem}. It was asked for by name, so no other is loaded."
             )
     raise RemovedError(f"{folder} was removed or saved again while it was verified, by its run. Try again.")
+
+
+def find_best(catalog: Catalog, best: Best, verify: Verify, logger: logging.Logger) -> Found:
+    """The checkpoint with the best value of a metric. Call on every rank.
+
+    Raises:
+        RemovedError: The run removes its checkpoints faster than they can be verified.
+        CheckpointError: No checkpoint has the metric, or the best one is damaged. No other is loaded then.
+    """
+    ranks = Ranks()
+    for _ in range(_PATIENCE):
+        folder, reason = ranks.do(
+            _nothing, lambda _: locate_best(catalog, best, logger), "Cannot load the best checkpoint"
+        )
+        tried = _try(folder, verify, ranks)
+        if tried.manifest is not None:
+            if ranks.rank == 0:
+                logger.info(f"{folder} is the best checkpoint: {reason}.")
+            return Found(Checkpoint(folder, tried.manifest))
+        if not tried.is_gone:
+            raise CheckpointError(
+                f"{folder} is the best checkpoint ({reason}), but it is damaged: {tried.problem}. No other is loaded in"
+                " its place. Name another one by its step."
+            )
+    raise RemovedError(f"{catalog.root} loses its checkpoints to its run faster than they can be verified.")
+
+
+def locate_best(catalog: Catalog, best: Best, logger: logging.Logger) -> tuple[Path, str]:
+    """Folder of the best checkpoint by what the manifests say, and why it is the best. Call on rank 0.
+
+    Raises:
+        CheckpointError: No checkpoint has the metric.
+    """
+    entries = catalog.entries()
+    info, reason = choose_best(catalog.root, [entry.info for entry in entries if entry.info is not None], best)
+    unreadable = {entry.folder: entry.problem for entry in entries if entry.info is None}
+    if unreadable:
+        logger.warning(
+            f"{catalog.root}: whether one of these is better cannot be told, since they are damaged:"
+            f" {list_damaged(unreadable)}."
+        )
+    return catalog.root / step_name(info.step), reason
 
 
 def is_link_to_latest(which: int | str | Path) -> bool:

@@ -6,15 +6,16 @@ import logging
 from pathlib import Path
 
 from ...errors import CheckpointError
+from ..best import Best
 from ..format.catalog import Catalog
-from ..load.loading import list_damaged, tell_choice
+from ..load.loading import list_damaged, locate_best, tell_choice
 from ..load.reader import Checkpoint
 from .survey import Select, is_one_checkpoint, look_into
 
 _PATIENCE = 3  # how often a run may remove what is just being verified
 
 
-def pick(path: Path, step: int | None, select: Select, logger: logging.Logger) -> Checkpoint:
+def pick(path: Path, step: int | None, select: Select, logger: logging.Logger, best: Best | None = None) -> Checkpoint:
     """Find a checkpoint and verify the files that are needed of it, every byte.
 
     Args:
@@ -22,11 +23,19 @@ def pick(path: Path, step: int | None, select: Select, logger: logging.Logger) -
         step: None: the newest healthy one whose files are whole; if none is healthy, the newest.
         select: The files that are needed.
         logger: Hears what the user may not expect of the choice.
+        best: Asks for the one with the best value of a metric.
 
     Raises:
         CheckpointError: There is none, or the one that was asked for is damaged.
+        ValueError: Both a step and the best one are asked for, or the best one of a single checkpoint.
     """
     catalog = Catalog(path)
+    if best is not None:
+        if step is not None or is_one_checkpoint(path):
+            raise ValueError("--best chooses among the checkpoints of a folder: give the folder, and no --step")
+        folder, reason = locate_best(catalog, best, logger)
+        logger.info(f"{folder} is the best checkpoint: {reason}.")
+        path = folder
     if step is not None or is_one_checkpoint(path):
         folder = catalog.explicit(path.resolve() if step is None else step)  # the link `latest` may move meanwhile
         seen = look_into(folder, "full", select)

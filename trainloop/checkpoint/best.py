@@ -1,0 +1,97 @@
+"""The checkpoint with the best value of a metric, as `load="best:val/loss"` names it. Pure functions over manifests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from ..errors import CheckpointError
+from .format.layout import ManifestInfo
+from .retention import BestK, read_policies
+
+Mode: TypeAlias = Literal["min", "max"]
+
+_PREFIX = "best"
+
+
+@dataclass(frozen=True)
+class Best:
+    """Asks for the checkpoint with the best value of a metric."""
+
+    metric: str | None = None
+    """As it was logged, "val/loss". None: the metric of the run's only `BestK`."""
+    mode: Mode | None = None
+    """Whether the least or the greatest is the best. None: as the run's `BestK` of the metric says, else "min"."""
+
+    @classmethod
+    def parse(cls, metric: str) -> Best:
+        """From "val/loss" or "val/accuracy:max".
+
+        Raises:
+            ValueError: There is no name of a metric.
+        """
+        name, _, end = metric.rpartition(":")
+        modes: dict[str, Mode] = {mode: mode for mode in get_args(Mode)}
+        best = cls(name, modes[end]) if end in modes and name else cls(metric)
+        if not best.metric or best.metric in (":min", ":max"):
+            raise ValueError(
+                f'The best checkpoint is named as "val/loss" or "val/accuracy:max", but here as {metric!r}.'
+            )
+        return best
+
+
+def parse_best(which: Any) -> Best | None:
+    """What `"best"`, `"best:val/loss"` or `"best:val/accuracy:max"` asks for. None: `which` is none of these.
+
+    Raises:
+        ValueError: No metric follows "best:".
+    """
+    if which == _PREFIX:
+        return Best()
+    if isinstance(which, str) and which.startswith(f"{_PREFIX}:"):
+        return Best.parse(which.removeprefix(f"{_PREFIX}:"))
+    return None
+
+
+def choose_best(root: Path, infos: Sequence[ManifestInfo], best: Best) -> tuple[ManifestInfo, str]:
+    """The checkpoint that is asked for, and the reason, as a part of a sentence.
+
+    A checkpoint whose parameters are not all finite is chosen only if no other one has the metric. Of equal values the
+    earlier commit is the best, as for `BestK`.
+
+    Args:
+        root: The folder, for the messages.
+        infos: Of its checkpoints, from the oldest commit to the newest.
+        best: What is asked for.
+
+    Raises:
+        CheckpointError: No checkpoint has the metric, or none is named.
+    """
+    policies = [policy for info in reversed(infos) for policy in read_policies(info.retention or ())[0]]
+    own = [policy for policy in policies if isinstance(policy, BestK)]
+    metric = best.metric if best.metric is not None else _only_metric(root, own)
+    mode = best.mode or next((policy.mode for policy in own if policy.metric == metric), "min")
+    having = [info for info in infos if not math.isnan(info.metrics.get(metric, math.nan))]
+    if not having:
+        logged = ", ".join(sorted({name for info in infos for name in info.metrics})) or "none"
+        raise CheckpointError(
+            f"{root} has no checkpoint with the metric {metric!r}. It has {len(infos)} checkpoints, with the metrics:"
+            f" {logged}"
+        )
+    sign = 1 if mode == "min" else -1
+    chosen = min(having, key=lambda info: (not info.health, sign * info.metrics[metric], info.seq))
+    rank = "least" if mode == "min" else "greatest"
+    return chosen, f"its {metric} of {chosen.metrics[metric]:.6g} is the {rank} of {len(having)} checkpoints"
+
+
+def _only_metric(root: Path, policies: Sequence[BestK]) -> str:
+    metrics = sorted({policy.metric for policy in policies})
+    if len(metrics) != 1:
+        found = f"its run kept checkpoints by {' and '.join(metrics)}" if metrics else "its run had no `BestK`"
+        raise CheckpointError(
+            f'"best" does not say which checkpoint of {root} it is: {found}. Name it: "best:val/loss"'
+        )
+    return metrics[0]
