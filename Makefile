@@ -12,7 +12,7 @@ install: .venv/.installed  ## Create .venv and install the package with everythi
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,trackers,transformers,wandb]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev,examples,trackers,transformers,wandb]'
 	@touch $@
 
 demo: install  ## Train on handwritten digits under `accelerate launch`: one process, then two

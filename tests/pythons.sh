@@ -22,7 +22,7 @@ find_python() {  # of minor version $1: the one on PATH, else one of pyenv's
 check() {  # the Python of the environment $1
     if ! [ "$1/.installed" -nt pyproject.toml ] || ! [ "$1/.installed" -nt constraints.txt ]; then
         "$1/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt \
-            -e '.[dev,examples,trackers,transformers,wandb]' || return
+            -e '.[data,dev,examples,trackers,transformers,wandb]' || return
         touch "$1/.installed"
     fi
     PYTHON="$1/bin/python" sh tests/check_wheel.sh || return

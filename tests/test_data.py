@@ -266,8 +266,9 @@ def test_a_list_of_batches_is_dealt_to_the_ranks() -> None:
     assert draw(a, 2) == [0, 2], "it goes on where it stood"
 
 
-def test_any_other_iterable_is_each_ranks_own() -> None:
-    """A generator goes on, an object that can be iterated again is, once it ends."""
+def test_any_other_iterable_is_read_in_order() -> None:
+    """A generator goes on, an object that can be iterated again is, once it ends. Several ranks share the batches."""
+    assert [draw(feed, 2) for feed in feeds(lambda: (i for i in range(5)), world_size=2)] == [[0, 2], [1, 3]]
     assert draw(feeds(lambda: (i for i in range(5)))[0], 4) == [0, 1, 2, 3]
     (feed,) = feeds(lambda: {3: "c", 5: "e"}.keys())
     assert draw(feed, 5) == [3, 5, 3, 5, 3]

@@ -5,10 +5,12 @@ The ranks are feeds in one process. Each has random generators of its own, as th
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,13 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from trainloop import DataReplayWarning
-from trainloop.data import per_rank
+from trainloop import DataReplayWarning, RedundantReadWarning
+from trainloop.data import per_rank, read_cost
 from trainloop.data.feed import DataFeed
 from trainloop.data.order import Order
 from trainloop.rng import derived_seed, lent_rng
 
+from . import streams
 from .small import SmallTrainer
 
 CPU = torch.device("cpu")
@@ -204,8 +207,25 @@ KINDS: dict[str, Callable[[int, int, int], Any]] = {
     "stream of global generators": stream(lambda: Stream(shuffled_by_all)),
     "stream with set_epoch": stream(EpochStream),
     "stream with a state": stream(StatefulStream),
+    "stream with a state in its iterator": stream(streams.WithStatefulIterator),
+    "stream in a stateful loader": lambda rank, world_size, num_workers: streams.stateful_loader(
+        StatefulStream(), num_workers
+    ),
+    "Hugging Face, rows": streams.hugging_face(lambda table: table, shuffle=True),
+    "Hugging Face, torch's format": streams.hugging_face(lambda table: table.with_format("torch"), shuffle=True),
+    "Hugging Face, a transform": streams.hugging_face(
+        lambda table: table.with_transform(streams.add_noise), shuffle=True
+    ),
+    "Hugging Face, stream of 7 shards": streams.hugging_face(lambda table: table.to_iterable_dataset(num_shards=7)),
+    "bare iterable of batches": lambda rank, world_size, num_workers: streams.Batches(),
 }
-IN_ORDER = {"in order", "stream"}
+IN_ORDER = {"in order", "stream", "stream with a state in its iterator", "bare iterable of batches"}
+SHARES: dict[str, Callable[[int, int, int], Any]] = {
+    "sharded stream": stream(streams.Sharded),
+    "sharded stream with a state": stream(streams.ShardedWithState),
+    "Hugging Face, stream of 6 shards": streams.hugging_face(lambda table: table.to_iterable_dataset(num_shards=6)),
+}
+"""Each rank reads its share."""
 
 
 def seed_differently(*parts: Any) -> None:
@@ -231,7 +251,7 @@ class Ranks:
             seed_differently(rank, feed.position)
             with feed:
                 feed.start()
-                drawn.append([next(feed).tolist() for _ in range(count)])
+                drawn.append([streams.numbers_of(next(feed)) for _ in range(count)])
         assert len({feed.checksum for feed in self.feeds}) == 1
         return drawn
 
@@ -252,16 +272,29 @@ def epochs(numbers: list[int]) -> list[list[int]]:
     return [numbers[i : i + N] for i in range(0, len(numbers) - N + 1, N)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore::trainloop.DataReplayWarning")
+def cases(kinds: Iterable[str]) -> list[Any]:
+    """Each kind at 1, 2 and 3 ranks, with 0 and 2 workers. Of the newest kinds, those that start many processes are
+    slow.
+    """
+    found = []
+    for kind, world_size, num_workers in itertools.product(kinds, [1, 2, 3], [0, 2]):
+        if num_workers and "bare" in kind:
+            continue
+        is_newest = "Hugging" in kind or "shard" in kind or "iterator" in kind or "loader" in kind
+        is_slow = is_newest and num_workers > 0 and world_size != (3 if "7" in kind else 2)
+        found.append(pytest.param(kind, world_size, num_workers, marks=[pytest.mark.slow] * is_slow))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "world_size", "num_workers"), cases(KINDS))
+@pytest.mark.filterwarnings("ignore::trainloop.DataReplayWarning", "ignore::trainloop.RedundantReadWarning")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata, with a new torch
 def test_each_sample_is_seen_once_an_epoch(kind: str, world_size: int, num_workers: int) -> None:
     """Over three epochs, by all ranks together, whatever the ranks' own generators draw. A run that is killed in the
     middle of an epoch goes on with the same batches, and at another number of ranks with the samples that are left.
     """
     make = KINDS[kind]
-    per_step = BATCH if "batch sampler" not in kind else 2.5
+    per_step = 2.5 if "batch sampler" in kind or "bare" in kind else BATCH
     count = -(-int(3 * N / per_step + 4) // world_size)
     ranks = Ranks(make, world_size, num_workers)
     whole = ranks.draw(count)
@@ -284,6 +317,39 @@ def test_each_sample_is_seen_once_an_epoch(kind: str, world_size: int, num_worke
         goes_on = samples(other.draw(int(2 * N / per_step) // other_size))
         both = epochs(samples(seen) + goes_on)
         assert [sorted(epoch) for epoch in both] == [list(range(N))] * len(both), killed_at
+
+
+@pytest.mark.parametrize(("kind", "world_size", "num_workers"), cases(SHARES))
+@pytest.mark.filterwarnings("ignore::trainloop.DataReplayWarning")
+def test_each_rank_reads_its_share_once_an_epoch(kind: str, world_size: int, num_workers: int) -> None:
+    """Over three epochs, and all shares together are the data. A run that is killed in the middle of an epoch goes on
+    with the same batches. At another number of ranks it is told that it can't, and with how many samples.
+    """
+    make, count = SHARES[kind], -(-3 * N // world_size // BATCH) + 1
+    whole = Ranks(make, world_size, num_workers).draw(count)
+    of_rank = [list(itertools.chain(*batches)) for batches in whole]
+    size = N // world_size
+    for epoch in range(3):
+        shares = [own[epoch * size : (epoch + 1) * size] for own in of_rank]
+        assert sorted(itertools.chain(*shares)) == list(range(N)), epoch
+    if "Hugging" in kind:
+        assert of_rank[0][:size] != of_rank[0][size : 2 * size], "the files are read in another order"
+
+    for killed_at in (count // 3, count // 2 + 1)[: 1 if num_workers else 2]:
+        first, again = Ranks(make, world_size, num_workers), Ranks(make, world_size, num_workers)
+        seen = first.draw(killed_at)
+        again.resume(first)
+        streams.reads.clear()
+        rest = again.draw(count - killed_at)
+        assert [a + b for a, b in zip(seen, rest, strict=True)] == whole, killed_at
+        if kind == "sharded stream with a state" and not num_workers:
+            assert len(streams.reads) == len(list(itertools.chain(*itertools.chain(*rest)))), "nothing is read again"
+    other = Ranks(make, world_size % 3 + 1, num_workers)
+    num_seen = first.feeds[0].state_dict()["position"] * world_size
+    with pytest.warns(DataReplayWarning, match=f"saved by {world_size} processes; .* up to {num_seen} samples"):
+        other.resume(first)
+    assert {feed.state_dict()["position"] for feed in other.feeds} == {num_seen // len(other.feeds)}
+    other.draw(2)
 
 
 # ---------------------------------------------------------------------- another sampler, loader or number of workers
@@ -529,6 +595,204 @@ def test_a_permutation_is_that_of_torchs_sampler(num_samples: int | None) -> Non
     assert isinstance(order._items, torch.Tensor)
 
 
+# ---------------------------------------------------------------------- what a stream costs and loses
+
+
+class CountedStream(Stream):
+    def __iter__(self) -> Iterator[int]:
+        for number in super().__iter__():
+            streams.reads.append(number)
+            yield number
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [(streams.Sharded, 12), (streams.ShardedWithState, 12), (CountedStream, 24)]
+)
+def test_a_rank_that_has_a_share_reads_nothing_else(make: Callable[[], Any], expected: int) -> None:
+    """Three batches of 4 at two ranks. Without a share, every rank reads those of the other one too."""
+    (feed, _) = Ranks(stream(make), 2).feeds
+    streams.reads.clear()
+    with feed:
+        feed.start()
+        for _ in range(3):
+            next(feed)
+    assert len(streams.reads) == expected
+
+
+def test_another_method_named_shard_is_not_called() -> None:
+    """Only one that takes `rank` and `world_size`. What it returns must be a data set."""
+
+    class Other(Stream):
+        def shard(self, num_shards: int, index: int) -> Any:
+            raise AssertionError
+
+    class Wrong(Stream):
+        def shard(self, rank: int, world_size: int) -> int:
+            return rank
+
+    assert sorted(samples(Ranks(stream(Other), 2).draw(3))) == list(range(24))
+    with pytest.raises(TypeError, match=r"`Wrong\.shard` must return an iterable data set or None, but returned int"):
+        Ranks(stream(Wrong), 2)
+
+
+class Clock:
+    """Time passes only where a test says so."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("step_seconds", "share"), [(9, r"5\.0%"), (999, None)])
+def test_reading_everything_is_told_where_it_costs_time(
+    monkeypatch: pytest.MonkeyPatch, step_seconds: float, share: str | None
+) -> None:
+    """A batch takes a second to read, half of it for the other rank. Below 1 % of a step nothing is said."""
+    clock = Clock()
+    monkeypatch.setattr(read_cost, "time", clock)
+
+    class Slow(Stream):
+        def __iter__(self) -> Iterator[int]:
+            for number in super().__iter__():
+                clock.now += 1 / (2 * BATCH)
+                yield number
+
+    feed, other = Ranks(stream(lambda: Slow(n=400)), 2).feeds
+    found = []
+    for own in (feed, other):
+        with own, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            own.start()
+            for _ in range(45):
+                next(own)
+                clock.now += step_seconds
+        found.append([str(warning.message) for warning in caught if warning.category is RedundantReadWarning])
+    assert found[1] == [], "rank 0 says it"
+    assert len(found[0]) == (share is not None)
+    if share is not None:
+        assert re.search(f"takes {share} of the time of a step here. Give the data set `shard", found[0][0])
+
+
+def test_more_ranks_than_shards_are_told_with_their_cost() -> None:
+    """Hugging Face: 2 ranks can't share 7 files, so both read all of them."""
+    feed, _ = Ranks(KINDS["Hugging Face, stream of 7 shards"], 2).feeds
+    with pytest.warns(RedundantReadWarning, match="% of the time of a step .* has 7 shards, and 2 processes can't"):
+        drain(feed, 60)
+
+
+def drain(feed: DataFeed, count: int) -> list[Any]:
+    with feed:
+        feed.start()
+        return [next(feed) for _ in range(count)]
+
+
+def shuffled(**options: Any) -> Callable[[int, int, int], Any]:
+    return lambda rank, world_size, num_workers: DataLoader(
+        streams.hugging_face_table().to_iterable_dataset(num_shards=6).shuffle(**options),
+        batch_size=3,
+        num_workers=num_workers,
+    )
+
+
+def test_what_a_state_does_not_contain_is_told() -> None:
+    """Hugging Face's shuffle buffer: the resume says how many samples are lost. Without a buffer it is exact."""
+    first, again = Ranks(shuffled(seed=1, buffer_size=4), 2), Ranks(shuffled(seed=1, buffer_size=4), 2)
+    first.draw(3)
+    with pytest.warns(DataReplayWarning, match="its shuffle buffer of 4 samples.* up to 4 samples of each reader"):
+        again.resume(first)
+    again.draw(1)
+
+    make = shuffled(seed=1, buffer_size=1)
+    whole, first, again = Ranks(make, 2).draw(9), Ranks(make, 2), Ranks(make, 2)
+    seen = first.draw(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataReplayWarning)
+        again.resume(first)
+        assert [a + b for a, b in zip(seen, again.draw(6), strict=True)] == whole
+
+
+def test_a_state_that_hugging_face_cannot_load_is_not_used() -> None:
+    """Of a shuffled stream in workers. The samples are drawn again, buffer and all."""
+    make = shuffled(seed=1, buffer_size=4)
+    whole, first, again = Ranks(make, 2, 2).draw(7), Ranks(make, 2, 2), Ranks(make, 2, 2)
+    seen = first.draw(3)
+    again.resume(first)
+    with pytest.warns(
+        DataReplayWarning, match="so the 9 samples that this run has already seen of the epoch are drawn"
+    ):
+        assert [a + b for a, b in zip(seen, again.draw(4), strict=True)] == whole
+
+
+def test_a_shuffle_without_a_seed_is_refused_at_the_resume() -> None:
+    """It shuffles in another way in every process. The ranks of a run compare it too."""
+    first, again = Ranks(shuffled(), 1), Ranks(shuffled(), 1)
+    first.draw(3)
+    with pytest.raises(ValueError, match=r"shuffled in another way than in the saved run.* `dataset\.shuffle\(seed="):
+        again.resume(first)
+
+
+def test_data_that_the_script_has_split_is_not_split_again() -> None:
+    """`split_dataset_by_node` without `per_rank`: the ranks read different samples of one place, which is refused."""
+
+    def make(rank: int, world_size: int, num_workers: int) -> Any:
+        table = streams.hugging_face_table().to_iterable_dataset(num_shards=6)
+        split = importlib.import_module("datasets.distributed").split_dataset_by_node(table, rank, world_size)
+        return DataLoader(split, batch_size=BATCH, num_workers=num_workers)
+
+    feeds = Ranks(make, 2).feeds
+    for feed in feeds:
+        with feed:
+            feed.start()
+            next(feed)
+    assert feeds[0].checksum != feeds[1].checksum
+
+
+@pytest.mark.filterwarnings("ignore::trainloop.DataReplayWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_little_data_goes_on_inside_its_last_batch(num_workers: int) -> None:
+    """Kill after each of the batches of epochs that are shorter than a batch or two."""
+
+    class Little(StatefulStream):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n = 7
+
+    def make(rank: int, world_size: int, num_workers: int) -> Any:
+        return DataLoader(Little(), batch_size=batch_size, num_workers=num_workers)
+
+    for batch_size, kill_points in [(3, [2])] if num_workers else [(3, range(1, 8)), (9, [2])]:
+        whole = Ranks(make, 2, num_workers).draw(8)
+        for killed_at in kill_points:
+            first, again = Ranks(make, 2, num_workers), Ranks(make, 2, num_workers)
+            seen = first.draw(killed_at)
+            again.resume(first)
+            rest = again.draw(8 - killed_at)
+            assert [a + b for a, b in zip(seen, rest, strict=True)] == whole, (batch_size, killed_at)
+
+
+def test_a_position_is_kept_if_a_run_is_saved_before_it_draws() -> None:
+    """A resumed run that saves before its first step, as a hook may ask."""
+    first = Ranks(KINDS["stream with a state"], 1)
+    seen = samples(first.draw(3))
+    second, third = Ranks(KINDS["stream with a state"], 1), Ranks(KINDS["stream with a state"], 1)
+    second.resume(first)
+    with second.feeds[0] as feed:
+        feed.start()
+        third.resume(second)
+    assert sorted(seen + samples(third.draw(4)))[:28] == sorted(set(seen + samples(first.draw(4))))
+
+
+def test_a_position_of_a_bare_iterable_of_an_older_version_is_understood() -> None:
+    """Trainloop 0.1.0 took it for each rank's own."""
+    (feed,) = Ranks(KINDS["bare iterable of batches"], 1).feeds
+    state = {"kind": "IterableSource", "epoch": 1, "position": 2, "world_size": 1}
+    feed.load_state_dict(state, {"epoch": 1, "position": 2, "iterable": None, "epoch_rng": None})
+    with pytest.warns(DataReplayWarning, match="the 2 batches"):
+        (batch,) = drain(feed, 1)
+    assert batch.tolist() == [6, 7, 8]
+
+
 # ---------------------------------------------------------------------- torchdata
 
 
@@ -552,14 +816,11 @@ def test_a_stateful_loader_of_map_style_data_is_taken_for_a_plain_one(num_worker
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata, with a new torch
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stateful_loader_of_a_stream_is_each_ranks_own(num_workers: int) -> None:
-    """torchdata's: refused at several ranks without `per_rank`; with it, the resume asks for its state."""
+    """torchdata's, with `per_rank`: the resume asks for its state, that of its workers included."""
     torchdata = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
 
     def plain(rank: int, world_size: int, num_workers: int) -> Any:
         return torchdata.StatefulDataLoader(Stream(), BATCH, num_workers=num_workers)
-
-    with pytest.raises(ValueError, match=r"return `trainloop\.data\.per_rank\(loader\)`"):
-        Ranks(plain, 2, num_workers)
 
     def own(*args: int) -> Any:
         return per_rank(plain(*args))

@@ -57,6 +57,13 @@ def test_data_that_is_the_same_on_all_ranks_is_sharded(results: dict[str, list[A
         assert (own["evaluated"]["count"], own["evaluated"]["sum"]) == (N, sum(range(N)))
 
 
+def test_files_that_the_ranks_shuffle_in_different_ways_are_refused(results: dict[str, list[Any]]) -> None:
+    """Their shares would overlap. The error says how to give all ranks the same seed."""
+    for own in results["unseeded"]:
+        assert own.startswith("RankDisagreementError: The ranks shuffle the data set in different ways")
+        assert "`dataset.shuffle(seed=…)`" in own
+
+
 def test_a_metric_that_is_called_counts_nothing_in_a_padded_round(results: dict[str, list[Any]]) -> None:
     """5 batches at 2 and 3 ranks: the call gives a value, and the metric stays as it was."""
     world_size = len(results["padded"])

@@ -6,6 +6,7 @@ from .errors import (
     LossNoneWarning,
     NonFiniteGradientError,
     RankDisagreementError,
+    RedundantReadWarning,
     TrainingError,
     TrainloopWarning,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "ProgressHook",
     "RankDisagreementError",
     "Records",
+    "RedundantReadWarning",
     "StepInfo",
     "ThroughputHook",
     "TrackerHook",

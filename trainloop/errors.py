@@ -9,7 +9,8 @@ RuntimeError
 UserWarning
 └── TrainloopWarning              every warning of ours, so that one filter reaches them all
     ├── LossNoneWarning           `forward` returned no loss in a distributed run
-    └── DataReplayWarning         a resume has to draw the batches again that the run has already seen
+    ├── DataReplayWarning         a resume has to draw the batches again that the run has already seen
+    └── RedundantReadWarning      every rank reads all of the data, and that takes time
 ```
 
 What a caller passed wrongly is a plain `ValueError` or `TypeError` that names the argument.
@@ -86,3 +87,7 @@ class LossNoneWarning(TrainloopWarning):
 
 class DataReplayWarning(TrainloopWarning):
     """The data cannot jump to a position, so a resumed run draws the batches again that it has already seen."""
+
+
+class RedundantReadWarning(TrainloopWarning):
+    """Every rank reads all samples of a stream and uses a part of them, and that takes more than 1 % of a step."""

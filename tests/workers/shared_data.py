@@ -68,6 +68,32 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         return iter(random.sample(self.numbers, len(self.numbers)) if self.shuffles else self.numbers)
 
 
+class Sharded(Stream):
+    """Gives each rank its share, by the protocol."""
+
+    def shard(self, rank: int, world_size: int) -> Stream:
+        return Stream(rank, world_size)
+
+
+class Batches:
+    """A bare iterable."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.batches = torch.arange(N).split(BATCH)[rank::world_size]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def table(num_shards: int, *rank: int) -> Any:
+    """A stream of Hugging Face, split for a rank or not."""
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+
+    numbers = datasets.Dataset.from_dict({"number": list(range(N))}).to_iterable_dataset(num_shards=num_shards)
+    return split_dataset_by_node(numbers, *rank) if rank else numbers
+
+
 def make_loaders(rank: int, world_size: int) -> dict[str, tuple[Any, bool]]:
     """Loaders by name, and whether each shards itself."""
     numbers = Numbers()
@@ -80,10 +106,16 @@ def make_loaders(rank: int, world_size: int) -> dict[str, tuple[Any, bool]]:
         "subset_in_workers": (DataLoader(Subset(numbers, range(rank, N, world_size)), BATCH, num_workers=2), True),
         "stream": (DataLoader(Stream(rank, world_size), BATCH), True),
         "stream_in_workers": (DataLoader(Stream(rank, world_size), BATCH, num_workers=1), True),
+        "bare_iterable": (Batches(rank, world_size), True),
+        "split_by_node": (DataLoader(table(6, rank, world_size), BATCH), True),
         "list": (list(torch.arange(N).split(BATCH))[rank::world_size], True),
         "plain": (DataLoader(numbers, BATCH, shuffle=True), False),
         "own_noise": (DataLoader(Flipped(), BATCH, shuffle=True), False),
         "shuffled_stream": (DataLoader(Stream(shuffles=True), BATCH), False),
+        "same_bare_iterable": (Batches(), False),
+        "sharded": (DataLoader(Sharded(), BATCH), False),
+        "shared_by_files": (DataLoader(table(6), BATCH), False),
+        "too_few_files": (DataLoader(table(5), BATCH), False),
     }
 
 
@@ -162,6 +194,9 @@ def main() -> None:
             error = told(trainer.train)
             evaluated = told(partial(first.evaluate, data, reduce={"count": "sum", "sum": "sum"}))
             results[name + suffix] = {"seen": trainer.seen, "error": error, "evaluated": evaluated}
+    unseeded = Trainer(1, seed=1)
+    unseeded.loader = DataLoader(table(6).shuffle(), BATCH)
+    results["unseeded"] = told(unseeded.train)
     # 5 batches: at 2 and 3 ranks the last round has batches that do not count.
     results["padded"] = told(lambda: first.evaluate(list(torch.arange(20).split(4)), reduce={"count": "sum"}))
     uneven = per_rank([torch.arange(4)] * (rank + 1))

@@ -8,7 +8,8 @@ which a checkpoint keeps.
 from .bad_samples import SkipBadSamples
 from .mixture import Mixture
 from .per_rank import per_rank
+from .shares import Shardable
 from .token_files import write_tokens
 from .tokens import TokenDataset
 
-__all__ = ["Mixture", "SkipBadSamples", "TokenDataset", "per_rank", "write_tokens"]
+__all__ = ["Mixture", "Shardable", "SkipBadSamples", "TokenDataset", "per_rank", "write_tokens"]

@@ -23,7 +23,14 @@ from .bad_samples import BadSampleCount
 from .indexed import IndexedSource
 from .iterable import IterableSource
 from .per_rank import SHARD_REMEDY, PerRank
+from .shares import UNSEEDED
 from .sources import source_of
+from .streamed import SampledSource
+
+DIFFERENT_SAMPLES = (
+    "The ranks read different samples at the same place of the data, so the data seems to shard itself, and would be"
+    f" sharded twice. {SHARD_REMEDY}"
+)
 
 _POSITION = struct.Struct("<qqQ")
 
@@ -57,6 +64,8 @@ class DataFeed:
         non_blocking: bool = False,
     ) -> None:
         self._source = source_of(loader, seed, rank, world_size)
+        self._loader = loader
+        self._was_each_ranks_own = world_size == 1 and isinstance(self._source, SampledSource)
         self._compares = world_size > 1
         loader = loader.loader if isinstance(loader, PerRank) else loader
         self._next: Any = None
@@ -90,7 +99,7 @@ class DataFeed:
     def position_checksum(self) -> int:
         """Of where this rank stands: `position` and `checksum`, or, of data of its own, its epoch and batch."""
         source = self._source
-        epoch, position = source.own_position if isinstance(source, IterableSource) else source.position
+        epoch, position = source.own_position if isinstance(source, IterableSource | SampledSource) else source.position
         return zlib.crc32(_POSITION.pack(epoch, position, source.checksum))
 
     @property
@@ -126,7 +135,8 @@ class DataFeed:
         """
         batches = self._source.open()
         if self._compares:
-            check_same_data(collectives.gather_objects(self._source.compared_checksum()))
+            text = UNSEEDED if isinstance(self._source, SampledSource) else DIFFERENT_SAMPLES
+            check_same_data(collectives.gather_objects(self._source.compared_checksum()), text)
             self._compares = False
         self._next = batches.__next__
 
@@ -155,6 +165,8 @@ class DataFeed:
 
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
         """Go to a saved position; `rank_state` is None if it was saved at another number of processes."""
+        if state["kind"] == "IterableSource" and self._was_each_ranks_own:  # of trainloop 0.1.0
+            self._source = IterableSource(self._loader, 0, 1)
         if state["kind"] != type(self._source).__name__:
             raise ValueError(
                 f"The data position was saved by a {state['kind']}, but `build_data_loader` now gives a"
@@ -164,13 +176,10 @@ class DataFeed:
         self._source.load_state_dict(state, rank_state)
 
 
-def check_same_data(by_rank: Sequence[int | None]) -> None:
+def check_same_data(by_rank: Sequence[int | None], text: str = DIFFERENT_SAMPLES) -> None:
     """Raise if the ranks have fetched other samples from the same place of the order; None: a rank cannot compare."""
     if None not in by_rank and len(set(by_rank)) > 1:
-        raise RankDisagreementError(
-            "The ranks read different samples at the same place of the data, so the data seems to shard itself, and"
-            f" would be sharded twice. {SHARD_REMEDY}"
-        )
+        raise RankDisagreementError(text)
 
 
 def transfer(loader: Any, device: torch.device, non_blocking: bool = False) -> Callable[[Any], Any] | None:

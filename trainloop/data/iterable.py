@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..errors import DataReplayWarning
-from ..ranks import collectives
 from ..rng import load_rng_state, rng_state
 from .order import is_stateful, length_of
-from .streamed import EMPTY, EXHAUSTED
+from .streamed import EMPTY, EXHAUSTED, most_of_ranks
 from .workers import end_workers, start_iterator
 
 _CPU = torch.device("cpu")
@@ -47,9 +46,7 @@ class IterableSource:
 
     def num_batches_left(self, num_epochs: int) -> int | None:
         own = None if self._length is None else max(0, (num_epochs - self._epoch) * self._length - self._position)
-        by_rank: list[int | None] = collectives.gather_objects(own)
-        known = [num_left for num_left in by_rank if num_left is not None]
-        return max(known) if len(known) == len(by_rank) else None
+        return most_of_ranks(own)
 
     @property
     def position(self) -> tuple[int, int]:

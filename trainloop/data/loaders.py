@@ -19,6 +19,11 @@ def is_map_style(loader: Any) -> TypeGuard[DataLoader[Any]]:
     """Whether `loader` is a `DataLoader` of a map-style data set that yields what torch's own would."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
+    return iterates_as_torchs(loader)
+
+
+def iterates_as_torchs(loader: DataLoader[Any]) -> bool:
+    """Whether `loader` yields what torch's own would."""
     return type(loader).__iter__ is DataLoader.__iter__ or is_of_torchdata(loader)
 
 

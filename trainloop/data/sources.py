@@ -1,8 +1,8 @@
 """Which source serves the data that the user returned.
 
 - `IndexedSource`: data with an index.
-- `SampledSource`: a `DataLoader` over an `IterableDataset`.
-- `IterableSource`: any other iterable of batches, of which each rank has its own.
+- `SampledSource`: a `DataLoader` over an `IterableDataset`, or any other iterable of batches.
+- `IterableSource`: what `per_rank` returned, or a loader of Accelerate: each rank has its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ..errors import describe
 from .indexed import IndexedSource
 from .iterable import IterableSource
-from .loaders import is_map_style
+from .loaders import is_map_style, iterates_as_torchs
 from .per_rank import PerRank
+from .stream_reading import as_it_is
 from .streamed import SampledSource
 
 
@@ -87,7 +88,7 @@ def source_of(loader: Any, seed: int, rank: int, world_size: int) -> Source:
         return IterableSource(loader.loader, rank, world_size)
     if is_map_style(loader):
         return IndexedSource(loader, seed, rank, world_size)
-    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
+    if isinstance(loader, DataLoader) and iterates_as_torchs(loader):
         return SampledSource(loader, seed, rank, world_size)
     is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
     shards_itself = is_prepared or isinstance(getattr(loader, "sampler", None), DistributedSampler)
@@ -97,6 +98,9 @@ def source_of(loader: Any, seed: int, rank: int, world_size: int) -> Source:
             " processes: each would train on the same batches. Return a torch DataLoader. Or, if each rank's loader"
             " yields its own part of the data, return `trainloop.data.per_rank(loader)`."
         )
+    if isinstance(loader, DataLoader) or is_prepared:
+        return IterableSource(loader, rank, world_size)
     if isinstance(loader, Sequence):
         return IndexedSource(loader, seed, rank, world_size)
-    return IterableSource(loader, rank, world_size)
+    batches: DataLoader[Any] = DataLoader(loader, batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type]
+    return SampledSource(batches, seed, rank, world_size)

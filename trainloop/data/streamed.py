@@ -10,24 +10,28 @@ worker 1:         group │ group │ … │ tail              rank r gets the 
 Without workers this process reads in the same way. The position is the number of samples that were consumed of each
 worker, so a run can go on at any number of processes. All ranks read alike because the data set draws from random
 generators of its own, which depend on seed, epoch and worker only.
+
+A data set that gives each rank its share is read in the same way by each rank alone: a group is a batch, and the
+position is the rank's own.
 """
 
 from __future__ import annotations
 
-import itertools
+import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader
 
 from ..errors import DataReplayWarning
-from ..rng import OwnRng, derived_seed, seed_all
-from .checksums import sample_checksum
+from ..ranks import collectives
+from ..rng import derived_seed
 from .order import count_batches, is_stateful, length_of
+from .read_cost import ReadCost
+from .shares import lost_by_state, share_of, shuffle_checksum
+from .stream_reading import Collate, Item, Place, Reader, StreamReading, as_it_is
 from .workers import WithOwnDataset, end_workers, start_iterator
 
 EMPTY = "`build_data_loader` returned data without a batch."
@@ -37,85 +41,131 @@ EXHAUSTED = (
 )
 
 
+def most_of_ranks(num_batches: int | None) -> int | None:
+    """The most batches that a rank has left; None: one has data without a length. Call on every rank."""
+    by_rank: list[int | None] = collectives.gather_objects(num_batches)
+    known = [num_left for num_left in by_rank if num_left is not None]
+    return max(known) if len(known) == len(by_rank) else None
+
+
 class SampledSource:
     """Batches from a `DataLoader` over an `IterableDataset`, with or without workers."""
 
     has_length = False
 
     def __init__(self, loader: DataLoader[Any], seed: int, rank: int, world_size: int) -> None:
-        self._given, self._seed, self._rank = loader, seed, rank
+        share = share_of(loader.dataset, rank, world_size)
+        self._given, self._dataset, self._is_own = loader, share.dataset, share.is_own
+        self._seed, self._rank, self._world_size = seed, rank, world_size
         self._num_workers = loader.num_workers
-        self._is_stateful = is_stateful(loader.dataset) and not loader.num_workers
         size = loader.batch_size or 1
-        self._group_size = size * world_size
-        self._length = length_of(loader.dataset)
-        self._collate = _Collate(
-            loader.collate_fn, slice(rank * size, (rank + 1) * size), is_single=loader.batch_size is None
+        place, num_readers = (0, 1) if self._is_own else (rank, world_size)
+        self._group_size = size * num_readers
+        self._length = length_of(share.dataset)
+        self._collate = Collate(
+            loader.collate_fn, slice(place * size, (place + 1) * size), is_single=loader.batch_size is None
         )
-        self._compares = world_size > 1
+        self._shuffle_checksum = shuffle_checksum(share.dataset)
+        self._unit = "batches" if loader.batch_size is None else "samples"
+        self._compares = num_readers > 1
+        self._cost = ReadCost(world_size, share.obstacle) if self._compares and rank == 0 else None
         self.epoch = 0
         self.checksum = 0
-        self._seen = [0] * max(1, self._num_workers)
-        """Samples of the epoch that were consumed, by worker."""
+        self._places = [Place()] * max(1, self._num_workers)
+        """What was consumed of the epoch, by worker."""
         self._next_worker = 0
-        self._is_placed = False
-        """Whether `load_state_dict` has brought the data set to the position."""
-        self._rng: dict[str, Any] | None = None
-        self._reader: _Reader | None = None
-        self._items: Iterator[_Item] = iter(())
+        self._reader: Reader | None = None
+        """Reads in this process; None: workers do."""
+        self._is_at_tail = False
+        """Whether more was read than consumed, because the epoch ends."""
+        self._items: Iterator[Item] = iter(())
         self._batches: Iterator[Any] | None = None
 
     @property
     def num_epochs_done(self) -> int:
         min_left = self._group_size if self._given.drop_last else 1
-        return self.epoch + (self._length is not None and sum(self._seen) + min_left > self._length)
+        return self.epoch + (self._length is not None and self._num_seen + min_left > self._length)
 
     def num_batches_left(self, num_epochs: int) -> int | None:
-        position = num_epochs - self.epoch, self._length, sum(self._seen)
-        return count_batches(*position, self._group_size, self._given.drop_last)
+        position = num_epochs - self.epoch, self._length, self._num_seen
+        own = count_batches(*position, self._group_size, self._given.drop_last)
+        return most_of_ranks(own) if self._is_own else own
 
     @property
     def position(self) -> tuple[int, int]:
-        return self.epoch, sum(self._seen)
+        return (0, 0) if self._is_own else (self.epoch, self._num_seen)
+
+    @property
+    def own_position(self) -> tuple[int, int]:
+        """This rank's epoch, and the samples of it that were consumed."""
+        return self.epoch, self._num_seen
+
+    @property
+    def _num_seen(self) -> int:
+        return sum(place.num_seen for place in self._places)
 
     def open(self) -> Iterator[Any]:
         if self._batches is None:
             self._begin_epoch(head=(0, 0))
-            self._batches = self._endless()
+            batches = self._endless()
+            self._batches = batches if self._cost is None else self._cost.measured(batches, lambda: self.epoch)
         return self._batches
 
     def compared_checksum(self) -> int | None:
-        return None  # what was read first is part of `checksum`
+        return self._shuffle_checksum if self._is_own else None  # else what was read first is part of `checksum`
 
     def close(self) -> None:
         if self._num_workers:  # else nothing runs in the background, and a stream can't be read again where it stood
             end_workers(self._items)
             self._items, self._batches = iter(()), None
 
+    # ------------------------------------------------------------------ the position
+
     def state_dict(self) -> dict[str, Any]:
-        dataset: Any = self._given.dataset
+        place = {"epoch": self.epoch, "position": self._num_seen} if self._is_own else self._position()
         return {
             "kind": type(self).__name__,
             "seed": self._seed,
-            "epoch": self.epoch,
-            "position": sum(self._seen),
-            "seen": list(self._seen),
-            "next_worker": self._next_worker,
-            "dataset": dataset.state_dict() if self._is_stateful else None,
+            "world_size": self._world_size,
+            "is_own": self._is_own,
+            **place,
         }
 
-    def rank_state_dict(self) -> dict[str, Any]:
-        return {"rng": self._reader.rng.state() if self._reader is not None and self._is_stateful else None}
+    def rank_state_dict(self) -> dict[str, Any] | None:
+        return self._position() if self._is_own else None
+
+    def _position(self) -> dict[str, Any]:
+        reader = self._reader
+        if reader is not None and reader.has_begun and not self._is_at_tail and (state := reader.state()) is not None:
+            self._places = [Place(self._num_seen, self._num_seen, state)]
+        return {
+            "epoch": self.epoch,
+            "position": self._num_seen,
+            "seen": [place.num_seen for place in self._places],
+            "next_worker": self._next_worker,
+            "shuffle": self._shuffle_checksum,
+            "states": [
+                None if place.state is None else {"num_seen": place.num_at_state, **pickle.loads(place.state)}
+                for place in self._places
+            ],
+        }
 
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
-        dataset: Any = self._given.dataset
-        self._seed, self.epoch = state.get("seed", self._seed), state["epoch"]
-        self._rng = None if rank_state is None else rank_state.get("rng", rank_state.get("epoch_rng"))
-        num_seen, num_workers = state["position"], len(self._seen)
-        seen = state.get("seen", [num_seen])
-        self._next_worker = state.get("next_worker", 0)
+        was_own = state.get("is_own", False)
+        self._seed, self._batches, self._reader = state.get("seed", self._seed), None, None
+        position = state
+        if was_own and self._is_own and rank_state is not None:
+            position = rank_state
+        elif was_own or self._is_own:
+            position = self._told_as_many(state, was_own)
+        self.epoch, self._next_worker = position["epoch"], position.get("next_worker", 0)
+        num_seen, num_workers = position["position"], len(self._places)
+        seen, states = position.get("seen", [num_seen]), position.get("states", [])
+        if state.get("dataset") is not None:  # of trainloop 0.1.0
+            rng = {} if rank_state is None else {"rng": rank_state.get("rng", rank_state.get("epoch_rng"))}
+            states = [{"num_seen": num_seen, "dataset": state["dataset"], **rng}]
         if len(seen) != num_workers:
-            if num_seen:
+            if num_seen and not position.get("is_inexact"):
                 warnings.warn(
                     f"The data position was saved with {len(seen)} workers, but there are {num_workers} now, and the"
                     f" order of the samples depends on that. The run skips {num_seen} samples, as many as it has seen"
@@ -125,11 +175,37 @@ class SampledSource:
                     stacklevel=2,
                 )
             seen = [num_seen // num_workers + (worker < num_seen % num_workers) for worker in range(num_workers)]
-            self._next_worker = 0
-        self._seen, self._batches = list(seen), None
-        self._is_placed = self._is_stateful and state["dataset"] is not None
-        if self._is_placed:
-            dataset.load_state_dict(state["dataset"])
+            self._next_worker, states = 0, []
+        self._places = [Place(num) for num in seen]
+        if num_seen and position.get("shuffle", self._shuffle_checksum) != self._shuffle_checksum:
+            raise ValueError(
+                f"The data set is shuffled in another way than in the saved run, so samples of epoch {self.epoch} would"
+                " be seen twice and others never. Give it the same seed in every run: `dataset.shuffle(seed=…)`."
+            )
+        for worker, saved in enumerate(states):
+            if saved is not None:
+                saved = dict(saved)
+                self._places[worker] = Place(seen[worker], saved.pop("num_seen"), pickle.dumps(saved))
+        if num_seen and any(place.state for place in self._places) and (lost := lost_by_state(self._dataset)):
+            warnings.warn(lost, DataReplayWarning, stacklevel=2)
+
+    def _told_as_many(self, state: dict[str, Any], was_own: bool) -> dict[str, Any]:
+        """The place in other shares that is as far in the epoch."""
+        num_saved = state["world_size"] if was_own else 1
+        num_seen = state["position"] * num_saved
+        own = num_seen // self._world_size if self._is_own else num_seen
+        if num_seen:
+            warnings.warn(
+                f"Each process reads a share of the data, and the position was saved by {state.get('world_size', 1)}"
+                f" processes; now there are {self._world_size}, with other shares. Each skips {own} {self._unit}, so"
+                f" that as much of the epoch is left as before: up to {num_seen} {self._unit} are seen twice in it, and"
+                " as many never. Keep the number of processes for an exact resume.",
+                DataReplayWarning,
+                stacklevel=3,
+            )
+        return {"epoch": state["epoch"], "position": own, "seen": [], "is_inexact": True}
+
+    # ------------------------------------------------------------------ reading
 
     def _begin_epoch(self, head: tuple[int, int]) -> None:
         """Begin to read the epoch, at the position.
@@ -137,36 +213,34 @@ class SampledSource:
         Args:
             head: How many samples the end of the last epoch still needs for a group, and the worker that gives them.
         """
-        dataset: Any = self._given.dataset
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(self.epoch)
-        seen = [0] * len(self._seen) if self._is_placed else list(self._seen)
-        if sum(seen):
-            in_workers = " in workers" if self._num_workers else ""
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(self.epoch)
+        if num_again := sum(place.num_skipped for place in self._places if place.state is None):
             warnings.warn(
-                f"The data has no `state_dict` that can be used{in_workers}, so the {sum(seen)} samples that this run"
-                " has already seen of the epoch are drawn again. Give the data set `state_dict` and `load_state_dict`"
-                f"{' and use no workers' if in_workers else ''} to go there at once.",
+                f"The data has no `state_dict` that can be used, so the {num_again} {self._unit} that this run has"
+                " already seen of the epoch are drawn again. Give the data set `state_dict` and `load_state_dict` to go"
+                " there at once.",
                 DataReplayWarning,
                 stacklevel=2,
             )
-        self._reader = _Reader(dataset, derived_seed(self._seed, "stream", self.epoch), self._rng)
-        stream = _Stream(
-            reader=self._reader,
+        reader = Reader(self._dataset, derived_seed(self._seed, "stream", self.epoch))
+        stream = StreamReading(
+            reader=reader,
             collate=self._collate,
             group_size=self._group_size,
-            seen=seen,
+            places=list(self._places),
             next_worker=self._next_worker,
             head=head,
             compares=self._compares,
             is_shown=self._rank == 0,
         )
-        self._is_placed, self._rng = False, None
+        if not self._num_workers and self._places[0].state is None and is_stateful(self._dataset):
+            self._places[0] = self._places[0]._replace(state=reader.state())  # what an epoch's tail is counted from
         seed = derived_seed(self._seed, "workers", self.epoch, self._rank)
         loader: DataLoader[Any] = DataLoader(
             stream,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=self._num_workers,
             pin_memory=self._given.pin_memory,
             timeout=self._given.timeout,
@@ -175,7 +249,14 @@ class SampledSource:
             generator=torch.Generator().manual_seed(seed),
             prefetch_factor=self._given.prefetch_factor,
         )
+        self._reader, self._is_at_tail = None if self._num_workers else reader, False
         self._items = start_iterator(loader)
+
+    def _advance(self, worker: int, count: int, state: bytes | None = None) -> None:
+        """Count samples of a worker as consumed; the state is the one after them."""
+        place = self._places[worker]
+        num_seen = place.num_seen + count
+        self._places[worker] = place._replace(num_seen=num_seen) if state is None else Place(num_seen, num_seen, state)
 
     def _endless(self) -> Iterator[Any]:
         carried: list[Any] = []  # samples at an epoch's end that do not fill a group
@@ -184,9 +265,10 @@ class SampledSource:
             tails: dict[int, list[Any]] = {}
             for item in self._items:
                 self.checksum = (31 * self.checksum + item.checksum) % 2**31
-                self._next_worker = (item.worker + 1) % len(self._seen)
+                self._next_worker = (item.worker + 1) % len(self._places)
                 is_short = item.kind == "head" and len(carried) + len(item.payload) < self._group_size
-                if item.kind == "tail" or is_short:
+                self._is_at_tail = item.kind == "tail" or is_short
+                if self._is_at_tail:
                     tails.setdefault(item.worker, []).extend(item.payload)
                     continue
                 if item.kind == "group" and carried:
@@ -200,17 +282,18 @@ class SampledSource:
                     num_samples, batch = len(item.payload), self._collate([*carried, *item.payload])
                     carried = []
                 if num_samples:
-                    self._seen[item.worker] += num_samples
+                    self._advance(item.worker, num_samples, item.state)
                     has_batch = True
                     yield batch
             rest = [(worker, sample) for worker in sorted(tails) for sample in tails[worker]]
-            if not sum(self._seen) and not rest:
+            if not self._num_seen and not rest:
                 raise ValueError(EMPTY if self.epoch == 0 else EXHAUSTED)
-            shares = [num_seen + [worker for worker, _ in rest].count(i) for i, num_seen in enumerate(self._seen)]
+            from_rest = [[worker for worker, _ in rest].count(i) for i in range(len(self._places))]
+            shares = [place.num_seen + count for place, count in zip(self._places, from_rest, strict=True)]
             while (num_missing := self._group_size - len(carried)) <= len(rest):
                 group, rest = rest[:num_missing], rest[num_missing:]
                 for worker, _ in group:
-                    self._seen[worker] += 1
+                    self._advance(worker, 1)
                 batch, carried = self._collate([*carried, *(sample for _, sample in group)]), []
                 has_batch = True
                 yield batch
@@ -222,128 +305,5 @@ class SampledSource:
                     )
             else:
                 carried += [sample for _, sample in rest]
-            self.epoch, self._seen, self._next_worker = self.epoch + 1, [0] * len(shares), 0
+            self.epoch, self._places, self._next_worker = self.epoch + 1, [Place()] * len(shares), 0
             self._begin_epoch(head=(-len(carried) % self._group_size, shares.index(max(shares))))
-
-
-@dataclass
-class _Collate:
-    """Makes this rank's batch of a group. Workers unpickle it."""
-
-    function: Callable[[Any], Any]
-    own: slice
-    is_single: bool
-
-    def __call__(self, group: list[Any]) -> Any:
-        own = group[self.own]
-        return self.function(own[0] if self.is_single else own)
-
-
-class _Item(NamedTuple):
-    """What a worker gives at a time."""
-
-    worker: int
-    kind: str
-    """"group": the payload is this rank's batch. "head", "tail": samples, of all ranks."""
-    payload: Any
-    checksum: int
-    """Of the first samples that the worker has read; else 0."""
-
-
-class _Stream(IterableDataset[_Item]):
-    """What a worker reads in one epoch; without workers, this process.
-
-    Args:
-        reader: Reads the data set.
-        collate: Makes of a group this rank's batch.
-        group_size: Samples a group.
-        seen: By worker, how many samples to skip.
-        next_worker: Whose turn it is. Those before it give an empty head first, so that the order of turns stays.
-        head: How many samples to give first, and by which worker.
-        compares: Whether the ranks compare what they read first.
-        is_shown: Whether to show a bar while skipping.
-    """
-
-    def __init__(
-        self,
-        *,
-        reader: _Reader,
-        collate: Callable[[list[Any]], Any],
-        group_size: int,
-        seen: list[int],
-        next_worker: int,
-        head: tuple[int, int],
-        compares: bool,
-        is_shown: bool,
-    ) -> None:
-        self.reader, self._collate, self._group_size = reader, collate, group_size
-        self._seen, self._next_worker, self._head = seen, next_worker, head
-        self._compares, self._is_shown = compares, is_shown
-
-    def __iter__(self) -> Iterator[_Item]:
-        info = get_worker_info()
-        worker = 0 if info is None else info.id
-        reader, index = self.reader, self._seen[worker]
-        reader.begin(worker)
-        reader.skip(index, is_shown=self._is_shown and worker == 0)
-        to_compare = self._compares
-        if worker < self._next_worker:
-            yield _Item(worker, "head", [], 0)
-        if self._head[0] and worker == self._head[1]:
-            samples = reader.take(self._head[0])
-            yield _Item(worker, "head", samples, sample_checksum(samples) if to_compare else 0)
-            index, to_compare = index + len(samples), False
-        while True:
-            samples = reader.take(self._group_size)
-            checksum = sample_checksum(samples) if to_compare else 0
-            to_compare = False
-            if len(samples) < self._group_size:
-                yield _Item(worker, "tail", samples, checksum)
-                return
-            if info is not None:  # so that a random collate function repeats itself after a resume
-                seed_all(derived_seed(info.seed - info.id, worker, index))
-            index += len(samples)
-            yield _Item(worker, "group", self._collate(samples), checksum)
-
-    @property
-    def dataset(self) -> Any:
-        """The user's."""
-        return self.reader.dataset
-
-
-class _Reader:
-    """Reads a data set with random generators of its own, so that every rank reads the same.
-
-    Args:
-        dataset: The user's.
-        seed: Of the generators; each worker has others.
-        state: Of the generators, where they were saved.
-    """
-
-    def __init__(self, dataset: Any, seed: int, state: dict[str, Any] | None) -> None:
-        self.dataset, self._seed, self._state = dataset, seed, state
-        self.rng = OwnRng(seed)
-
-    def begin(self, worker: int) -> None:
-        """Start the iterator of this worker."""
-        self.rng = OwnRng(derived_seed(self._seed, worker), self._state)
-        with self.rng.lent():
-            self._samples = iter(self.dataset)
-
-    def take(self, count: int) -> list[Any]:
-        """The next samples; fewer at the end."""
-        with self.rng.lent():
-            return list(itertools.islice(self._samples, count))
-
-    def skip(self, count: int, is_shown: bool) -> None:
-        """Read samples that were seen already, and drop them."""
-        if not count:
-            return
-        with tqdm(total=count, desc="drawing again", unit="samples", disable=not is_shown) as bar:
-            while count and (samples := self.take(min(count, 256))):
-                count -= len(samples)
-                bar.update(len(samples))
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
