@@ -27,7 +27,12 @@ class Shardable(Protocol):
     """
 
     def shard(self, rank: int, world_size: int) -> Any:
-        """Return the data set of this rank's share; or change this one so that it reads the share, and return None."""
+        """Return the data set of this rank's share; or change this one so that it reads the share, and return None.
+
+        Args:
+            rank: This rank.
+            world_size: Number of ranks. All shares together are the data.
+        """
 
 
 @dataclass(frozen=True)
