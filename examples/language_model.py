@@ -158,7 +158,8 @@ class SampleHook(BaseHook):
         trainer.logger.info(f"step {trainer.step}/{trainer.max_steps} | sample:\n{text}")
 
 
-if __name__ == "__main__":
+def make_trainer(workspace=None):
+    """Make the trainer from the command line, or for `trainloop prove examples/language_model.py:make_trainer`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workspace", default="runs/language_model")
     parser.add_argument("--max-steps", type=int, default=2000)
@@ -170,15 +171,19 @@ if __name__ == "__main__":
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--compile", action="store_true", help="compile each block")
-    options = parser.parse_args()
-    trainer = LanguageModelTrainer(
+    options = parser.parse_args([] if workspace else None)
+    return LanguageModelTrainer(
         options,
         max_steps=options.max_steps,
         grad_clip=1.0,
         max_non_finite_grad_retries=10,
         gradient_accumulation_steps=options.accumulation,
-        workspace=options.workspace,
+        workspace=workspace or options.workspace,
         seed=0,
     )
+
+
+if __name__ == "__main__":
+    trainer = make_trainer()
     trainer.train()
-    trainer.accelerator.print(f"Checkpoints are in {options.workspace}.")
+    trainer.accelerator.print(f"Checkpoints are in {trainer.workspace}.")

@@ -22,6 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 import trainloop
 from trainloop.__main__ import _make_parser
 from trainloop.checkpoint import RetentionPolicy
+from trainloop.commands.prove import split_launch_options
 
 from .launching import REPOSITORY, environment
 
@@ -132,7 +133,9 @@ def check_command(words: list[str]) -> None:
     elif program == "trainloop" or rest[:2] == ["-m", "trainloop"]:
         rest = ["-m", "trainloop", *rest] if program == "trainloop" else rest
         is_only_named = len(rest) <= 4 and rest[2] == "checkpoints"  # in prose
-        _make_parser().parse_args([*rest[2:], "DIR"] if is_only_named else rest[2:])
+        own, launch_args = split_launch_options([*rest[2:], "DIR"] if is_only_named else rest[2:])
+        _make_parser().parse_args(own)
+        launch_command_parser().parse_args([*launch_args, "train.py"])
     elif program == "python":
         check_script(rest[0], rest[1:])
     else:

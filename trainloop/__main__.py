@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import checkpoints, diff, evaluate, runs, tokens
+from .commands import checkpoints, diff, evaluate, prove, runs, tokens
 from .commands.parser import Parser
 from .errors import CheckpointError
 
-_COMMANDS = (checkpoints, evaluate, runs, diff, tokens)
+_COMMANDS = (checkpoints, evaluate, prove, runs, diff, prove, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 0
+    arguments, launch_options = prove.split_launch_options(arguments)
     options = parser.parse_args(arguments)
+    options.launch = launch_options
     logging.basicConfig(format="%(message)s")  # warnings, to stderr
     try:
         code: int = options.run(options)

@@ -26,7 +26,7 @@ from .lives import launch_environment, live, path_prefix, read_notes, start_step
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
-_MEASURED = ("*step_time*", "*data_time*", "*max_memory*")  # by our own hooks, and never the same twice
+MEASURED = ("*step_time*", "*data_time*", "*max_memory*")  # by our own hooks, and never the same twice
 _NUM_TOLD = 5
 
 
@@ -118,7 +118,7 @@ def compare(whole: Path, killed: Path, kills: Sequence[KillAt], num_processes: i
     _check_worth(whole, killed, kills)
     for check in (_compare_steps, _compare_ends):
         for rank in range(num_processes):
-            check(whole, killed, kills, rank, (*_MEASURED, *ignore))
+            check(whole, killed, kills, rank, (*MEASURED, *ignore))
 
 
 def _check_worth(whole: Path, killed: Path, kills: Sequence[KillAt]) -> None:
