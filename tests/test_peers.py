@@ -72,7 +72,7 @@ def check_death(name: str, num_ranks: int, results: Any) -> None:
         )
         assert re.match(expected, said["error"]), said["error"]
         assert ("goes on from its last checkpoint" in said["error"]) == (name != "build")
-        assert said["cause"].startswith("RuntimeError(")
+        assert said["cause"].startswith(("RuntimeError(", "LostContactError("))
         assert said["seconds"] < TIMEOUT / 2  # at once, but for a busy machine
     phase = {"evaluation": "an evaluation", "vote": "saving a checkpoint", "build": "building the run"}.get(name)
     assert all(phase in said["error"] for said in result["said"].values() if phase is not None)
@@ -91,19 +91,38 @@ def test_a_rank_that_fails_tells_the_others_why(told: Any) -> None:
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(told: Any) -> None:
     """Sleeping, it still says where it is; stopped by a signal, it doesn't answer. Either way `timeout` holds."""
-    num_ranks, results = told
-    for name in ("hang", "frozen"):
-        result = results[name]
-        assert len(result["ended"]) == num_ranks - 1
-        for said in result["said"].values():
-            assert SHORT_TIMEOUT - 1 < said["seconds"] < SHORT_TIMEOUT + 10
-            place = f"ank {result['victim']} (process {result['pid']} on "
-            assert place in said["error"]
-            if name == "hang":
-                assert "has been in step 2, forward and backward, for" in said["error"]
-                assert "A rank hangs, or needs more time than `timeout` (8 s) gives it." in said["error"]
-            else:
-                assert "does not answer." in said["error"]
+    check_hang("hang", *told)
+    check_hang("frozen", *told)
+
+
+@pytest.mark.parametrize("num_ranks", [8, pytest.param(16, marks=pytest.mark.slow)])
+def test_many_ranks_name_the_one_that_died_or_hangs(tmp_path: Path, num_ranks: int) -> None:
+    """Killed before its message to the others and after it, and asleep: all others name this one rank, and no other."""
+    names = ["control", "message", "hang"]
+    _, results = run(tmp_path, num_ranks, "ddp", *names)
+    check_death("control", num_ranks, results)
+    check_death("message", num_ranks, results)
+    check_hang("hang", num_ranks, results)
+    for name in names:
+        assert [re.findall(r"ank (\d+) \(", said["error"]) for said in results[name]["said"].values()] == [
+            [str(num_ranks - 1)]
+        ] * (num_ranks - 1)
+
+
+def check_hang(name: str, num_ranks: int, results: Any) -> None:
+    result = results[name]
+    assert len(result["ended"]) == num_ranks - 1
+    for said in result["said"].values():
+        assert said["seconds"] > SHORT_TIMEOUT - 1
+        place = f"ank {result['victim']} (process {result['pid']} on "
+        assert place in said["error"]
+        if name == "hang":
+            assert re.search(
+                r"has been in step 2, forward and backward, for \d+\.\d s, and the others wait\.", said["error"]
+            )
+            assert "It hangs, or needs more time than `timeout` (8 s) gives." in said["error"]
+        else:
+            assert "does not answer." in said["error"]
 
 
 @pytest.mark.parametrize(

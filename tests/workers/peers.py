@@ -31,6 +31,7 @@ SCENARIOS = {
     "first rank": ("forward", "dies", 0, 2),
     "backward": ("backward", "dies", -1, 2),
     "control": ("control", "dies", -1, 2),
+    "message": ("message", "dies", -1, 2),
     "vote": ("write", "dies", -1, 2),
     "vote of a thread": ("thread", "dies", -1, 2),
     "evaluation": ("evaluation", "dies", -1, 3),
@@ -109,6 +110,7 @@ def rank_main(name: str, out: Path, strategy: str) -> None:
     def start_or_die(*args: Any, **kwargs: Any) -> None:
         trainer.strike("control")
         start(*args, **kwargs)
+        trainer.strike("message")
 
     saving.write_draft = write_or_die
     trainer.control.start = start_or_die  # type: ignore[method-assign]

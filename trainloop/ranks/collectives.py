@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,8 +24,14 @@ from .forks import guard_forks
 T = TypeVar("T")
 
 _LAST_SECONDS = 0.2
+_LOOK_UP = timedelta(seconds=1)
 _PIECE_BYTES = 2**24
 _host_groups: dict[Any, Any] = {}
+_contact_is_lost: threading.Event | None = None
+
+
+class LostContactError(RuntimeError):
+    """A wait for the other ranks that was given up, because one of them is known to be gone."""
 
 
 def world_size() -> int:
@@ -132,11 +139,33 @@ def start_gather(values: Sequence[int]) -> Callable[[], list[list[int]]]:
     work = dist.all_gather(list(gathered), own, group=host_group(), async_op=True)
 
     def finish() -> list[list[int]]:
-        work.wait()
+        _wait(work)
         by_rank: list[list[int]] = gathered.tolist()
         return by_rank
 
     return finish
+
+
+def end_waits_at(event: threading.Event | None) -> None:
+    """Let waits of `start_gather` end with `LostContactError` once `event` is set; with None, they don't."""
+    global _contact_is_lost
+    _contact_is_lost = event
+
+
+def _wait(work: Any) -> None:
+    """Wait for an asynchronous collective. In gloo only a dead rank's neighbours in the ring notice, so this wait also
+    ends when another rank has told of it.
+    """
+    while True:
+        try:
+            work.wait(_LOOK_UP)
+            return
+        except RuntimeError:
+            if work.is_completed():  # it failed, or it came between the two lines
+                work.wait()
+                return
+        if _contact_is_lost is not None and _contact_is_lost.is_set():
+            raise LostContactError("another rank is gone")
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

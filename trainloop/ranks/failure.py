@@ -49,6 +49,7 @@ def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
         raise reported from ex
     finally:
         trainer.control.forget()
+        collectives.end_waits_at(None)
 
 
 def _explained(trainer: BaseTrainer, exception: BaseException) -> BaseException:
@@ -59,7 +60,7 @@ def _explained(trainer: BaseTrainer, exception: BaseException) -> BaseException:
         return exception
     if is_lost_contact(exception):
         resumes = " Started again, the run goes on from its last checkpoint." if trainer.checkpointers else ""
-        error = TrainingError(trainer.peers.explain(collectives.timeout()) + resumes)
+        error = TrainingError(trainer.peers.explain(collectives.timeout(), exception) + resumes)
         error.is_consequence, error.__cause__ = True, exception  # the hooks hear of it before it is raised
         return error
     if not isinstance(exception, TrainingError | SystemExit):  # every rank raises those

@@ -7,6 +7,7 @@ import re
 import torch.distributed as dist
 
 from ..errors import TrainingError
+from . import collectives
 
 _GLOO = re.compile(r"\[\S+\.(cc|h):\d+\]")
 """How gloo begins its errors, which are plain RuntimeErrors; a script may raise one with the same words."""
@@ -17,18 +18,32 @@ _LOST = (
     "Timed out waiting",
     "Application timeout caused pair closure",
 )
+_TIMED_OUT = ("Timed out waiting", "timeout", "timed out")
 
 
 def is_lost_contact(exception: BaseException | None) -> bool:
     """Whether a collective failed because another rank is gone or did not come in time."""
+    return _lost_contact(exception) is not None
+
+
+def has_timed_out(exception: BaseException) -> bool:
+    """Whether that collective waited in vain, rather than seeing a connection break."""
+    return any(words in str(_lost_contact(exception)) for words in _TIMED_OUT)
+
+
+def _lost_contact(exception: BaseException | None) -> BaseException | None:
+    """The one of `exception` and its causes that comes from a collective in which others did not take part."""
     while exception is not None:
         text = str(exception)
         is_gloo = type(exception) is RuntimeError and _GLOO.search(text) is not None
-        is_ours = is_gloo and any(lost in text for lost in _LOST)
-        if is_ours or (dist.is_available() and isinstance(exception, dist.DistError)):
-            return True
+        if is_gloo and any(lost in text for lost in _LOST):
+            return exception
+        if isinstance(exception, collectives.LostContactError):
+            return exception
+        if dist.is_available() and isinstance(exception, dist.DistError):
+            return exception
         exception = exception.__cause__
-    return False
+    return None
 
 
 def is_consequence(exception: BaseException) -> bool:

@@ -2,6 +2,11 @@
 
 A dead or stuck rank shows in the others as an exception of a collective, which knows an address at best. So each rank
 answers over a socket of its own, from a thread that lives as long as its process, and tells the others why it ends.
+
+    a rank loses contact ─► asks the first rank that lives, the leader, to search
+    the leader           ─► asks every rank what it is doing, and tells every rank what it has found
+
+So the number of questions is proportional to the number of ranks, however many of them lose contact at once.
 """
 
 from __future__ import annotations
@@ -22,16 +27,24 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from . import collectives, launcher
+from .lost_contact import has_timed_out
 from .roll_call import await_all
 
 ENDED = "ended with"
 """The beginning of a status that the rank itself has reported."""
 
-_GAVE_UP = "gave up"
+_IS_GONE = "is gone"
+_IS_SILENT = "does not answer"
+_NO_ANSWERS = (_IS_GONE, _IS_SILENT)
+_HANGS = "has been in step"
 _ANSWER_SECONDS = 3.0  # a living rank answers in milliseconds, also from within a collective
-_SEARCH_SECONDS = 10.0  # no longer than this for all ranks together
+_ASK_SECONDS = 10.0  # no longer than this for all ranks together
+_SETTLE_SECONDS = 5.0  # within which the ranks reach the timeout of the same collective
+_SEARCH_SECONDS = _SETTLE_SECONDS + 2 * _ASK_SECONDS  # after which a rank takes its leader for lost
+_PAUSE_SECONDS = 0.3
+_NUM_LEADERS = 3  # ranks that are asked to search, one after the other, before a rank searches by itself
 _NUM_ASKED_AT_ONCE = 64
-_MAX_LINE = 2**16
+_MAX_LINE = 2**20
 _STUCK_SECONDS = 20.0  # that a rank may need to notice that the others are gone
 _NUM_NAMED = 3  # ranks that are named with all their particulars
 _listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -46,6 +59,20 @@ class Address(NamedTuple):
     port: int
 
 
+class State(NamedTuple):
+    """What a rank answers: the step and phase it has been in for so many seconds. `gave_up`: it has lost contact, so it
+    was waiting for others.
+    """
+
+    step: int
+    phase: str
+    seconds: float
+    gave_up: bool
+
+    def __str__(self) -> str:
+        return f"{_HANGS} {self.step}, {self.phase}, for {self.seconds:.1f} s"
+
+
 class Peers:
     """The other ranks of the run, and what this one tells them when they ask.
 
@@ -57,19 +84,24 @@ class Peers:
 
     def __init__(self) -> None:
         self.step = 0
-        self.gone: set[int] = set()
-        self.is_ending = False
         self._phase, self._since = "the start", time.monotonic()
         self._addresses: list[Address] = []
         self._token = ""
+        self._server: socket.socket | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.gone: set[int] = set()
+        self.is_ending = False
         self._statuses: dict[int, str] = {}
         self._told_by: list[int] = []
-        self._server: socket.socket | None = None
+        self._gave_up, self._has_timed_out, self._searches = False, False, False
+        self._has_heard = threading.Event()
 
     def open(self) -> None:
         """Begin to answer, and learn where the others do. Call on every rank; nothing in a single process."""
         self.close()
-        self._statuses, self._told_by, self.gone, self.is_ending = {}, [], set(), False
+        self._forget()
         if collectives.world_size() == 1:
             return
         await_all()
@@ -78,6 +110,7 @@ class Peers:
         gathered = collectives.gather_objects((mine, secrets.token_hex(8)))
         self._token = gathered[0][1]  # so that only the run's own ranks are answered
         self._addresses = [address for address, _ in gathered]
+        collectives.end_waits_at(self._has_heard)
         if self._server is not None:
             threading.Thread(target=self._serve, args=(self._server,), name="peers", daemon=True).start()
 
@@ -107,46 +140,92 @@ class Peers:
         self.enter(before)
 
     def tell(self, statuses: Mapping[int, str]) -> None:
-        """Tell the others what became of ranks, by rank ("ended with …"), so that they need not guess. Any rank."""
-        this_rank = collectives.rank()
-        self._ask(
-            [rank for rank in self._askable() if rank == this_rank or rank not in statuses],
-            {"statuses": statuses, "by": this_rank},
-        )
+        """Tell all ranks what became of some, by rank ("ended with …"), so that they need not ask. Any rank."""
+        ranks = [rank for rank in self._askable() if statuses.get(rank) not in _NO_ANSWERS]
+        self._ask(ranks, {"told": statuses, "by": collectives.rank()})
+        self._hear(statuses)  # last: this rank may end as soon as it has heard
 
-    def explain(self, timeout: timedelta | None) -> str:
-        """What to say when a collective has failed, found out in about `_SEARCH_SECONDS` at most. Call on any rank.
+    def explain(self, timeout: timedelta | None, exception: BaseException) -> str:
+        """What to say when a collective has failed, found out within about half a minute. Call on any rank.
 
         Args:
             timeout: Of the collectives, if it is known.
+            exception: With which it failed.
         """
         waited, phase = time.monotonic() - self._since, self._phase
+        self._gave_up = True
+        self._await_search(has_timed_out(exception))
         intro = f"Step {self.step}: lost contact with other ranks after {waited:.1f} s of {phase}."
-        answers: dict[int, Any] = dict(self._statuses)  # a copy: the thread may add to it
-        gone = self._gone(answers)
-        if not gone:
-            answers = {**self._ask(self._askable(), {}), **self._statuses}
-            # Who was told of meanwhile went first: a rank that told it may itself have ended before it was asked.
-            gone = self._gone(self._statuses) or self._gone(answers)
-        self.gone = set(gone)
-        # The others must not take this rank for the first that went, when it ends as well.
-        self.tell(gone or {collectives.rank(): f"{_GAVE_UP} after {waited:.1f} s of {phase}"})
-        if gone:
-            is_told = any(status.startswith(ENDED) for status in gone.values())
-            where = "the output there" if is_told else "the output there and at the host's kernel log (out of memory?)"
-            return f"{intro} {self._named(gone)}. Look at {where}."
-        live = {
-            rank: status if isinstance(status, str) else _describe_phase(*status) for rank, status in answers.items()
-        }
-        others = f" The others live: {self._named(live)}." if live else ""
         limit = "`timeout`" if timeout is None else f"`timeout` ({timeout.total_seconds():g} s)"
-        return f"{intro}{others} A rank hangs, or needs more time than {limit} gives it."
+        found = dict(sorted(self._statuses.items()))  # a copy: the thread may add to it
+        self.gone = set(found)
+        if not found:
+            return (
+                f"{intro} Every rank that answers waits for the others: the network between them may have failed, or"
+                f" {limit} is too short."
+            )
+        if all(status.startswith(_HANGS) for status in found.values()):
+            one = "It hangs, or needs" if len(found) == 1 else "They hang, or need"
+            return f"{intro} {self._named(found)}, and the others wait. {one} more time than {limit} gives."
+        is_told = any(status.startswith(ENDED) for status in found.values())
+        where = "the output there" if is_told else "the output there and at the host's kernel log (out of memory?)"
+        return f"{intro} {self._named(found)}. Look at {where}."
 
-    @staticmethod
-    def _gone(answers: Mapping[int, Any]) -> dict[int, str]:
-        """Of what ranks have said, or is said of them: those that did not just wait in vain themselves."""
-        statuses = {rank: status for rank, status in answers.items() if isinstance(status, str)}
-        return {rank: status for rank, status in statuses.items() if not status.startswith(_GAVE_UP)}
+    # ------------------------------------------------------------------ searching
+
+    def _await_search(self, has_timed_out: bool) -> None:
+        """Have the first rank that answers search for whom the others wait for. Return when it has told."""
+        askable = self._askable()
+        for leader in range(min(len(self._addresses), _NUM_LEADERS)):
+            if self._has_heard.is_set():
+                return
+            if leader == collectives.rank():
+                self._begin_search(has_timed_out)
+            elif leader not in askable or isinstance(
+                self._ask([leader], {"search": has_timed_out}).get(leader, _IS_GONE), str
+            ):
+                continue
+            if self._has_heard.wait(_SEARCH_SECONDS):
+                return
+        self._begin_search(has_timed_out)
+        self._has_heard.wait(_SEARCH_SECONDS)
+
+    def _begin_search(self, has_timed_out: bool) -> None:
+        """Search in a thread, once. Ranks that ask for it meanwhile wait for the same one."""
+        self._has_timed_out |= has_timed_out
+        if not self._searches:
+            self._searches = True
+            threading.Thread(target=lambda: self.tell(self._search()), name="search", daemon=True).start()
+
+    def _search(self) -> dict[int, str]:
+        """What became of the ranks that the others wait for, by rank. Empty: all wait, or no verdict is possible."""
+        this_rank = collectives.rank()
+        searched, end = [this_rank, *self._askable()], time.monotonic() + _SETTLE_SECONDS
+        while True:
+            answers = self._ask([rank for rank in searched if rank != this_rank], {})
+            if this_rank in searched:
+                answers[this_rank] = self._state()
+            gone = {rank: answer for rank, answer in answers.items() if answer == _IS_GONE}
+            if gone or self._statuses:  # it may have been told of meanwhile
+                return gone
+            # Who lost contact did wait. In time this shows for all but those that the others wait for.
+            answers = {
+                rank: answer for rank, answer in answers.items() if isinstance(answer, str) or not answer.gave_up
+            }
+            searched = list(answers)
+            if not searched or time.monotonic() > end:
+                break
+            time.sleep(_PAUSE_SECONDS)
+        if not self._has_timed_out:  # a connection broke: ranks that still wait have done nothing wrong
+            answers = {rank: got for rank, got in answers.items() if isinstance(got, str)}
+        is_verdict = 2 * len(answers) <= len(self._addresses)  # else rather this rank is cut off
+        return {rank: str(answer) for rank, answer in answers.items()} if is_verdict else {}
+
+    def _hear(self, statuses: Mapping[Any, str]) -> None:
+        """Take over what became of ranks. What is told first is the cause of what comes later."""
+        for rank, status in statuses.items():
+            self._statuses.setdefault(int(rank), str(status))
+        self._has_heard.set()
 
     # ------------------------------------------------------------------ asking
 
@@ -168,12 +247,12 @@ class Peers:
             if rank != this_rank and place.ip and (not place.ip.startswith("127.") or place.host == here)
         ]
 
-    def _ask(self, ranks: list[int], request: Mapping[str, Any]) -> dict[int, Any]:
-        """The answers by rank: (step, phase, seconds), or what became of it."""
+    def _ask(self, ranks: list[int], request: Mapping[str, Any]) -> dict[int, State | str]:
+        """The answers by rank: what it is doing, or what became of it."""
         line = json.dumps({**request, "token": self._token}).encode() + b"\n"
         pool = ThreadPoolExecutor(min(len(ranks), _NUM_ASKED_AT_ONCE) or 1)
         asked = {pool.submit(_ask, self._addresses[rank], line): rank for rank in ranks}
-        done, _ = wait(asked, _SEARCH_SECONDS)  # of thousands on hosts that are gone, those asked by then are enough
+        done, _ = wait(asked, _ASK_SECONDS)  # of thousands on hosts that are gone, those asked by then are enough
         pool.shutdown(wait=False, cancel_futures=True)
         return dict(sorted((asked[future], future.result()) for future in done))
 
@@ -205,16 +284,19 @@ class Peers:
                     request = json.loads(file.readline(_MAX_LINE))
                     if request.get("token") != self._token:
                         continue
-                    if "by" in request:
-                        if not self._told_by:
+                    if "told" in request:
+                        self._told_by.append(int(request["by"]))
+                        if len(self._told_by) == 1:
                             threading.Thread(
                                 target=self._end_if_stuck, args=(server,), name="stuck", daemon=True
                             ).start()
-                        self._told_by.append(int(request["by"]))
-                    for rank, status in request.get("statuses", {}).items():
-                        self._statuses.setdefault(int(rank), str(status))
-                    answer = (self.step, self._phase, time.monotonic() - self._since)
-                    file.write(json.dumps(answer).encode() + b"\n")
+                        self._hear(request["told"])
+                    if "search" in request:
+                        self._begin_search(bool(request["search"]))
+                    file.write(json.dumps(self._state()).encode() + b"\n")
+
+    def _state(self) -> State:
+        return State(self.step, self._phase, time.monotonic() - self._since, self._gave_up)
 
     def _end_if_stuck(self, server: socket.socket) -> None:
         """End this process if it doesn't notice that the run is over: its launcher sees only processes that have ended,
@@ -225,7 +307,7 @@ class Peers:
         noticed_at: float | None = None
         while not self.is_ending and self._server is server:
             time.sleep(_STUCK_SECONDS / 4)
-            if any(answer != "is gone" for answer in self._ask(self._told_by[:_NUM_NAMED], {}).values()):
+            if any(answer != _IS_GONE for answer in self._ask(self._told_by[:_NUM_NAMED], {}).values()):
                 noticed_at = None
             elif noticed_at is None:
                 noticed_at = time.monotonic()
@@ -234,27 +316,23 @@ class Peers:
                 text = (
                     f"{stuck}: {self._named(self._statuses)}. This process is ended, so that the run can be restarted."
                 )
-                launcher.write(text, text, f"step {self.step}", is_first=not self._gone(self._statuses))
+                launcher.write(text, text, f"step {self.step}", is_first=not self._statuses)
                 print(f"Rank {collectives.rank()}, step {self.step}: {text}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(1)
 
 
-def _describe_phase(step: int, phase: str, seconds: float) -> str:
-    return f"has been in step {step}, {phase}, for {seconds:.1f} s"
-
-
-def _ask(place: Address, line: bytes) -> Any:
+def _ask(place: Address, line: bytes) -> State | str:
     try:
         with socket.create_connection((place.ip, place.port), _ANSWER_SECONDS) as connection:
             connection.sendall(line)
             with connection.makefile("rb") as file:
                 answer = file.readline(_MAX_LINE)
-        return json.loads(answer) if answer else "is gone"
-    except (TimeoutError, ValueError):
-        return "does not answer"
+        return State(*json.loads(answer)) if answer else _IS_GONE
+    except (TimeoutError, ValueError, TypeError):
+        return _IS_SILENT
     except OSError as ex:
-        return "is gone" if isinstance(ex, ConnectionError) else f"cannot be reached ({ex.strerror or ex})"
+        return _IS_GONE if isinstance(ex, ConnectionError) else f"cannot be reached ({ex.strerror or ex})"
 
 
 def _close_in_child() -> None:
