@@ -12,7 +12,7 @@ from .commands import checkpoints, diff, evaluate, prove, runs, tokens
 from .commands.parser import Parser
 from .errors import CheckpointError
 
-_COMMANDS = (checkpoints, evaluate, prove, runs, diff, prove, tokens)
+_COMMANDS = (checkpoints, evaluate, prove, runs, diff, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
