@@ -128,6 +128,7 @@ class BaseTrainer(Evaluating, Recipe):
     mixed_precision: str | None
     gradient_accumulation_steps: int
     workspace: Path | None
+    """The absolute path of the folder that hooks write to."""
     no_sync_accumulate: bool
     state_dict_options: StateDictOptions | None
     logger: logging.Logger
@@ -138,20 +139,21 @@ class BaseTrainer(Evaluating, Recipe):
 
     # What was built.
     accelerator: Accelerator
+    """Accelerate's object of the run."""
     data_loader: Iterable[Any]
     eval_data_loader: Any
     model: nn.Module
     """The model as Accelerate prepared it: wrapped, on the device."""
     optimizer: Optimizer
+    """The optimizer as Accelerate prepared it."""
     lr_scheduler: LRScheduler | None
+    """The schedule that `build_lr_scheduler` returned."""
     lr_monitor: str | None  # the metric whose evaluations move the schedule; None: each update does
     grad_scaler: torch.amp.GradScaler | None
     """The grad scaler in force, Accelerate's own or `build_grad_scaler`'s; None: there is none."""
     hooks: list[BaseHook]
-    checkpointers: list[CheckpointerHook]
-    """The hooks among `hooks` that save the run."""
-    averagers: list[AveragingHook]
-    """The hooks among `hooks` that average the weights."""
+    checkpointers: list[CheckpointerHook]  # those among `hooks` that save the run
+    averagers: list[AveragingHook]  # those that average the weights
 
     # Where the run stands.
     step: int
@@ -162,10 +164,8 @@ class BaseTrainer(Evaluating, Recipe):
     """Steps in which an epoch fits, rounded up, as soon as the data is built; None: the data has no length."""
     step_info: StepInfo
     """What this step has measured so far."""
-    control: Control
-    """What hooks ask of all ranks, and what the ranks agreed on."""
-    peers: Peers
-    """What the other ranks are doing, for the error if one is gone."""
+    control: Control  # what hooks ask of all ranks, and what the ranks agreed on
+    peers: Peers  # what the other ranks are doing, for the error if one is gone
 
     # Internal.
     settings: dict[str, Any]  # in force, by flat name; the checkpoints record them
