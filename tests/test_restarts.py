@@ -134,6 +134,8 @@ def test_two_launchers_restart_together(
         launchers = []
         for machine, prefix in enumerate(prefixes):
             where = ["--machine_rank", str(machine), "--main_process_ip", master, "--main_process_port", port]
+            if rdzv == "c10d":  # torch finds out by the name of the host, which the namespaces share
+                where += ["--rdzv_conf", f"is_host={1 - machine}"]
             options = ["--num_machines", "2", "--max_restarts", "6", "--rdzv_backend", rdzv, *where]
             script = ["--mixed_precision", "no", "--dynamo_backend", "no", str(WORKER), str(workspace), str(NUM_STEPS)]
             command = [*prefix, *LAUNCH, *FORMS[form], *options, *script, *deaths]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from ..state.restoring import Source, restore_from
 from ..state.resuming import parse_on_resume, settings_to_save
 from ..state.saved import content_of
 from .metrics import tell_missing_metrics
+from .save_timing import SaveTiming
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -53,7 +54,10 @@ class CheckpointingHook(CheckpointerHook):
         exit_wait: Seconds to wait before that exit.
         keep_steps: These steps stay.
         keep: More policies, from `trainloop.checkpoint`.
-        save_every: Save also when this time has passed since the last save, by rank 0's clock.
+        save_every: Save also when this time has passed since the last save, by rank 0's clock. "auto": the time that
+            loses least, from what saves cost and how often the run has failed.
+        deadline: When the run must be over: a timedelta from the start of the process, a datetime, or "slurm", which
+            takes the end of the job. All ranks save early enough to be done before it, and exit as after SIGTERM.
         async_save: Only the copy of the tensors blocks; a thread writes. Final saves always finish.
         verify: How a checkpoint is checked before it is loaded: "full", "size" or "off".
         on_busy: An async save is due and the last one still runs: "wait" for it, or "skip".
@@ -86,7 +90,8 @@ class CheckpointingHook(CheckpointerHook):
         *,
         keep_steps: Sequence[int] = (),
         keep: Sequence[RetentionPolicy] = (),
-        save_every: timedelta | None = None,
+        save_every: timedelta | str | None = None,
+        deadline: timedelta | datetime | str | None = None,
         async_save: bool = False,
         verify: str = "full",
         on_busy: str = "wait",
@@ -106,8 +111,6 @@ class CheckpointingHook(CheckpointerHook):
             raise TypeError(f'`load` must be "latest", "best:METRIC", a step, a path or None, but is {describe(load)}.')
         if exit_code != "128+signal" and (isinstance(exit_code, bool) or not isinstance(exit_code, int)):
             raise TypeError(f'`exit_code` must be an integer or "128+signal", but is {describe(exit_code)}.')
-        if save_every is not None and (not isinstance(save_every, timedelta) or save_every <= timedelta(0)):
-            raise TypeError(f"`save_every` must be a positive timedelta or None, but is {describe(save_every)}.")
         for name, choice, choices in (("verify", verify, ("full", "size", "off")), ("on_busy", on_busy, _ON_BUSY)):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, but is {choice!r}.")
@@ -120,7 +123,7 @@ class CheckpointingHook(CheckpointerHook):
         self.exit_signals = parse_signals("exit_signals", exit_signals)
         self.exit_code = exit_code
         self.exit_wait = exit_wait
-        self.save_every = save_every
+        self._timing = SaveTiming(save_every, deadline)
         self.async_save = async_save
         self.verify: Any = verify
         self.on_busy = on_busy
@@ -163,7 +166,7 @@ class CheckpointingHook(CheckpointerHook):
         self._open(trainer)
         self._begin_account(trainer)
         self._kept.start()
-        self._last_save = time.monotonic()
+        self._timing.begin(trainer, self._opened)
         if self.exit_signals:
             check_main_thread("exit_signals")
         for number in self.exit_signals:
@@ -225,14 +228,10 @@ class CheckpointingHook(CheckpointerHook):
         is_asked = bool(trainer.control.take("checkpoint"))
         if is_final or is_asked or trainer.is_due(self.interval):
             self._save(trainer, is_final)
-        elif self._is_overdue() and collectives.rank() == 0:
+        elif self._timing.is_due(trainer):
             trainer.request_checkpoint()
         if exit_signal:
             self._exit(trainer, exit_signal)
-
-    def _is_overdue(self) -> bool:
-        elapsed = timedelta(seconds=time.monotonic() - self._last_save)
-        return self.save_every is not None and elapsed >= self.save_every
 
     def _save(self, trainer: BaseTrainer, is_final: bool) -> None:
         if trainer.step == self._saved_step:
@@ -241,7 +240,7 @@ class CheckpointingHook(CheckpointerHook):
         if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._opened.busy())):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
-        start = self._last_save = time.monotonic()
+        start = self._timing.save_begins()
         self._settle(trainer, is_final)
         save = self._opened.save_async if runs_in_thread else self._opened.save
         try:
@@ -261,7 +260,9 @@ class CheckpointingHook(CheckpointerHook):
                 raise
             self._count_failure(trainer, ex)
         else:
-            self._kept.saved(time.monotonic() - start, is_durable=not runs_in_thread)
+            seconds = time.monotonic() - start
+            self._kept.saved(seconds, is_durable=not runs_in_thread)
+            self._timing.save_returned(seconds, is_durable=not runs_in_thread)
             self._saved_step, self._has_saved = trainer.step, True
             if not self._has_looked and collectives.rank() == 0:
                 logged = {*self._metrics, *(name for info in self._opened.checkpoints() for name in info.metrics)}
@@ -302,11 +303,13 @@ class CheckpointingHook(CheckpointerHook):
                     self._metrics["/".join(map(str, key))] = value
 
     def _exit(self, trainer: BaseTrainer, exit_signal: int) -> None:
-        code = 128 + exit_signal if isinstance(self.exit_code, str) else self.exit_code
-        name = signal.Signals(exit_signal).name
-        text = f"{name} was received: saved after step {trainer.step}, exiting with code {code}."
+        number, is_deadline = exit_signal % 256, exit_signal >= 256
+        code = 128 + number if isinstance(self.exit_code, str) else self.exit_code
+        name = signal.Signals(number).name
+        why = "The deadline is near" if is_deadline else f"{name} was received"
+        text = f"{why}: saved after step {trainer.step}, exiting with code {code}."
         trainer.logger.warning(text)
-        self._kept.ends_by("signal", name)
+        self._kept.ends_by("deadline" if is_deadline else "signal", "" if is_deadline else name)
         time.sleep(self.exit_wait)
         end = SystemExit(code)
         end.add_note(text)  # for the launcher's summary

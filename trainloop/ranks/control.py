@@ -14,6 +14,9 @@ from . import collectives
 REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed", "bad_samples")
 """What any rank may ask of all: a signal number, 1 for the others; 0: nothing."""
 
+DEADLINE = 256 + signal.SIGTERM
+"""As an exit signal: nobody has sent one, but the run's time is up. It exits as after SIGTERM."""
+
 _NOTHING = [0] * (len(REQUESTS) + 1)  # and no skipped micro-batch
 
 
@@ -32,6 +35,8 @@ class Control:
         """Who has asked for a stop on this rank."""
         self.num_epochs_done = 0
         """How many epochs of the data are over on every rank, at the end of the last window."""
+        self.alarms: list[Callable[[], int]] = []
+        """Each is asked before every exchange whether the run must exit, and answers with an exit signal or 0."""
         self.last_step: int | None = None
         """The last step in which all ranks have met; None: there was none yet."""
 
@@ -56,6 +61,7 @@ class Control:
         self._asked = dict.fromkeys(REQUESTS, 0)
         self.agreed = dict.fromkeys(REQUESTS, 0)
         self.stopped_by = ""
+        self.alarms.clear()
 
     def who_stopped(self) -> str:
         """Who has asked for the stop that was agreed on, on any rank; "" if there is none. Call on every rank."""
@@ -67,9 +73,15 @@ class Control:
         """Whether any rank was sent an exit signal, told at once. Call on every rank; for long work between two
         windows, which must not keep the run from ending in time.
         """
+        self._heed_alarms()
         own = self.agreed["exit_signal"] or self._asked["exit_signal"]
         self.agreed["exit_signal"] = max(signal for (signal,) in collectives.start_gather([own])())
         return bool(self.agreed["exit_signal"])
+
+    def _heed_alarms(self) -> None:
+        for alarm in self.alarms:
+            if exit_signal := alarm():
+                self.ask("exit_signal", exit_signal)
 
     def start(self, skipped: Sequence[int], checksum: int = 0, num_epochs_done: int = 0) -> None:
         """Tell the others, without waiting for them. Call on every rank once a window, when its work is queued: the
@@ -80,6 +92,7 @@ class Control:
             checksum: Of everything else that must be the same on all ranks.
             num_epochs_done: How many epochs of its data this rank has seen.
         """
+        self._heed_alarms()
         # Exchanged for new ones before they are read: a signal may come between any two lines, and must not be lost.
         asked, self._asked = self._asked, dict.fromkeys(REQUESTS, 0)
         values = [asked[request] for request in REQUESTS]

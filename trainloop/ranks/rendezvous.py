@@ -25,6 +25,8 @@ import torch.distributed as dist
 from ..errors import TrainingError
 
 _ROUND = "trainloop/round"
+_AT_LEAST = timedelta(minutes=10)
+"""A rank waits so long for the others to start: their launcher may first have to end a rank that hangs."""
 _LONGEST_PAUSE = 0.5  # seconds between two questions
 
 
@@ -96,7 +98,9 @@ def _by_rounds(create_store: Callable[..., Any]) -> Callable[..., Any]:
             str(world_size),
         ] == [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")]
         # Also in the first attempt: a launcher elsewhere may have restarted already.
-        return join_round(store, rank, world_size, timeout) if is_launchers and world_size > 1 else store
+        if is_launchers and world_size > 1:
+            store = join_round(store, rank, world_size, max(timeout, _AT_LEAST))
+        return store
 
     return create
 
