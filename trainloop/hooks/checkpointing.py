@@ -18,7 +18,7 @@ from ..errors import CheckpointError, check_int, check_interval, describe
 from ..hook import CheckpointerHook
 from ..paths import parse_absolute_path, parse_path
 from ..ranks import collectives
-from ..ranks.control import check_main_thread, parse_signals
+from ..ranks.control import check_main_thread, exit_cause, parse_signals
 from ..records import Records, flatten_nested_dict, is_number
 from ..state.pretrained import texts_beside
 from ..state.restoring import Source, restore_from
@@ -111,7 +111,10 @@ class CheckpointingHook(CheckpointerHook):
             raise TypeError(f'`load` must be "latest", "best:METRIC", a step, a path or None, but is {describe(load)}.')
         if exit_code != "128+signal" and (isinstance(exit_code, bool) or not isinstance(exit_code, int)):
             raise TypeError(f'`exit_code` must be an integer or "128+signal", but is {describe(exit_code)}.')
-        for name, choice, choices in (("verify", verify, ("full", "size", "off")), ("on_busy", on_busy, _ON_BUSY)):
+        for name, choice, choices in (
+            ("verify", verify, ("full", "size", "off")),
+            ("on_busy", on_busy, ("wait", "skip")),
+        ):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, but is {choice!r}.")
         self.interval = interval
@@ -240,7 +243,7 @@ class CheckpointingHook(CheckpointerHook):
         if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._opened.busy())):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
-        start = self._timing.save_begins()
+        self._timing.save_begins()
         self._settle(trainer, is_final)
         save = self._opened.save_async if runs_in_thread else self._opened.save
         try:
@@ -260,9 +263,8 @@ class CheckpointingHook(CheckpointerHook):
                 raise
             self._count_failure(trainer, ex)
         else:
-            seconds = time.monotonic() - start
+            seconds = self._timing.save_returned(is_durable=not runs_in_thread)
             self._kept.saved(seconds, is_durable=not runs_in_thread)
-            self._timing.save_returned(seconds, is_durable=not runs_in_thread)
             self._saved_step, self._has_saved = trainer.step, True
             if not self._has_looked and collectives.rank() == 0:
                 logged = {*self._metrics, *(name for info in self._opened.checkpoints() for name in info.metrics)}
@@ -303,13 +305,11 @@ class CheckpointingHook(CheckpointerHook):
                     self._metrics["/".join(map(str, key))] = value
 
     def _exit(self, trainer: BaseTrainer, exit_signal: int) -> None:
-        number, is_deadline = exit_signal % 256, exit_signal >= 256
-        code = 128 + number if isinstance(self.exit_code, str) else self.exit_code
-        name = signal.Signals(number).name
-        why = "The deadline is near" if is_deadline else f"{name} was received"
+        name, why, code = exit_cause(exit_signal)
+        code = code if isinstance(self.exit_code, str) else self.exit_code
         text = f"{why}: saved after step {trainer.step}, exiting with code {code}."
         trainer.logger.warning(text)
-        self._kept.ends_by("deadline" if is_deadline else "signal", "" if is_deadline else name)
+        self._kept.ends_by("signal" if name else "deadline", name)
         time.sleep(self.exit_wait)
         end = SystemExit(code)
         end.add_note(text)  # for the launcher's summary
@@ -348,6 +348,3 @@ class CheckpointingHook(CheckpointerHook):
             for number, previous in self._previous_handlers.items():
                 signal.signal(number, previous)
             self._previous_handlers.clear()
-
-
-_ON_BUSY = ("wait", "skip")

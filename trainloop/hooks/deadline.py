@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from ..account.process import process_start
+from ..account.process import own_start
 from ..errors import describe
 
 _SCONTROL_SECONDS = 60.0
@@ -43,7 +43,7 @@ def end_time(deadline: timedelta | datetime | str) -> float:
         ValueError: Slurm does not tell.
     """
     if isinstance(deadline, timedelta):
-        return process_start() + deadline.total_seconds()
+        return own_start() + deadline.total_seconds()
     if isinstance(deadline, datetime):
         return deadline.timestamp()  # without a time zone it is local time
     told = os.environ.get("SLURM_JOB_END_TIME", "")

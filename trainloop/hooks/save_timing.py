@@ -111,20 +111,28 @@ class SaveTiming:
 
     # ------------------------------------------------------------------ what saves cost
 
-    def save_begins(self) -> float:
-        """Call on every rank; returns the time."""
+    def save_begins(self) -> None:
+        """Call on every rank."""
         if self._store is not None and self._store.last_seconds:
             self._whole.append(self._store.last_seconds)  # of the save before
         self._last_save = time.monotonic()
-        return self._last_save
 
-    def save_returned(self, seconds: float, is_durable: bool) -> None:
-        """A save has blocked the run for `seconds`. Call on every rank."""
+    def save_returned(self, *, is_durable: bool) -> float:
+        """Call on every rank.
+
+        Args:
+            is_durable: False: a thread still writes.
+
+        Returns:
+            The seconds for which the save has blocked the run.
+        """
+        seconds = time.monotonic() - self._last_save
         self._blocked.append(seconds)
         if is_durable:
             self._whole.append(seconds)
         if self.deadline is not None:
             self.deadline.skip()
+        return seconds
 
     def _save_seconds(self) -> float:
         """How long the next save may take until it is durable. It first waits for one that is in flight."""

@@ -146,6 +146,15 @@ def check_main_thread(argument: str) -> None:
         )
 
 
+def exit_cause(exit_signal: int) -> tuple[str, str, int]:
+    """Of what the ranks have agreed on: the name of the signal, "" for the deadline; what happened; and the code with
+    which a shell's process exits then.
+    """
+    number = exit_signal % 256
+    name = "" if exit_signal == DEADLINE else signal.Signals(number).name
+    return name, f"{name} was received" if name else "The deadline is near", 128 + number
+
+
 def parse_signals(argument: str, given: Iterable[int | str] | int | str | None) -> list[int]:
     """Signal numbers from the numbers and names that `argument` was given.
 
