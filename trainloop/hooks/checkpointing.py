@@ -126,7 +126,7 @@ class CheckpointingHook(CheckpointerHook):
         self.exit_signals = parse_signals("exit_signals", exit_signals)
         self.exit_code = exit_code
         self.exit_wait = exit_wait
-        self._timing = SaveTiming(save_every, deadline)
+        self.timing = SaveTiming(save_every, deadline)
         self.async_save = async_save
         self.verify: Any = verify
         self.on_busy = on_busy
@@ -169,7 +169,7 @@ class CheckpointingHook(CheckpointerHook):
         self._open(trainer)
         self._begin_account(trainer)
         self._kept.start()
-        self._timing.begin(trainer, self._opened)
+        self.timing.begin(trainer, self._opened)
         if self.exit_signals:
             check_main_thread("exit_signals")
         for number in self.exit_signals:
@@ -231,7 +231,7 @@ class CheckpointingHook(CheckpointerHook):
         is_asked = bool(trainer.control.take("checkpoint"))
         if is_final or is_asked or trainer.is_due(self.interval):
             self._save(trainer, is_final)
-        elif self._timing.is_due(trainer):
+        elif self.timing.is_due(trainer):
             trainer.request_checkpoint()
         if exit_signal:
             self._exit(trainer, exit_signal)
@@ -243,7 +243,7 @@ class CheckpointingHook(CheckpointerHook):
         if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._opened.busy())):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
-        self._timing.save_begins()
+        self.timing.save_begins()
         self._settle(trainer, is_final)
         save = self._opened.save_async if runs_in_thread else self._opened.save
         try:
@@ -263,7 +263,7 @@ class CheckpointingHook(CheckpointerHook):
                 raise
             self._count_failure(trainer, ex)
         else:
-            seconds = self._timing.save_returned(is_durable=not runs_in_thread)
+            seconds = self.timing.save_returned(is_durable=not runs_in_thread)
             self._kept.saved(seconds, is_durable=not runs_in_thread)
             self._saved_step, self._has_saved = trainer.step, True
             if not self._has_looked and collectives.rank() == 0:

@@ -18,6 +18,7 @@ from accelerate.utils import find_batch_size
 from ..data.checksums import sample_checksum
 from ..hook import BaseHook
 from ..hooks.checkpointing import CheckpointingHook
+from ..hooks.save_timing import SaveTiming
 from ..hooks.trackers import TrackerHook
 from ..hooks.wandb import WandbHook
 from ..trainer import BaseTrainer
@@ -71,7 +72,7 @@ class Subject:
         if not checkpointing:
             hooks.append(CheckpointingHook(self.interval))
         for hook in checkpointing:
-            hook.interval, hook.save_every = self.interval, None
+            hook.interval, hook.timing = self.interval, SaveTiming(None, None)
             hook.async_save = hook.async_save if self.is_async is None else self.is_async
         return hooks
 
