@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .account import LEDGER, STEP
 from .harness import Measured, quartiles, ratios
 from .suite import Results
 
@@ -78,6 +79,8 @@ def _updates(results: Results) -> list[Row]:
         for name, goal in (("EmaHook", 1.10), ("AveragedModel, foreach", None)):
             what = f"average of the weights, {model}: {name} to `_foreach_lerp_`"
             found.append(_ratio(what, seconds[name], bare, goal))
+    if results.ledger:
+        found.append(_ratio("ledger: share of a tiny step", results.ledger[LEDGER], results.ledger[STEP], 0.01))
     for name, values in list(results.finite_checks.items())[1:]:
         reference = results.finite_checks["torch's clip alone"]
         what = f"finite check and clip, 400 tensors: {name} to torch's clip alone"

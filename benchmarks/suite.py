@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import footprint, growth, updates
+from . import account, footprint, growth, updates
 from .environment import environment
 from .harness import FOUR_HOOKS, MAIN, PEERS, REPOSITORY, TRAINLOOP, Measured, System, run
 from .tasks import Task
@@ -39,6 +39,7 @@ class Results:
     averages: dict[str, updates.Seconds] = field(default_factory=dict)
     """By model."""
     finite_checks: updates.Seconds = field(default_factory=dict)
+    ledger: updates.Seconds = field(default_factory=dict)
     imports: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     """Bytes, saves and loads, as `benchmarks.checkpoint` writes them."""
@@ -127,12 +128,13 @@ def _count_host_reads(results: Results, systems: Sequence[System]) -> None:
 
 def _measure_updates(results: Results, scale: float) -> None:
     num_rounds = max(3, round(25 * scale))
-    _say("average of the weights, finite check")
+    _say("average of the weights, finite check, ledger")
     results.averages = {
         model: updates.averages(model, num_rounds, num_calls)
         for model, num_calls in (("400 small tensors", 50), ("10M transformer", 10))
     }
     results.finite_checks = updates.finite_checks("400 small tensors", num_rounds, 20)
+    results.ledger = account.ledger(max(3, num_rounds // 3))
 
 
 def _checkpoint(scale: float) -> dict[str, Any]:
