@@ -28,7 +28,7 @@ from .launching import REPOSITORY, environment
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "examples" / "README.md", *sorted(DOCS.rglob("*.md"))]
-MODULES = ["trainloop", "trainloop.checkpoint", "trainloop.data", "trainloop.testing"]
+MODULES = ["trainloop", "trainloop.account", "trainloop.checkpoint", "trainloop.data", "trainloop.testing"]
 PROMPTS = ("$ ", "# ")
 OWN_PROGRAM = {"README.md", "index.md"}
 """Pages that need nothing of another; the rest go on from the program of index.md, as that page says."""

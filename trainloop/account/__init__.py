@@ -7,6 +7,6 @@ ledger/rank_00000.bin …    the bits of each step, a file a rank (`ledger`); a 
 """
 
 from .events import EVENTS, read_events
-from .lives import Life, failure_times, failures_at_same_step, read_lives
+from .lives import Life, failure_times, failures_at_same_step, read_lives, split_runs
 
-__all__ = ["EVENTS", "Life", "failure_times", "failures_at_same_step", "read_events", "read_lives"]
+__all__ = ["EVENTS", "Life", "failure_times", "failures_at_same_step", "read_events", "read_lives", "split_runs"]

@@ -36,13 +36,15 @@ class Life:
     hosts: Mapping[str, int]
     """Number of processes by host."""
     num_processes: int
+    """Of all hosts."""
     version: str
     """Of trainloop."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries."""
     pid: int = 0
-    """Of rank 0, on `host`."""
+    """Number of rank 0's process."""
     host: str = ""
+    """Of rank 0."""
     ready: float | None = None
     """When the run was restored and went into its loop; None: it did not come so far."""
     start_step: int = 0
@@ -50,6 +52,7 @@ class Life:
     step: int = 0
     """The last step that is known to be done."""
     max_steps: int = 0
+    """That the run was to take; 0: not known."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """By flat name, as checkpoints have them."""
     ended: float = 0.0
@@ -118,7 +121,7 @@ def _take(life: Life, event: dict[str, Any]) -> None:
     kind = event["event"]
     if kind == "start":
         life.ready, life.start_step, life.step = event["time"], event["step"], event["step"]
-        life.settings, life.max_steps = event.get("settings", {}), event.get("max_steps", 0)
+        life.settings, life.max_steps = event.get("settings", {}), event.get("max_steps") or 0
     elif kind == "failed":
         life.failures.append(event)
         if not event.get("lost_contact") and not life.cause:
@@ -138,6 +141,9 @@ def failure_text(event: Mapping[str, Any]) -> str:
 def split_runs(lives: Sequence[Life]) -> list[list[Life]]:
     """The lives of each run in a workspace. A new run begins with a life that starts at step 0 although there were
     checkpoints.
+
+    Args:
+        lives: From `read_lives`.
     """
     runs: list[list[Life]] = []
     has_saved = False
@@ -154,6 +160,9 @@ def failures_at_same_step(lives: Sequence[Life]) -> tuple[int, int]:
     """The step at which the last life failed, and how many lives in a row, up to the last one, have failed there. A
     life that is still under way must be left out.
 
+    Args:
+        lives: From `read_lives`.
+
     Returns:
         Step and number; (0, 0): the last life did not fail.
     """
@@ -166,5 +175,9 @@ def failures_at_same_step(lives: Sequence[Life]) -> tuple[int, int]:
 
 
 def failure_times(lives: Sequence[Life]) -> list[float]:
-    """When lives have failed, for an estimate of the time between two failures."""
+    """When lives have failed, for an estimate of the time between two failures.
+
+    Args:
+        lives: From `read_lives`.
+    """
     return [life.ended for life in lives if life.reason in FAILURES]

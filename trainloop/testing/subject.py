@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from accelerate.utils import find_batch_size
 from ..data.checksums import sample_checksum
 from ..hook import BaseHook
 from ..hooks.checkpointing import CheckpointingHook
+from ..hooks.evaluation import EvaluationHook
 from ..hooks.save_timing import SaveTiming
 from ..hooks.trackers import TrackerHook
 from ..hooks.wandb import WandbHook
@@ -35,7 +35,7 @@ class Subject:
     """Makes the trainer in the processes of a life.
 
     The trainer gets `steps` steps, and checkpoints every `interval` steps. Hooks that send numbers to trackers are left
-    out.
+    out, and so are evaluations before the first and after the last step, which may take hours.
     """
 
     name: str
@@ -68,12 +68,15 @@ class Subject:
 
     def _hooks(self, given: Sequence[BaseHook]) -> list[BaseHook]:
         hooks = [hook for hook in given if not isinstance(hook, TrackerHook | WandbHook)]
+        for hook in hooks:
+            if isinstance(hook, EvaluationHook):
+                hook.at_start = hook.at_end = False
         checkpointing = [hook for hook in hooks if isinstance(hook, CheckpointingHook)]
         if not checkpointing:
             hooks.append(CheckpointingHook(self.interval))
-        for hook in checkpointing:
-            hook.interval, hook.timing = self.interval, SaveTiming(None, None)
-            hook.async_save = hook.async_save if self.is_async is None else self.is_async
+        for saving in checkpointing:
+            saving.interval, saving.timing = self.interval, SaveTiming(None, None)
+            saving.async_save = saving.async_save if self.is_async is None else self.is_async
         return hooks
 
 
@@ -85,7 +88,7 @@ class Measuring(BaseHook):
     """
 
     def __init__(self, workspace: Path) -> None:
-        self._workspace = workspace
+        self.workspace = workspace
         self._steps: dict[int, Any] = {}
         self._num_samples = 0
         self._draws = False
@@ -116,6 +119,8 @@ class Measuring(BaseHook):
         }
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
+        import resource  # POSIX has it, as a proof needs
+
         unit = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`
         measured = {
             "steps": self._steps,
@@ -125,7 +130,7 @@ class Measuring(BaseHook):
             "device": trainer.device.type,
             "precision": trainer.accelerator.mixed_precision,
         }
-        measured_file(self._workspace, trainer.accelerator.process_index).write_text(json.dumps(measured))
+        measured_file(self.workspace, trainer.accelerator.process_index).write_text(json.dumps(measured))
 
 
 def measured_file(workspace: Path, rank: int) -> Path:
