@@ -19,8 +19,8 @@ class Shardable(Protocol):
     the samples of the smaller ones are seen more often. `__len__`, if there is one, is the length of the share. In
     worker processes, `__iter__` splits the share over the workers.
 
-    The random generators of Python, numpy and torch are the same on every rank while the data set is read. So a data
-    set may shuffle its list of files first and then take the files of its rank.
+    To shuffle the files, give the data set `set_epoch`: every rank and worker shuffles the whole list by the epoch, and
+    takes its part after that. `integrations/data/web_dataset.py` is an example.
 
     If the data set has `state_dict` and `load_state_dict` too, a resume goes to the position at once. Otherwise it
     reads the seen part of the epoch again.
