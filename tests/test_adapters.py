@@ -62,6 +62,16 @@ def test_a_resume_on_another_base_names_the_first_parameter_that_differs(launche
         assert told == launched[1][0]["other base"]
 
 
+def test_weights_alone_are_loaded_onto_the_same_base_only(tmp_path: Path) -> None:
+    """`load_weights`, as a resume, the average too."""
+    Trainer(tmp_path, 2, trainable_only=True).train()
+    checkpoint = tmp_path / "checkpoints" / "step_0000002"
+    for ema in (None, "ema"):
+        Trainer(tmp_path).load_weights(checkpoint, ema=ema)
+        with pytest.raises(CheckpointError, match=r"The first is backbone\.weight, which has other values here"):
+            Trainer(tmp_path, seed_of_base=2).load_weights(checkpoint, ema=ema)
+
+
 def test_a_base_that_build_model_has_not_given_is_saved(launched: tuple[Path, list[Any]]) -> None:
     """What the script has loaded into the model after it was built."""
     manifest = checkpoint_of(launched[0], "loaded", 1).manifest

@@ -16,9 +16,10 @@ import torch
 from ..checkpoint import BestK, Checkpoint, EverySeconds, KeepInterval, KeepPrevious, KeepSteps, RetentionPolicy
 from ..checkpoint.best import Best
 from ..checkpoint.format.catalog import Catalog
-from ..checkpoint.tools.export import CONFIG, FILE_SUFFIX, check_output, export, needed_files
+from ..checkpoint.tools.export import CONFIG, FILE_SUFFIX, check_output, export, left_out, needed_files
 from ..checkpoint.tools.export_accelerate import export_accelerate
 from ..checkpoint.tools.export_accelerate import needed_files as accelerate_files
+from ..checkpoint.tools.export_peft import export_merged, export_peft, peft_files
 from ..checkpoint.tools.pick import pick
 from ..checkpoint.tools.prune import plan_pruning, prune
 from ..checkpoint.tools.report import listing, listing_json, pruning, size
@@ -77,10 +78,21 @@ def add(areas: Any) -> None:
         " files that it reads are verified first. A PATH that ends in .safetensors becomes one file, for `load_file`"
         " and `load_state_dict`: tied tensors stand in it under each of their names. Any other PATH becomes a folder"
         " for `from_pretrained`, with model/config.json of the checkpoint if the run put one there; of tied tensors it"
-        " has the first. --format accelerate writes a folder that `accelerator.load_state` reads, with the optimizer,"
-        " the schedule and the random generators of the CPU; these are pickles.",
+        " has the first. --format peft writes the adapters of a model of peft, for `PeftModel.from_pretrained`."
+        " --format accelerate writes a folder that `accelerator.load_state` reads, with the optimizer, the schedule and"
+        " the random generators of the CPU; these are pickles.",
     )
-    out.add_argument("--format", choices=("weights", "accelerate"), default="weights", help="(default: weights)")
+    formats = ("weights", "peft", "accelerate")
+    out.add_argument("--format", choices=formats, default="weights", help="(default: weights)")
+    out.add_argument(
+        "--merge", action="store_true", help="--format peft: the whole model, with the adapter merged into its weights"
+    )
+    out.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="--merge: the base model, as `from_pretrained` takes it (default: what the adapter's configuration names)",
+    )
+    out.add_argument("--adapter", metavar="NAME", help='--format peft: (default: "default", or the only one)')
     out.add_argument(
         "--fsdp2",
         action="store_true",
@@ -184,6 +196,10 @@ def _export(options: argparse.Namespace) -> int:
         return _export_accelerate(options)
     if options.fsdp2:
         raise ValueError("--fsdp2 is for --format accelerate")
+    if options.format == "peft":
+        return _export_peft(options)
+    if options.merge or options.base or options.adapter:
+        raise ValueError("--merge, --base and --adapter are for --format peft")
     group = options.group
     if options.output is not None:
         check_output(options.output, options.force)  # before anything takes time
@@ -196,6 +212,32 @@ def _export(options: argparse.Namespace) -> int:
     print(f"{checkpoint.folder}, {group} -> {output}: {done.num_tensors} tensors, {size(done.num_bytes)}, {files}")
     if output.is_dir() and not (output / CONFIG).exists():
         print(f"{checkpoint.folder} has no model/{CONFIG}: put the model's into {output}.", file=sys.stderr)
+    if missing := left_out(checkpoint.manifest):
+        print(f"Not in it: {missing}. Load it with `load_state_dict(..., strict=False)`.", file=sys.stderr)
+    return 0
+
+
+def _export_peft(options: argparse.Namespace) -> int:
+    group = options.group
+    if options.base and not options.merge:
+        raise ValueError("--base is for --merge")
+    if options.output is not None:
+        check_output(options.output, options.force)
+    logger = logging.getLogger("trainloop")
+    checkpoint = pick(options.dir, options.step, lambda manifest: peft_files(manifest, group), logger)
+    dtype = _DTYPES.get(options.dtype)
+    output = options.output or Path(f"{'merged' if options.merge else 'adapter'}_step_{checkpoint.manifest.step:07d}")
+    given = {"adapter": options.adapter, "dtype": dtype, "force": options.force}
+    if options.merge:
+        export_merged(checkpoint, group, output, base=options.base, max_shard_bytes=options.max_shard_size, **given)
+        print(f"{checkpoint.folder}, {group} -> {output}: the base model with the adapter merged into it")
+        return 0
+    done, others = export_peft(checkpoint, group, output, **given)
+    print(f"{checkpoint.folder}, {group} -> {output}: {done.num_tensors} tensors, {size(done.num_bytes)}")
+    if others:
+        print(
+            f"Trained, but in no adapter: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}.", file=sys.stderr
+        )
     return 0
 
 

@@ -256,7 +256,7 @@ class CheckpointingHook(CheckpointerHook):
                 settings={**settings_to_save(trainer, self.on_resume), **self._kept.counts()},
                 stopped_by=trainer.control.who_stopped(),
                 retention=self._retention,
-                extra=texts_beside(trainer.unwrapped_model, content.weights),
+                extra=texts_beside(trainer.unwrapped_model, content.weights, is_partial=bool(content.frozen)),
             )
         except CheckpointError as ex:
             if is_final:

@@ -7,15 +7,25 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..checkpoint.format.layout import PEFT
+from .adapters import adapters_text, config_of
 
-def texts_beside(model: nn.Module, groups: Iterable[str]) -> dict[str, str]:
+
+def texts_beside(model: nn.Module, groups: Iterable[str], *, is_partial: bool = False) -> dict[str, str]:
     """What a checkpoint has beside the weights of each group, by path.
+
+    Adapters of peft have a `peft.json`. Then, and where frozen parameters are left out, there is no `config.json`:
+    `from_pretrained` would read such a folder, and draw the missing weights at random.
 
     Args:
         model: The model without its wrappers.
         groups: "model", and those of averages.
+        is_partial: Whether frozen parameters are left out.
     """
-    config = config_text(model)
+    adapters = adapters_text(model)
+    if adapters is not None:
+        return {PEFT: adapters}
+    config = None if is_partial else config_text(model)
     return {f"{group}/config.json": config for group in groups} if config is not None else {}
 
 
@@ -23,11 +33,5 @@ def config_text(model: nn.Module) -> str | None:
     """The `config.json` of a model of transformers, diffusers, or anything else that has a `config` with
     `to_json_string`, or has that itself; None: it has none.
     """
-    for source in (getattr(model, "config", None), model):
-        write = getattr(source, "to_json_string", None)
-        if callable(write):
-            config = json.loads(write())
-            if source is not model:  # transformers names the class only when it saves
-                config["architectures"] = config.get("architectures") or [type(model).__name__]
-            return json.dumps(config, indent=2) + "\n"
-    return None
+    config = config_of(model)
+    return None if config is None else json.dumps(config, indent=2) + "\n"

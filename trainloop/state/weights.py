@@ -17,6 +17,7 @@ from ..errors import CheckpointError, describe
 from ..paths import parse_absolute_path
 from ..ranks import collectives
 from .adoption import adopt_weights
+from .frozen import check_left_out
 from .live import empty_like_param
 from .modules import load_made_entries, load_rank_buffers
 from .saved import read_model
@@ -83,6 +84,7 @@ def _load(trainer: BaseTrainer, folder: Path | None, which: int | str | Path, em
     checkpoint = CheckpointStore(folder, logger=trainer.logger).resolve(which)
     if checkpoint is None:
         raise CheckpointError(f"{folder} has no checkpoint, so no weights were loaded.")
+    check_left_out(trainer, checkpoint)
     Ranks().do(lambda: _read(trainer, checkpoint, ema), lambda _: None, "Cannot load the weights")
     return checkpoint.folder
 

@@ -34,6 +34,8 @@ VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 LOCK = ".lock"
+PEFT = "model/peft.json"
+"""Configurations of adapters, and the names that peft has for their tensors; see `state/adapters.py`."""
 TEMPORARY, REPLACED, TRASH = ".tmp-", ".replaced-", ".trash-"
 
 _STEP_NAME = re.compile(r"step_(\d{7,})")

@@ -25,7 +25,7 @@ from ..format.dtypes import DTYPES, dtype_name
 from ..format.files import read_regular
 from ..format.foreign import has_manifest
 from ..format.integrity import Buffer
-from ..format.layout import Manifest, parse_step_name, weight_file, weight_index
+from ..format.layout import PEFT, Manifest, parse_step_name, weight_file, weight_index
 from ..format.limits import MAX_JSON_BYTES
 from ..format.nested import parse_json
 from ..format.tables import FileRecord, TensorRecord
@@ -42,6 +42,7 @@ _INDEX = f"model{FILE_SUFFIX}.index.json"
 _EXPORT_FILE = re.compile(
     rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(_INDEX)}|{re.escape(CONFIG)}"
     r"|(pytorch_model_fsdp|optimizer|scheduler)\.bin|scaler\.pt|random_states_\d+\.pkl"  # of `export_accelerate`
+    r"|adapter_config\.json|adapter_model\.safetensors|generation_config\.json"  # of `export_peft`
 )
 _PIECE_BYTES = 2**20  # larger ones are slower: they leave the processor's cache
 _SPARE_BYTES = 2**20
@@ -137,6 +138,7 @@ def export(
     output = Path(os.path.abspath(output))
     check_output(output, force)
     is_file = output.suffix == FILE_SUFFIX
+    _check_whole(checkpoint, is_file)
     records = {name: r for name, r in checkpoint.records(group).items() if is_file or r.alias_of is None}
     described = {name: (_target_dtype(record, dtype), record.shape) for name, record in records.items()}
     sizes = {name: math.prod(shape) * target.itemsize for name, (target, shape) in described.items()}
@@ -153,9 +155,8 @@ def export(
             files: dict[str, str] = {}
             for i, names in enumerate(parts):
                 part = weight_file(group, i, len(parts)).rpartition("/")[2]
-                begin, order = header({name: described[name] for name in names}, metadata)
-                buffers = _buffers(begin, {name: records[name] for name in order}, sources, described)
-                fs.write(temporary if is_file else temporary / part, buffers)
+                path = temporary if is_file else temporary / part
+                write_tensors(fs, path, {name: records[name] for name in names}, sources, dtype, metadata)
                 files.update(dict.fromkeys(names, part))
         if not is_file:
             if len(parts) > 1:
@@ -171,7 +172,44 @@ def export(
     return Exported(output, len(records), len(parts), sum(sizes.values()))
 
 
+def left_out(manifest: Manifest) -> str:
+    """What a user must know of a checkpoint that leaves out frozen parameters; "": it has all."""
+    names = sorted(manifest.frozen)
+    return f"{len(names)} frozen parameters that `build_model` gives (first: {names[0]})" if names else ""
+
+
+def _check_whole(checkpoint: Checkpoint, is_file: bool) -> None:
+    """Refuse a folder for `from_pretrained` which that would fill up with random weights."""
+    if is_file:
+        return
+    if PEFT in checkpoint.manifest.files:
+        raise ValueError(
+            f"{checkpoint.folder} is of a model with adapters, whose names `from_pretrained` doesn't know. Use --format"
+            f" peft, with --merge for the whole model, or give a path that ends in {FILE_SUFFIX}"
+        )
+    if missing := left_out(checkpoint.manifest):
+        raise ValueError(
+            f"{checkpoint.folder} leaves out {missing}, so it gives no folder for `from_pretrained`. Give a path that"
+            f" ends in {FILE_SUFFIX}, and load it with `strict=False`"
+        )
+
+
 # ---------------------------------------------------------------------- the tensors
+
+
+def write_tensors(
+    fs: FileSystem,
+    path: Path,
+    records: Mapping[str, TensorRecord],
+    sources: Sources,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+) -> int:
+    """Write a safetensors file of a checkpoint's tensors, under the names of `records`; returns their bytes."""
+    described = {name: (_target_dtype(record, dtype), record.shape) for name, record in records.items()}
+    begin, order = header(described, metadata)
+    fs.write(path, _buffers(begin, {name: records[name] for name in order}, sources, described))
+    return sum(math.prod(shape) * target.itemsize for target, shape in described.values())
 
 
 def _target_dtype(record: TensorRecord, dtype: torch.dtype | None) -> torch.dtype:

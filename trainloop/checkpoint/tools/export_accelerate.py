@@ -19,7 +19,7 @@ from ..format.layout import Manifest
 from ..format.tables import STATE, FileRecord
 from ..format.tensorfile import serialize
 from ..load.reader import Checkpoint
-from .export import Exported, check_output, look_for_space, put_in_place
+from .export import Exported, check_output, left_out, look_for_space, put_in_place
 
 _GROUPS = ("model", "optim", STATE)
 
@@ -56,6 +56,8 @@ def export_accelerate(
     if output.suffix == ".safetensors":
         raise ValueError(f"{output} has a file's name, but `accelerator.load_state` reads a folder. Give another path.")
     check_output(output, force)
+    if missing := left_out(checkpoint.manifest):
+        raise ValueError(f"{checkpoint.folder} leaves out {missing}, but `load_state` needs them all")
     records = checkpoint.records("model")
     model, state = _read(checkpoint, "model"), checkpoint.global_state()
     if not fsdp2:  # Accelerate reads it with safetensors' `load_model`, which takes one of tied tensors only

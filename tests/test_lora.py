@@ -1,0 +1,122 @@
+"""examples/lora.py: adapters of peft on a frozen model in bf16, killed and started again, exported and merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import set_seed
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from examples.lora import LoraTrainer, parse
+from trainloop.__main__ import main
+from trainloop.checkpoint import Checkpoint
+
+from .launching import NUM_PROCESSES, REPOSITORY, launch
+from .workers.lora import ARGUMENTS, KILLED_AT, STEPS
+
+WARNING = "ignore:.*is_gradient_checkpointing.*:FutureWarning"  # peft asks transformers for it
+pytestmark = pytest.mark.filterwarnings(WARNING)
+WORKER = REPOSITORY / "tests" / "workers" / "lora.py"
+BLOCKS = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+BLOCKS += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+
+
+def built() -> Any:
+    """The model that the example builds with seed 0."""
+    set_seed(0)
+    return LoraTrainer.build_model(SimpleNamespace(options=parse(ARGUMENTS)))
+
+
+def plain_losses(by_rank: list[dict[int, Any]]) -> list[list[float]]:
+    """A loop by hand over the batches of all ranks; the losses by step and rank."""
+    model = built()
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-2)
+    losses = []
+    for step in range(1, STEPS + 1):
+        losses.append([])
+        for recorded in by_rank:
+            batch = torch.tensor(recorded[step][1])
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=batch, labels=batch).loss
+            losses[-1].append(loss.item())
+            (loss / len(by_rank)).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.fixture(scope="module", params=["single", "ddp2", "fsdp2"])
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Any]]]:
+    """The workspace of a run that was killed and started again, and what each rank has recorded in both lives."""
+    form, out = request.param, tmp_path_factory.mktemp(request.param)
+    if form == "single":
+        assert launch(WORKER, form, str(out), check=False).returncode != 0
+        launch(WORKER, form, str(out))
+    else:
+        arguments = ["--max_restarts", "1", *(BLOCKS if form == "fsdp2" else [])]
+        launch(WORKER, form, str(out), launch_args=arguments)
+    paths = [out / f"{rank}.jsonl" for rank in range(NUM_PROCESSES[form])]
+    return out, [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+
+
+def test_each_loss_is_that_of_a_plain_loop(ended: tuple[Path, list[list[Any]]]) -> None:
+    """In bf16, over a kill: in one process to the bit; several may add up in another order."""
+    by_rank = ended[1]
+    for rows in by_rank:
+        steps = [step for step, _, _ in rows]
+        assert steps[:KILLED_AT] == [1, 2, 3, 4, 5]
+        assert steps[-2:] == [KILLED_AT, STEPS]  # it went on after step 4
+    rel = 0.0 if len(by_rank) == 1 else 1e-4
+    plain = plain_losses([{step: rest for step, *rest in rows} for rows in by_rank])
+    for rank, rows in enumerate(by_rank):
+        for step, loss, _ in rows:
+            assert loss == pytest.approx(plain[step - 1][rank], rel=rel, abs=0), (rank, step)
+
+
+def test_checkpoints_hold_the_adapters_only(ended: tuple[Path, list[list[Any]]]) -> None:
+    """Weights and average: a tenth of the model."""
+    manifest = Checkpoint.open(ended[0] / "checkpoints" / f"step_{STEPS:07d}").manifest
+    for group in ("model", "ema"):
+        assert len(manifest.tensors[group]) == 8
+        assert all(".lora_" in name for name in manifest.tensors[group])
+    assert all(".lora_" not in name for name in manifest.frozen)
+
+
+def test_peft_reads_what_is_exported(ended: tuple[Path, list[list[Any]]], tmp_path: Path, capsys: Any) -> None:
+    """The adapters under peft's names, in a model that computes what the run's computes; merged, too, if the base is
+    that of the run.
+    """
+    checkpoints, adapter, merged = str(ended[0] / "checkpoints"), tmp_path / "adapter", tmp_path / "merged"
+    assert main(["checkpoints", "export", checkpoints, "--format", "peft", "--output", str(adapter)]) == 0
+    base = built().unload()
+    base.save_pretrained(tmp_path / "base")
+    ids = torch.arange(16)[None]
+
+    whole = PeftModel.from_pretrained(base, adapter)
+    checkpoint = Checkpoint.open(ended[0] / "checkpoints" / f"step_{STEPS:07d}")
+    state = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors("model").items()}
+    checkpoint.read_into("model", state)
+    assert {name for name, tensor in state.items() if not torch.equal(whole.state_dict()[name], tensor)} == set()
+    assert len(load_file(adapter / "adapter_model.safetensors")) == len(state)
+    wanted = whole(input_ids=ids).logits
+
+    command = ["checkpoints", "export", checkpoints, "--format", "peft", "--merge", "--output", str(merged)]
+    assert main(command) == 2  # no --base
+    assert main([*command, "--base", str(tmp_path / "base")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert torch.allclose(model(input_ids=ids).logits, wanted, rtol=0.05, atol=0.02)
+    other = built().unload()
+    with torch.no_grad():
+        other.lm_head.weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    assert main([*command, "--force", "--base", str(tmp_path / "other")]) == 1
+    assert "The base model is not that of the run: base_model.model.lm_head.weight" in capsys.readouterr().err
