@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from trainloop import CheckpointError, CheckpointingHook
 from trainloop.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from trainloop.checkpoint.fingerprint import fingerprints
 from trainloop.checkpoint.format.layout import manifest_text, parse_manifest
 
 from .launching import NUM_PROCESSES, REPOSITORY, launch
+from .small import SmallTrainer
 from .workers.adapters import STEPS, STOP, Trainer, run
 
 WORKER = REPOSITORY / "tests" / "workers" / "adapters.py"
@@ -91,6 +93,64 @@ def test_one_process_goes_on_from_any_form(launched: tuple[Path, list[Any]]) -> 
     assert fingerprints([weight]) == by_rank[0]["fingerprints"]
     first, second = (checkpoint_of(out, "small", step).manifest for step in (STEPS, STEPS + 1))
     assert first.frozen == second.frozen
+
+
+def test_frozen_helpers_are_ready_and_beside_the_model(launched: tuple[Path, list[Any]]) -> None:
+    """Each rank has rank 0's, in the dtype that was asked for, without gradients and in eval mode; sharded or not, the
+    losses are the same, and nothing of the helpers is in the state.
+    """
+    out, by_rank = launched
+    for results in by_rank:
+        (losses, about, is_idle, num_tensors), sharded = results["helped"]
+        kind, dtypes, total = about
+        assert (kind, dtypes, is_idle) == ("Parameter", ["torch.bfloat16", "torch.float32"], True)
+        assert total == by_rank[0]["helped"][0][1][2]
+        assert sharded == [losses, ["DTensor" if "fsdp2" in out.name else kind, dtypes, total], is_idle, num_tensors]
+        assert num_tensors == 9  # of `Model`
+
+
+def test_a_frozen_helper_has_the_precision_of_the_launch() -> None:
+    """One module, and bf16; the model is built as without it."""
+    plain = SmallTrainer(1, mixed_precision="bf16")
+    plain._build()
+    helper = nn.Linear(3, 3)
+
+    class Helped(SmallTrainer):
+        def build_frozen(self) -> Any:
+            torch.rand(7)  # draws
+            return helper
+
+    helped = Helped(1, mixed_precision="bf16")
+    helped._build()
+    assert helped.frozen is helper
+    assert helper.weight.dtype == torch.bfloat16
+    assert not helper.training
+    assert plain.frozen is None
+    assert torch.equal(helped.named_parameters()["weight"], plain.named_parameters()["weight"])
+
+
+def test_a_helper_that_is_part_of_the_model_is_refused() -> None:
+    """It would freeze the model; and what is no module."""
+
+    class Shared(SmallTrainer):
+        def build_frozen(self) -> Any:
+            self.part = nn.Linear(3, 1)
+            return self.part
+
+        def build_model(self) -> Any:
+            return nn.Sequential(self.part, nn.Linear(1, 1))
+
+    with pytest.raises(ValueError, match=r"shares 2 parameters with `build_frozen`'s modules \(first: 0\.weight\)"):
+        Shared()._build()
+
+    class Wrong(SmallTrainer):
+        def build_frozen(self) -> Any:
+            return {"vae": "a path"}
+
+    with pytest.raises(
+        TypeError, match="`build_frozen` must return a module, a mapping from names to modules, or None"
+    ):
+        Wrong()._build()
 
 
 def test_a_fingerprint_sees_every_bit_and_every_place() -> None:

@@ -77,7 +77,7 @@ LAYERS = [
     "recipe",
     "setup.__init__ setup.deterministic setup.statistics",
     "setup.launch setup.report setup.subclasses",
-    "setup.accelerate_options setup.buckets",
+    "setup.accelerate_options setup.buckets setup.frozen_helpers",
     "setup.arguments setup.forward_methods",
     "setup.factories",
     "setup.building",

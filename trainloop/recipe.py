@@ -25,6 +25,15 @@ class Recipe:
     """Methods of the model, besides the model itself, that `forward` calls on `self.model`, as `self.model.encode(x)`.
     The model may name them too, in an attribute `forward_methods`."""
 
+    frozen: nn.Module | dict[str, nn.Module] | None = None
+    """What `build_frozen` returned, ready for use."""
+
+    frozen_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
+    """The dtype of `build_frozen`'s modules, or of those that it names. None: that of the launch's mixed precision."""
+
+    shard_frozen: bool = False
+    """Whether FSDP2 shards `build_frozen`'s modules over all ranks too, which saves memory and costs communication."""
+
     def build_data_loader(self) -> Iterable[Any]:
         """Return the training data: a `DataLoader` for one process (it is sharded over the ranks), or any iterable of
         batches. Required.
@@ -34,6 +43,17 @@ class Recipe:
     def build_eval_data_loader(self) -> Any:
         """Return the data that `evaluate` takes by default: a `DataLoader` for one process (it is sharded over the
         ranks such that each sample counts once), any iterable of batches, a mapping from names to such; or None.
+        """
+        return None
+
+    def build_frozen(self) -> nn.Module | Mapping[str, nn.Module] | None:
+        """Return frozen modules that `forward` needs beside the model, as a VAE or a text encoder: one, or several by
+        name. Then `self.frozen` is that module, or a dict of them.
+
+        They are moved to the device, in eval mode, without gradients, the same on every rank, and in the launch's
+        precision: cast what you give them, `self.frozen["vae"].encode(images.to(self.frozen["vae"].dtype))`. They are
+        neither wrapped nor saved. A method other than `forward` of a sharded one must be named in its attribute
+        `forward_methods`.
         """
         return None
 

@@ -87,6 +87,53 @@ def end(trainer: Trainer) -> list[Any]:
     return [digest(trainer), trainer.unwrapped_model.seen.item(), averages]
 
 
+class Helper(nn.Module):
+    """Two blocks, BatchNorm among them, and a method other than forward."""
+
+    forward_methods = ("encode",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.norm = nn.BatchNorm1d(16)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.norm(x)
+
+
+class Helped(Trainer):
+    """Trains on what a frozen helper makes of the batch."""
+
+    def build_frozen(self) -> Any:
+        torch.manual_seed(5 + self.accelerator.process_index)  # a script's mistake: another one on each rank
+        return {"encoder": Helper(), "wide": nn.Linear(16, 16)}
+
+    def forward(self, batch: Any) -> Any:
+        helpers: Any = self.frozen
+        x = helpers["encoder"].encode(batch[0].to(torch.bfloat16)).float()
+        return super().forward([helpers["wide"](x)])
+
+
+def helped(folder: Path, is_sharded: bool) -> list[Any]:
+    """The losses of three steps with helpers, and what the helpers are."""
+    trainer = Helped(folder, 3, trainable_only=True)
+    trainer.frozen_dtype = {"encoder": torch.bfloat16}
+    trainer.shard_frozen = is_sharded
+    trainer.train()
+    helpers: Any = trainer.frozen
+    params = [param for helper in helpers.values() for param in helper.parameters()]
+    whole: list[Any] = [param.full_tensor() if hasattr(param, "full_tensor") else param for param in params]
+    about = [
+        type(params[0]).__name__,
+        sorted({str(param.dtype) for param in params}),
+        sum(map(torch.sum, whole)).item(),
+    ]
+    is_idle = not any(param.requires_grad for param in params) and not any(h.training for h in helpers.values())
+    return [trainer.losses, about, is_idle, len(trainer.state_dict()["model"])]
+
+
 def run(out: Path) -> None:
     """Run all, and write what each rank has seen."""
     results: dict[str, Any] = {"whole": end(Trainer(out / "whole"))}
@@ -104,6 +151,7 @@ def run(out: Path) -> None:
     with torch.no_grad():
         loaded.unwrapped_model.backbone.bias.add_(1)
     loaded.train()
+    results["helped"] = [helped(out / f"helped {is_sharded}", is_sharded) for is_sharded in (False, True)]
     (out / f"{again.accelerator.process_index}.json").write_text(json.dumps(results))
 
 

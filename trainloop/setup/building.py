@@ -15,6 +15,7 @@ from ..step.gradients import Gradients
 from ..step.run_length import RunLength
 from ..step.window import Window
 from . import factories
+from .frozen_helpers import build_frozen, check_frozen
 from .report import announce
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ def build(trainer: BaseTrainer) -> None:
     trainer._feed = factories.data_feed(trainer.data_loader, trainer.seed, accelerator)
     trainer._length = RunLength(trainer, trainer._feed)
     trainer.eval_data_loader = trainer.build_eval_data_loader()
-    set_seed(trainer.seed)  # the model doesn't depend on what building the data drew
+    set_seed(trainer.seed)
+    trainer.frozen = build_frozen(trainer)
+    set_seed(trainer.seed)  # the model doesn't depend on what building data and frozen modules drew
     trainer.model = factories.check_model(trainer.build_model())
+    check_frozen(trainer.model, trainer.frozen)
     trainer.optimizer = factories.check_optimizer(trainer.build_optimizer())
     trainer.lr_scheduler, trainer.lr_monitor = factories.check_lr_scheduler(trainer.build_lr_scheduler())
     trainer.grad_scaler = factories.choose_grad_scaler(accelerator, trainer.build_grad_scaler())
