@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import logging
 import pickle
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainloop import CheckpointError, CheckpointingHook
+from trainloop import BaseHook, CheckpointError, CheckpointingHook, EmaHook
 from trainloop.checkpoint.importing import open_foreign
 
 from .launching import REPOSITORY, launch
@@ -93,8 +95,9 @@ def test_what_is_loaded_is_what_its_own_tool_loads(foreign: Path, tmp_path: Path
             assert same(got["optimizer"]["param_groups"], expected["optimizer"]["param_groups"]), kind
 
 
-def start(tmp_path: Path, load: Any, **kwargs: Any) -> SmallTrainer:
-    trainer = SmallTrainer(0, workspace=tmp_path, hooks_=lambda self: [CheckpointingHook(1, load=load)], **kwargs)
+def start(tmp_path: Path, load: Any, *hooks: BaseHook, **kwargs: Any) -> SmallTrainer:
+    given = [*hooks, CheckpointingHook(1, load=load)]
+    trainer = SmallTrainer(0, workspace=tmp_path, hooks_=lambda self: given, **kwargs)
     trainer.train()
     return trainer
 
@@ -235,6 +238,76 @@ def test_names_of_wrapped_and_tied_models_are_understood(tmp_path: Path) -> None
     safetensors.torch.save_model(model, str(tmp_path / "tied.safetensors"))
     trainer = start(tmp_path, tmp_path / "tied.safetensors", model_=lambda self: Tied())
     assert same(dict(trainer.live_model_state()), dict(model.state_dict()))
+
+
+def trained_by_hand(num_steps: int) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """A model, an average of it and an AdamW after some steps of a plain loop."""
+    torch.manual_seed(3)
+    model = nn.Linear(3, 1)
+    average = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
+    for _ in range(num_steps):
+        model(torch.rand(4, 3)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for own, param in zip(average.parameters(), model.parameters(), strict=True):
+                own.lerp_(param, 0.5)
+    return model, average, optimizer
+
+
+@pytest.mark.parametrize("form", ["lucidrains", "DiT", "nanoGPT", "DDP"])
+def test_files_that_scripts_make_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str) -> None:
+    """Model, average, optimizer, step and loss scale come from where the usual scripts put them, to the bit."""
+    model, average, optimizer = trained_by_hand(5)
+    state, opt = model.state_dict(), optimizer.state_dict()
+    # As ema_pytorch's `EMA` has it: the trained model, the average, and counters.
+    inner = {f"ema_model.{name}": tensor for name, tensor in average.state_dict().items()}
+    inner |= {f"online_model.{name}": tensor for name, tensor in state.items()}
+    inner |= {"initted": torch.tensor(True), "step": torch.tensor(5)}
+    saved = {
+        "lucidrains": {"step": 5, "model": state, "opt": opt, "ema": inner, "scaler": None, "version": "2.2.5"},
+        "DiT": {"model": state, "ema": average.state_dict(), "opt": opt, "args": argparse.Namespace(lr=0.3)},
+        "nanoGPT": {
+            "model": {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+            "optimizer": opt,
+            "model_args": {"n_layer": 1},
+            "iter_num": 5,
+            "best_val_loss": torch.tensor(1.5),
+            "config": {"lr": 0.3},
+        },
+        "DDP": {
+            "epoch": 2,
+            "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
+            "optimizer": opt,
+            "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1).state_dict(),
+        },
+    }[form]
+    torch.save(saved, tmp_path / "mine.pt")
+    ema = EmaHook(0.5)
+
+    def begin() -> SmallTrainer:
+        hooks = [ema] if form in ("lucidrains", "DiT") else []
+        adamw: Any = lambda self: torch.optim.AdamW(self.model.parameters())  # noqa: E731
+        return start(tmp_path / "run", tmp_path / "mine.pt", *hooks, optimizer_=adamw)
+
+    if form == "DiT":
+        with pytest.raises(CheckpointError, match=r"holds an object of argparse\.Namespace.*add_safe_globals\("):
+            begin()
+    with caplog.at_level(logging.INFO), torch.serialization.safe_globals([argparse.Namespace]):
+        trainer = begin()
+    assert trainer.step == 5
+    assert same(dict(trainer.live_model_state()), dict(state))
+    own = trainer._raw_optimizer.state_dict()
+    assert same(own["state"], opt["state"])
+    assert own["param_groups"][0]["lr"] == 0.3
+    if form in ("lucidrains", "DiT"):
+        assert same(dict(zip(average.state_dict(), ema._averages, strict=True)), dict(average.state_dict()))
+        assert ema.num_updates == 5
+    rest = {"lucidrains": "version", "DiT": "args", "nanoGPT": "model_args, best_val_loss, config", "DDP": "epoch"}[
+        form
+    ]
+    assert f"not taken from it: what it has under {rest}" in caplog.text
 
 
 def test_only_what_is_known_is_opened(tmp_path: Path) -> None:

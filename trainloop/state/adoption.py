@@ -205,7 +205,7 @@ def _match_groups(
     path: Path, saved: list[dict[str, Any]], own: list[dict[str, Any]]
 ) -> tuple[dict[int | str, str], list[dict[str, Any]]]:
     """The parameter of each key, by its name or by its place; and the saved groups with the run's names."""
-    remedy = "To take nothing but the weights, name their file"
+    remedy = "To take nothing but the weights, name their file, or read them in `build_model`"
     if len(saved) != len(own):
         raise CheckpointError(
             f"The optimizer in {path} has {len(saved)} parameter groups, here it has {len(own)}. {remedy}"

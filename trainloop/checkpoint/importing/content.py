@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,9 @@ class Foreign:
     """What it holds, or a resume needs, and cannot be taken from it."""
 
 
+_REFUSED = re.compile(r"GLOBAL (\w+(?:\.\w+)+) was not an allowed global")  # no builtin: `getattr` is never allowed
+
+
 def load_pickle(path: Path) -> Any:
     """What `torch.save` wrote, if it is tensors and plain values: nothing in the file is run.
 
@@ -117,6 +121,15 @@ def load_pickle(path: Path) -> Any:
 
 
 def _unsafe(path: Path, ex: Exception) -> CheckpointError:
+    refused = _REFUSED.search(str(ex))
+    if refused is not None:
+        name = refused[1]
+        module = name.rpartition(".")[0]
+        return CheckpointError(
+            f"{path} holds an object of {name}, and a pickle is read with `torch.load(weights_only=True)` only, since"
+            f" it may run code. If you trust {name}, allow it before `train`: `import {module}` and"
+            f" `torch.serialization.add_safe_globals([{name}])`. Or save the file again without it"
+        )
     return CheckpointError(
         f"{path} cannot be read with `torch.load(weights_only=True)`, and a pickle is never read in another way, since"
         f" it may run code: {_first_line(ex)}"

@@ -15,11 +15,10 @@ from ..format.boxes import slices
 from ..format.dtypes import DTYPES_BY_CODE
 from ..sharding import local_box, local_tensor
 from .content import Described, Foreign, TensorSource, check_whole, is_flat, load_pickle
+from .hand_made import MODEL, open_hand_made
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
-_WRAPPED = ("state_dict", "model_state_dict", "model", "module")
-"""Under which people put a model's state into a dict that they save."""
 _NOT_TAKEN = (
     "everything but the weights: optimizer, learning rate schedule, step, position in the data, random generators"
 )
@@ -65,12 +64,19 @@ class SafetensorsFiles:
 
 
 def open_weights(path: Path) -> Foreign:
-    """A file or folder of weights.
+    """A file or folder of weights, or a file in which a script has saved more than these.
 
     Raises:
         CheckpointError: It cannot be read, or which of several files is meant cannot be told.
     """
-    source = find_weights(path) if path.is_dir() else _open_file(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        value = load_pickle(path)
+        hand_made = open_hand_made(value, path)
+        if hand_made is not None:
+            return hand_made
+        source: TensorSource | None = check_whole(_state_dict_in(value, path), path)
+    else:
+        source = find_weights(path) if path.is_dir() else _open_file(path)
     if source is None:
         names = sorted(child.name for child in path.iterdir())
         raise CheckpointError(
@@ -120,14 +126,14 @@ def _state_dict_in(value: Any, path: Path) -> Mapping[str, torch.Tensor]:
     """A model's state, itself or in a dict under one of the usual names."""
     candidates = [value]
     if isinstance(value, Mapping):
-        candidates += [value[key] for key in _WRAPPED if key in value]
+        candidates += [value[key] for key in MODEL if key in value]
     for candidate in candidates:
         if is_flat(candidate):
             return candidate  # type: ignore[no-any-return]
     keys = ", ".join(map(str, list(value)[:5])) if isinstance(value, Mapping) else type(value).__name__
     raise CheckpointError(
         f"{path} holds no model's state: neither tensors by name, nor a dict with these under one of"
-        f" {', '.join(_WRAPPED)}. It holds: {keys}"
+        f" {', '.join(MODEL)}. It holds: {keys}"
     )
 
 
