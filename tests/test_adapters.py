@@ -74,6 +74,29 @@ def test_weights_alone_are_loaded_onto_the_same_base_only(tmp_path: Path) -> Non
             Trainer(tmp_path, seed_of_base=2).load_weights(checkpoint, ema=ema)
 
 
+def test_a_restart_may_train_what_was_frozen(tmp_path: Path) -> None:
+    """And left out: the average of it begins with the weights that it had, and checkpoints hold it from then on."""
+
+    class Thawed(Trainer):
+        def build_model(self) -> nn.Module:
+            model = super().build_model()
+            model.get_submodule("backbone").requires_grad_(True)
+            return model
+
+    Trainer(tmp_path, 2, trainable_only=True).train()
+    trainer = Thawed(tmp_path, 3, trainable_only=True, on_resume=["optimizer"])
+    trainer.train()
+    before = checkpoint_of(tmp_path, "", 2).manifest
+    after = checkpoint_of(tmp_path, "", 3).manifest
+    assert before.frozen.keys() - after.frozen.keys() == {name for name in FROZEN if "teacher" not in name}
+    assert "backbone.weight" in after.tensors["model"]
+    average = trainer.state_dict()["ema"]["backbone.weight"]
+    base = Trainer(tmp_path).build_model().get_parameter("backbone.weight").detach()
+    trained = trainer.named_parameters()["backbone.weight"].detach()
+    assert torch.equal(average, base.float().lerp(trained.float(), 0.5))
+    assert not torch.equal(trained, base)
+
+
 def test_a_base_that_build_model_has_not_given_is_saved(launched: tuple[Path, list[Any]]) -> None:
     """What the script has loaded into the model after it was built."""
     manifest = checkpoint_of(launched[0], "loaded", 1).manifest

@@ -117,6 +117,7 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
         )
     optimizer["state"] = state
     read_model(trainer, checkpoint, training_state.get("changed_buffers", {}))
+    live = trainer.live_model_state()
     checkpoint.read_into("optim", optim)
     for group_name, tensors in checkpoint.manifest.tensors.items():
         if group_name in ("model", "optim"):
@@ -127,7 +128,11 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
         }
         checkpoint.read_into(group_name, averages)
         hooks[group_name] = averages
-    state_dict = {"model": trainer.live_model_state(), "training_state": training_state, **hooks}
+        if (
+            tensors.keys() <= live.keys()
+        ):  # an average: what it leaves out are the model's own, which may be trained now
+            averages |= {name: live[name] for name in checkpoint.manifest.frozen.keys() & live.keys() - tensors.keys()}
+    state_dict = {"model": live, "training_state": training_state, **hooks}
     rank_state = checkpoint.rank_state(collectives.rank())
     if rank_state is not None:
         state_dict["rank"] = rank_state
