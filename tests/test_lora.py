@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import set_seed
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from examples.lora import LoraTrainer, parse
 from trainloop.__main__ import main
 from trainloop.checkpoint import Checkpoint
+from trainloop.state.adapters import adapters_text
 
 from .launching import NUM_PROCESSES, REPOSITORY, launch
 from .workers.lora import ARGUMENTS, KILLED_AT, STEPS
@@ -120,3 +122,28 @@ def test_peft_reads_what_is_exported(ended: tuple[Path, list[list[Any]]], tmp_pa
     other.save_pretrained(tmp_path / "other")
     assert main([*command, "--force", "--base", str(tmp_path / "other")]) == 1
     assert "The base model is not that of the run: base_model.model.lm_head.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_names_and_configuration_are_those_of_peft(tmp_path: Path, is_wrapped: bool) -> None:
+    """As peft saves its own model. One that adapters were injected into gets the names that `from_pretrained` wants.
+    A layer that is trained as a whole is part of the adapter; what is trained besides is told.
+    """
+    given = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    base = built().unload()
+    whole = get_peft_model(copy.deepcopy(base), given)
+    whole.save_pretrained(tmp_path)
+    model: Any = whole if is_wrapped else inject_adapter_in_model(given, base)
+    next(param for name, param in model.named_parameters() if name.endswith("model.norm.weight")).requires_grad_(True)
+    text = adapters_text(model)
+    assert text is not None
+    described = json.loads(text)
+    adapter = described["adapters"]["default"]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    state = model.state_dict()
+    assert {key: saved[key].shape for key in saved} == {k: state[name].shape for k, name in adapter["tensors"].items()}
+    wanted = json.loads((tmp_path / "adapter_config.json").read_text())
+    different = {key for key, value in wanted.items() if adapter["config"].get(key) != value}
+    assert different <= {"target_modules", "modules_to_save"}, different  # sets, in any order
+    assert [name.removeprefix("base_model.model.") for name in described["others"]] == ["model.norm.weight"]
+    assert described["base"]["architectures"] == ["LlamaForCausalLM"]
