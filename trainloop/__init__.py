@@ -10,6 +10,7 @@ from .errors import (
     TrainingError,
     TrainloopWarning,
 )
+from .evaluation.collected import PerSample
 from .hook import BaseHook
 from .hooks.checkpointing import CheckpointingHook
 from .hooks.cuda_memory import CudaMaxMemoryHook
@@ -21,6 +22,7 @@ from .hooks.stats import LoggingHook, ProgressHook
 from .hooks.throughput import ThroughputHook
 from .hooks.trackers import TrackerHook
 from .hooks.wandb import WandbHook
+from .ranks.samples import gather_samples
 from .ready_made import Trainer
 from .records import Records, flatten_nested_dict, key_average, map_nested_tensor
 from .step.info import StepInfo, TrainingStats
@@ -41,6 +43,7 @@ __all__ = [
     "LoggingHook",
     "LossNoneWarning",
     "NonFiniteGradientError",
+    "PerSample",
     "ProgressHook",
     "RankDisagreementError",
     "Records",
@@ -54,6 +57,7 @@ __all__ = [
     "TrainloopWarning",
     "WandbHook",
     "flatten_nested_dict",
+    "gather_samples",
     "key_average",
     "map_nested_tensor",
 ]

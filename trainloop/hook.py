@@ -88,7 +88,10 @@ class BaseHook:
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         """`trainer.state_dict` gathers the state of the run: add yours under a key of your own. Every rank; collectives
-        allowed. Values are nested dicts and lists of numbers, strings, `None` and tensors (sharded ones included).
+        allowed. Values are nested dicts and lists of numbers, strings, `None` and tensors. A DTensor comes back sharded
+        at any number of processes, and whole if the model is not sharded then. If the value of a key differs from rank
+        to rank, each rank gets back its own. At another number of processes every rank gets that of rank 0, and the log
+        says so.
 
         Args:
             trainer: The trainer.

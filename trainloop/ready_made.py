@@ -33,6 +33,8 @@ class Trainer(BaseTrainer):
         batch_weight: As `BaseTrainer.batch_weight`.
         eval_data_loader: The evaluation data, as `BaseTrainer.build_eval_data_loader` returns it.
         eval_forward: As `forward`, for the evaluation data. None: `forward`.
+        predict_forward: Called as `predict_forward(model, batch)`; returns what `BaseTrainer.predict_forward` does.
+        finish_evaluation: As `BaseTrainer.finish_evaluation`.
         forward_methods: As `BaseTrainer.forward_methods`.
         **kwargs: Arguments of `BaseTrainer`.
 
@@ -55,17 +57,22 @@ class Trainer(BaseTrainer):
         batch_weight: Callable[[Any], float | torch.Tensor | None] | None = None,
         eval_data_loader: Any = None,
         eval_forward: Callable[[nn.Module, Any], tuple[torch.Tensor | None, Records]] | None = None,
+        predict_forward: Callable[[nn.Module, Any], Any] | None = None,
+        finish_evaluation: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         forward_methods: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        functions = {"forward": forward, "batch_weight": batch_weight, "eval_forward": eval_forward}
+        functions: dict[str, Any] = {"forward": forward, "batch_weight": batch_weight, "eval_forward": eval_forward}
+        functions |= {"predict_forward": predict_forward, "finish_evaluation": finish_evaluation}
+        arguments = {"batch_weight": ["batch"], "finish_evaluation": ["metrics"]}
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"`{name}` must be callable, but is {describe(function)}.")
             if function is not None:
-                check_call(name, function, ["batch"] if name == "batch_weight" else ["model", "batch"])
+                check_call(name, function, arguments.get(name, ["model", "batch"]))
         self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks), eval_data_loader)
         self._forward, self._batch_weight, self._eval_forward = forward, batch_weight, eval_forward or forward
+        self._predict_forward, self._finish_evaluation = predict_forward, finish_evaluation
         self.forward_methods = forward_methods
         super().__init__(**kwargs)
 
@@ -92,6 +99,14 @@ class Trainer(BaseTrainer):
 
     def eval_forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
         return self._eval_forward(self.model, batch)
+
+    def predict_forward(self, batch: Any) -> Any:
+        if self._predict_forward is None:
+            return super().predict_forward(batch)
+        return self._predict_forward(self.model, batch)
+
+    def finish_evaluation(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        return metrics if self._finish_evaluation is None else self._finish_evaluation(metrics)
 
     def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
         return self._batch_weight(batch) if self._batch_weight is not None else None

@@ -21,6 +21,7 @@ class Recipe:
     on every rank.
     """
 
+    model: nn.Module
     forward_methods: Sequence[str] = ()
     """Methods of the model, besides the model itself, that `forward` calls on `self.model`, as `self.model.encode(x)`.
     The model may name them too, in an attribute `forward_methods`."""
@@ -104,9 +105,40 @@ class Recipe:
 
         Returns:
             As `forward`. The records may also hold objects with `update`, which was called with this batch, `compute`,
-            which reduces over the ranks, and `reset`, as torchmetrics has them: the same ones for every batch.
+            which reduces over the ranks, and `reset`, as torchmetrics has them; objects of Hugging Face's `evaluate`
+            whose `add_batch` was called with this batch (the same objects for every batch); and `trainloop.PerSample`,
+            whose values are collected over all samples.
         """
         return self.forward(batch)
+
+    def finish_evaluation(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Derive metrics at the end of an evaluation of one data set, for example the perplexity from the mean loss. By
+        default, return them as they are. Every rank, with the same metrics.
+
+        Args:
+            metrics: Nested numbers over all samples, and the values that each `trainloop.PerSample` has collected.
+
+        Returns:
+            The metrics of the evaluation. Those that are no numbers are not logged.
+        """
+        return metrics
+
+    def predict_forward(self, batch: Any) -> Any:
+        """Compute what `predict` collects for one batch; the model is in eval mode, without gradients.
+
+        By default, call `self.model`: with a mapping as keyword arguments, with the first element of a tuple or list
+        (the inputs of `inputs, targets`), or with the batch itself.
+
+        Args:
+            batch: What the data loader yields, on the device.
+
+        Returns:
+            A tensor or a numpy array, batch x anything; a list with an item for each sample; or a mapping or tuple of
+            such.
+        """
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        return self.model(batch[0] if isinstance(batch, list | tuple) else batch)
 
     def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
         """How much this micro-batch weighs in the step's mean loss, for example its number of target tokens.

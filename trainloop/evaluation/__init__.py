@@ -18,13 +18,17 @@ from accelerate.utils import find_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import describe
+from ..errors import check_int, describe
 from ..ranks import collectives
+from ..ranks.samples import padding
 from ..records import check_output, check_records, unflatten_nested_dict
 from ..rng import load_rng_state, rng_state
 from ..step.buffers import share_rank_zero_buffers
 from ..step.loss_weights import host_weight
-from .batches import EvaluationBatches, seed_for
+from .batches import EvaluationBatches, Round, seed_for
+from .collected import CollectedRecords
+from .guard import guarded
+from .huggingface import EvaluateModules
 from .totals import REDUCTIONS, Metrics, Reduce, Totals
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ def evaluate(
     data: Any,
     reduce: Mapping[str, Reduce],
     should_stop: Callable[[], bool] = lambda: False,
+    limit_batches: int | None = None,
 ) -> dict[str, Any] | None:
     """Run `eval_forward` over a loader, or over each of a mapping. Call on every rank, between steps.
 
@@ -46,19 +51,22 @@ def evaluate(
         data: An iterable of batches, or a mapping from names to such.
         reduce: How a record is reduced over batches and ranks, by its name ("a/b"); the others are averaged.
         should_stop: Asked after each round, on every rank, and must answer alike.
+        limit_batches: Batches of each data set, of all ranks together, that it is evaluated on. None: all.
 
     Returns:
-        Nested numbers, the same on every rank; by name for a mapping. None: it was stopped.
+        What `finish_evaluation` made of the metrics, the same on every rank; by name for a mapping. None: it was
+        stopped.
     """
+    check_int("limit_batches", limit_batches, 1, optional=True)
     for name, how in reduce.items():
         if how not in REDUCTIONS:
             raise ValueError(f"`reduce` must name one of {REDUCTIONS} for each record, but has {how!r} for {name!r}.")
-    with trainer.peers.doing("an evaluation"), _timed(trainer), _untouched(trainer), torch.no_grad():
+    with trainer.peers.doing("an evaluation"), _timed(trainer), untouched(trainer), torch.no_grad():
         if not isinstance(data, Mapping):
-            return _evaluate_one(trainer, data, reduce, should_stop)
+            return _evaluate_one(trainer, data, reduce, should_stop, limit_batches)
         results: dict[str, Any] = {}
         for name, loader in data.items():
-            result = _evaluate_one(trainer, loader, reduce, should_stop)
+            result = _evaluate_one(trainer, loader, reduce, should_stop, limit_batches)
             if result is None:
                 return None
             results[name] = result
@@ -75,32 +83,59 @@ def _timed(trainer: BaseTrainer) -> Iterator[None]:
 
 
 def _evaluate_one(
-    trainer: BaseTrainer, loader: Any, reduce: Mapping[str, Reduce], should_stop: Callable[[], bool]
+    trainer: BaseTrainer,
+    loader: Any,
+    reduce: Mapping[str, Reduce],
+    should_stop: Callable[[], bool],
+    limit_batches: int | None,
 ) -> dict[str, Any] | None:
-    assert trainer.seed is not None, "the trainer is built"
-    batches = EvaluationBatches(loader, trainer.seed, trainer.device)
-    is_shown = trainer.accelerator.is_main_process
-    totals, metrics = Totals(reduce), Metrics()
+    totals, metrics, modules, collected = Totals(reduce), Metrics(), EvaluateModules(), CollectedRecords()
     try:
-        for index, batch, num_samples in tqdm(
-            batches, "evaluation", batches.num_rounds, leave=False, delay=_QUIET_SECONDS, disable=not is_shown
-        ):
-            seed_for(trainer.device, trainer.seed, "forward", index)
-            is_counted = num_samples is not None
-            with metrics.muted(not is_counted):
-                loss, records = check_output(trainer.eval_forward(batch), "eval_forward")
-            numbers = metrics.split(records, is_counted)
-            if index < collectives.world_size():
+        for one in rounds(trainer, loader, "evaluation", limit_batches):
+            with metrics.muted(not one.is_counted), modules.muted(not one.is_counted), alone(trainer, one):
+                loss, records = check_output(trainer.eval_forward(one.batch), "eval_forward")
+            numbers = metrics.split(records, one.is_counted)
+            numbers = modules.split(numbers, one.index, one.is_counted)
+            numbers = collected.split(numbers, one.index, one.is_counted)
+            if one.index < collectives.world_size():
                 check_records(numbers)
-            if is_counted:
+            if one.num_samples is not None:
                 if loss is not None:
                     numbers = {**numbers, "loss": loss}
-                totals.add(numbers, _weight(trainer, batch, num_samples))
+                totals.add(numbers, _weight(trainer, one.batch, one.num_samples))
             if should_stop():
                 return None
-        return unflatten_nested_dict({**totals.result(), **metrics.result()})
+        found = {**totals.result(), **metrics.result(), **modules.result(), **collected.result()}
+        return _finished(trainer, unflatten_nested_dict(found))
     finally:
         metrics.reset()
+        modules.reset()
+
+
+def _finished(trainer: BaseTrainer, metrics: dict[str, Any]) -> dict[str, Any]:
+    finished = trainer.finish_evaluation(metrics)
+    if not isinstance(finished, Mapping):
+        raise TypeError(f"`finish_evaluation` must return a mapping of metrics, but returned {describe(finished)}.")
+    return dict(finished)
+
+
+def rounds(trainer: BaseTrainer, loader: Any, title: str, limit_batches: int | None) -> Iterator[Round]:
+    """The rounds of one pass, with a bar on rank 0 if it takes long. Before each of them the random generators are
+    seeded, for noise that is the same at every evaluation. Iterate it on every rank, inside `untouched`.
+    """
+    assert trainer.seed is not None, "the trainer is built"
+    batches = EvaluationBatches(loader, trainer.seed, trainer.device, limit_batches)
+    is_shown = trainer.accelerator.is_main_process
+    for one in tqdm(batches, title, batches.num_rounds, leave=False, delay=_QUIET_SECONDS, disable=not is_shown):
+        seed_for(trainer.device, trainer.seed, "forward", one.index)
+        yield one
+
+
+@contextmanager
+def alone(trainer: BaseTrainer, one: Round) -> Iterator[None]:
+    """Around the user's code of a round: a batch that does not count stays out of what other ranks gather."""
+    with padding(not one.is_counted), guarded(trainer.model, one.gap):
+        yield
 
 
 def _weight(trainer: BaseTrainer, batch: Any, num_samples: int) -> Any:
@@ -127,7 +162,7 @@ def _weight(trainer: BaseTrainer, batch: Any, num_samples: int) -> Any:
 
 
 @contextmanager
-def _untouched(trainer: BaseTrainer) -> Iterator[None]:
+def untouched(trainer: BaseTrainer) -> Iterator[None]:
     """Around an evaluation: the model in eval mode with rank 0's buffers, which are the ones that a checkpoint shows to
     others; afterwards modes, buffers and random generators are as they were.
     """

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import find_batch_size
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..data.checksums import checksum, sample_checksum
@@ -26,14 +28,31 @@ from ..data.workers import end_workers, start_iterator
 from ..errors import describe
 from ..ranks import collectives
 from ..rng import OwnRng, derived_seed, seed_all
+from .guard import Gap
 
 _compared: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 """Loaders whose samples were found to be the same on all ranks."""
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one rank does in a round, in which every rank runs one batch."""
+
+    index: int
+    """The batch's number in the data."""
+    batch: Any
+    num_samples: int | None
+    """-1: to be counted; None: the batch does not count."""
+    gap: Gap
+    """What is not equal over the ranks."""
+
+    @property
+    def is_counted(self) -> bool:
+        return self.num_samples is not None
+
+
 class EvaluationBatches:
-    """This rank's batches of one pass, as many on each rank: pairs of the batch's number and the batch, on the device,
-    with the number of samples in it (-1: to be counted; None: it does not count). Iterate it on every rank.
+    """This rank's batches of one pass, on the device, as many on each rank. Iterate it on every rank.
 
     Args:
         data: A `DataLoader` of a map-style data set, of which each rank fetches its batches only; what `per_rank`
@@ -41,6 +60,7 @@ class EvaluationBatches:
             whole. One that Accelerate has prepared is taken apart again.
         seed: Of the order, and of random transforms.
         device: Where the batches go.
+        limit: Batches of all ranks together that the pass ends after. None: after all.
 
     Raises:
         TypeError: `data` is not an iterable of batches.
@@ -48,7 +68,7 @@ class EvaluationBatches:
         RankDisagreementError: It is not the same on all ranks.
     """
 
-    def __init__(self, data: Any, seed: int, device: torch.device) -> None:
+    def __init__(self, data: Any, seed: int, device: torch.device, limit: int | None = None) -> None:
         if not hasattr(data, "__iter__") or isinstance(data, str | bytes):
             raise TypeError(
                 "The evaluation data must be a DataLoader or another iterable of batches, or a mapping from names to"
@@ -57,7 +77,7 @@ class EvaluationBatches:
         self._shards_itself = isinstance(data, PerRank)
         if isinstance(data, PerRank):
             data = data.loader
-        self._data, self._seed, self._device = data, seed, device
+        self._data, self._seed, self._device, self._limit = data, seed, device, limit
         self._rank, self._world_size = collectives.rank(), collectives.world_size()
         self._transfer = transfer(data, device) or (lambda batch: batch)
         is_prepared = isinstance(data, DataLoaderShard | DataLoaderDispatcher)
@@ -65,7 +85,7 @@ class EvaluationBatches:
         if self._shards_itself:
             pass
         elif is_map_style(data) or (is_prepared and not isinstance(data.dataset, IterableDataset)):
-            self._items = _items(data, seed)
+            self._items = _items(data, seed)[:limit]
             check_same_data(collectives.gather_objects(checksum(self._items)))
         elif self._world_size > 1 and is_prepared:
             raise ValueError(
@@ -75,19 +95,19 @@ class EvaluationBatches:
         self.num_rounds = -(-len(self._items) // self._world_size) if self._items is not None else None
         """None: not known before the end."""
 
-    def __iter__(self) -> Iterator[tuple[int, Any, int | None]]:
+    def __iter__(self) -> Iterator[Round]:
         num_batches = 0
         if self._shards_itself:
             batches = self._by_rank()
         else:
             batches = self._by_reading() if self._items is None else self._by_index()
-        for index, batch, num_samples in batches:
+        for one in batches:
             num_batches += 1
-            yield index, self._transfer(batch), num_samples
+            yield replace(one, batch=self._transfer(one.batch))
         if not num_batches:
             raise ValueError("The evaluation data gave no batch. If it can be iterated once only, return a DataLoader.")
 
-    def _by_index(self) -> Iterator[tuple[int, Any, int | None]]:
+    def _by_index(self) -> Iterator[Round]:
         items = self._items
         assert items is not None
         mine = list(range(self._rank, len(items), self._world_size))
@@ -108,40 +128,48 @@ class EvaluationBatches:
                     found.append(sample_checksum([next(iterator)]))
                 check_same_data(collectives.gather_objects(found[0] if found[0] == found[1] else None))
                 _compared.add(loader)
-            for i, is_counted in [*((i, True) for i in mine), *((i, False) for i in padding)]:
+            has_sizes = loader.batch_sampler is not None
+            for number, i in enumerate([*mine, *padding]):
                 seed_for(self._device, self._seed, "fetch", i)
                 batch = next(iterator)
-                num_samples = -1 if loader.batch_sampler is None else len(items[i])
-                yield i, batch, num_samples if is_counted else None
+                begin = number * self._world_size
+                together = items[begin : begin + self._world_size]
+                sizes = [len(item) for item in together] if has_sizes else collectives.gather_objects(_size(batch))
+                gap = self._gap(sizes, self._world_size - len(together))
+                num_samples = len(items[i]) if has_sizes else -1
+                yield Round(i, batch, num_samples if number < len(mine) else None, gap)
         finally:
             end_workers(iterator)
 
-    def _by_reading(self) -> Iterator[tuple[int, Any, int | None]]:
-        first = mine = None
+    def _by_reading(self) -> Iterator[Round]:
+        first: Any = None
+        mine: tuple[int, Any, int | None] | None = None
         i, seen = -1, 0
+        sizes: list[Any] = []
         rng = OwnRng(derived_seed("evaluation", self._seed, "read"))  # all ranks read the same
         with rng.lent():
             batches = start_iterator(self._data)
         for i in itertools.count():
             with rng.lent():
-                batch = next(batches, _END)
+                batch = next(batches, _END) if self._limit is None or i < self._limit else _END
             if self._world_size > 1 and i <= 1:  # before the ranks wait for one another in a forward pass
                 check_same_data(collectives.gather_objects(-1 if batch is _END else sample_checksum([batch])))
             if batch is _END:
                 break
             seen = sample_checksum([seen, batch]) if self._world_size > 1 else 0
             first = batch if i == 0 else first
+            sizes.append(_size(batch))
             if i % self._world_size == self._rank:
                 mine = i, batch, -1
             if (i + 1) % self._world_size == 0:
                 assert mine is not None
-                yield mine
-                mine = None
+                yield Round(*mine, self._gap(sizes, 0))
+                mine, sizes = None, []
         if i % self._world_size:
-            yield mine or (0, first, None)
+            yield Round(*(mine or (0, first, None)), "padding")
         check_same_data(collectives.gather_objects(sample_checksum([seen, i])))
 
-    def _by_rank(self) -> Iterator[tuple[int, Any, int | None]]:
+    def _by_rank(self) -> Iterator[Round]:
         set_epoch(self._data, 0)
         seed_for(self._device, self._seed, "read", self._rank)
         rng = OwnRng(derived_seed("evaluation", self._seed, "read", self._rank))
@@ -149,21 +177,44 @@ class EvaluationBatches:
             batches = start_iterator(self._data)
         first = None
         for i in itertools.count():
-            with rng.lent():
-                batch = next(batches, _END)
-            # How many batches the others have is not known before they end.
-            are_left = collectives.gather_objects(batch is not _END)
-            if not any(are_left):
-                return
-            if i == 0 and not all(are_left):
-                empty = [rank for rank, is_left in enumerate(are_left) if not is_left]
-                raise ValueError(f"The evaluation data gave no batch on ranks {empty}. Each rank needs one at least.")
-            first = batch if i == 0 else first
             index = i * self._world_size + self._rank
-            yield (index, first, None) if batch is _END else (index, batch, -1)
+            is_within = self._limit is None or index < self._limit
+            with rng.lent():
+                batch = next(batches, _END) if is_within or i == 0 else _END
+            first = batch if i == 0 else first
+            # How many batches the others have is not known before they end.
+            sizes = collectives.gather_objects((_size(batch), batch is not _END and is_within))
+            if i == 0 and _ENDED in (own for own, _ in sizes):
+                empty = [rank for rank, (own, _) in enumerate(sizes) if own == _ENDED]
+                if len(empty) == self._world_size:
+                    return
+                raise ValueError(f"The evaluation data gave no batch on ranks {empty}. Each rank needs one at least.")
+            left = [size for size, is_left in sizes if is_left]
+            if not left:
+                return
+            gap = self._gap(left, self._world_size - len(left))
+            is_counted = batch is not _END and is_within
+            yield Round(index, batch, -1, gap) if is_counted else Round(index, first, None, gap)
+
+    def _gap(self, sizes: Sequence[Any], num_without: int) -> Gap:
+        """What is not equal in a round with batches of these sizes, in which some ranks have none."""
+        if self._world_size == 1:
+            return ""
+        return "padding" if num_without else "sizes" if len(set(sizes)) > 1 else ""
 
 
 _END = object()
+_ENDED = "ended"
+
+
+def _size(batch: Any) -> int | str | None:
+    """Samples in a batch; None: it does not begin with a tensor. `_ENDED`: there is no batch."""
+    if batch is _END:
+        return _ENDED
+    try:
+        return find_batch_size(batch)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, IndexError):
+        return None
 
 
 def _items(loader: DataLoader[Any], seed: int) -> list[Any]:

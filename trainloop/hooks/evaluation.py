@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..errors import check_interval, describe
+from ..errors import check_int, check_interval, describe
 from ..evaluation import evaluate
 from ..evaluation.totals import Reduce
 from ..hook import BaseHook, progress
-from ..records import ShownRecords, flatten_nested_dict
+from ..records import ShownRecords, flatten_nested_dict, is_number, unflatten_nested_dict
 from .ema import EmaHook
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class EvaluationHook(BaseHook):
         prefix: Under which the numbers are logged; several hooks must differ in it.
         reduce: How a record is reduced over batches and ranks, by its name ("a/b"): "mean" (the default of each),
             "sum", "max" or "min".
+        limit_batches: Evaluate on the first batches only, so many of each data set, counted over all ranks.
         at_start: Evaluate before the first step as well; it is logged as step 0.
         at_end: Evaluate after the last step as well.
 
@@ -51,10 +52,12 @@ class EvaluationHook(BaseHook):
         ema: EmaHook | None = None,
         prefix: str = "val",
         reduce: Mapping[str, Reduce] | None = None,
+        limit_batches: int | None = None,
         at_start: bool = False,
         at_end: bool = True,
     ) -> None:
         check_interval("interval", interval)
+        check_int("limit_batches", limit_batches, 1, optional=True)
         if ema is not None and not isinstance(ema, EmaHook):
             raise TypeError(f"`ema` must be an EmaHook or None, but is {describe(ema)}.")
         if not isinstance(prefix, str) or not prefix:
@@ -64,6 +67,7 @@ class EvaluationHook(BaseHook):
         self.ema = ema
         self.prefix = prefix
         self.reduce = dict(reduce or {})
+        self.limit_batches = limit_batches
         self.at_start = at_start
         self.at_end = at_end
         self._is_pending = self._has_warned = False
@@ -103,15 +107,16 @@ class EvaluationHook(BaseHook):
             return
         data = self.data_loader if self.data_loader is not None else trainer.eval_data_loader
         with self.ema.swapped(trainer) if self.ema is not None else nullcontext():
-            result = evaluate(trainer, data, self.reduce, should_stop=trainer.control.agree_on_exit)
+            stop = trainer.control.agree_on_exit
+            result = evaluate(trainer, data, self.reduce, should_stop=stop, limit_batches=self.limit_batches)
         if result is None:
             trainer.logger.warning(f"Step {trainer.step}: a signal ended the evaluation, the resumed run makes it.")
             return
         self._is_pending = False
-        flat = flatten_nested_dict({self.prefix: result})
+        flat = {key: value for key, value in flatten_nested_dict({self.prefix: result}).items() if is_number(value)}
         shown = [f"{'/'.join(map(str, key[1:]))} {value:.4g}" for key, value in flat.items()]
         trainer.logger.info(f"{progress(trainer)} | {self.prefix}: {' | '.join(shown)}")
-        trainer.log(ShownRecords({self.prefix: result}))
+        trainer.log(ShownRecords(unflatten_nested_dict(flat)))
         if trainer.lr_monitor is not None and trainer.step > 0:
             self._move_schedule(trainer, trainer.lr_monitor, {"/".join(map(str, key)): n for key, n in flat.items()})
 

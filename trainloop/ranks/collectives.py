@@ -115,6 +115,15 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
+def gather_on_first(value: T) -> list[T] | None:
+    """Every rank's `value`, by rank, on rank 0; None on the others. Call on every rank. Pickles."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered, dst=0, group=host_group())
+    return gathered
+
+
 def broadcast_object(value: T) -> T:
     """Rank 0's `value`. Call on every rank. Pickles: for rare paths and small values."""
     if world_size() == 1:

@@ -13,6 +13,7 @@ from ..ranks import collectives
 from ..step.buffers import memory_of, write_into
 from ..step.built import buffer_slots
 from .frozen import left_out
+from .hook_state import HOOK_SHARDS, OF_HOOKS, join_hook_state, sort_hook_state
 from .live import empty_like_param
 from .modules import (
     check_complete,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 _OURS = {"model", "training_state", "rank"}
 _OF_MODEL = ("buffers", "built_sums", "extra_state")
 """What a rank's state has of the model."""
-_FOLDERS = {"optim", "state"}
-"""Names in a checkpoint that no hook's weights can have."""
 
 
 def content_of(trainer: BaseTrainer, run_id: str, is_first: bool = False, trainable_only: bool = False) -> Content:
@@ -60,24 +59,20 @@ def content_of(trainer: BaseTrainer, run_id: str, is_first: bool = False, traina
     model = state_dict["model"]
     frozen = left_out(trainer, is_first=is_first) if trainable_only else {}
     weights = {"model": {name: tensor for name, tensor in model.items() if name not in frozen}}
-    hooks: dict[str, Any] = {}
-    for key, value in state_dict.items():
-        if key not in _OURS:
-            is_folder = isinstance(key, str) and key.isidentifier() and key not in _FOLDERS and _is_weights(value)
-            if is_folder:
-                weights[key] = {n: t for n, t in value.items() if n not in frozen or not shares_memory(t, model[n])}
-            else:
-                hooks[key] = value
+    added = {key: value for key, value in state_dict.items() if key not in _OURS}
+    hooks = sort_hook_state(trainer, added, model)
+    for key, value in hooks.weights.items():
+        weights[key] = {n: t for n, t in value.items() if n not in frozen or not shares_memory(t, model[n])}
     params, buffers = finite_names(trainer)
     trained = {name for name, param in trainer.named_parameters().items() if param.requires_grad}
     return Content(
         weights=weights,
-        shards={"optim": shards},
+        shards={"optim": shards, **({HOOK_SHARDS: hooks.shards} if hooks.shards else {})},
         global_state={
             **training_state,
             "run_id": run_id,
             "optimizer": {**optimizer, "state": other, "keys": keys},
-            "hooks": hooks,
+            "hooks": hooks.of_run,
         },
         must_be_finite={
             *(f"model/{name}" for name in params | buffers),
@@ -87,7 +82,7 @@ def content_of(trainer: BaseTrainer, run_id: str, is_first: bool = False, traina
         },
         of_rank_zero=buffer_slots(trainer.unwrapped_model).keys(),
         frozen=frozen,
-        rank_state=state_dict["rank"],
+        rank_state={**state_dict["rank"], **({OF_HOOKS: hooks.of_rank} if hooks.of_rank else {})},
     )
 
 
@@ -99,7 +94,7 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
     """
     params = trainer.named_parameters()
     training_state = dict(checkpoint.global_state())
-    hooks = training_state.pop("hooks")
+    hooks = join_hook_state(trainer, checkpoint, training_state.pop("hooks"))
     training_state.pop("run_id")
     optimizer = training_state["optimizer"] = dict(training_state["optimizer"])
     keys = optimizer.pop("keys", {})
@@ -120,7 +115,7 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
     live = trainer.live_model_state()
     checkpoint.read_into("optim", optim)
     for group_name, tensors in checkpoint.manifest.tensors.items():
-        if group_name in ("model", "optim"):
+        if group_name in ("model", "optim", HOOK_SHARDS):
             continue
         averages = {
             name: empty_like_param(params.get(name), tuple(record.shape), getattr(torch, record.dtype), on_host=False)
@@ -135,7 +130,7 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
     state_dict = {"model": live, "training_state": training_state, **hooks}
     rank_state = checkpoint.rank_state(collectives.rank())
     if rank_state is not None:
-        state_dict["rank"] = rank_state
+        state_dict["rank"] = {key: value for key, value in rank_state.items() if key != OF_HOOKS}
     else:  # what does not lie with the model's tensors, as the first rank had it
         first = checkpoint.saved_rank_state(0)
         state_dict["first_rank"] = {name: first[name] for name in _OF_MODEL if name in first}
@@ -191,7 +186,3 @@ def _split(
                 full_name = f"{name}/${len(keys)}"
                 tensors[full_name], keys[full_name] = value, key
     return tensors, other, keys
-
-
-def _is_weights(value: Any) -> bool:
-    return type(value) is dict and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())

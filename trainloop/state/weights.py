@@ -18,6 +18,7 @@ from ..paths import parse_absolute_path
 from ..ranks import collectives
 from .adoption import adopt_weights
 from .frozen import check_left_out
+from .hook_state import HOOK_SHARDS
 from .live import empty_like_param
 from .modules import load_made_entries, load_rank_buffers
 from .saved import read_model
@@ -91,7 +92,7 @@ def _load(trainer: BaseTrainer, folder: Path | None, which: int | str | Path, em
 
 def _read(trainer: BaseTrainer, checkpoint: Checkpoint, ema: str | None) -> None:
     groups = checkpoint.manifest.tensors
-    averages = [group for group in groups if group not in ("model", "optim")]
+    averages = [group for group in groups if group not in ("model", "optim", HOOK_SHARDS)]
     if ema is not None and ema not in averages:
         raise CheckpointError(
             f"{checkpoint.folder} has no average {ema!r}. Its averages: {', '.join(averages) or 'none'}"

@@ -1,4 +1,6 @@
-"""Weights without a training: by step, path or metric, of a run or of another tool; bit for bit what was saved."""
+"""Weights without a training, predictions, values by sample, and losses that compare the samples of all ranks: at any
+number of processes they are those of one.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,22 @@ import math
 from pathlib import Path
 from typing import Any
 
+import evaluate as evaluate_package
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainloop import CheckpointError, CheckpointingHook, EmaHook, EvaluationHook
+from trainloop import (
+    CheckpointError,
+    CheckpointingHook,
+    EmaHook,
+    EvaluationHook,
+    PerSample,
+    Trainer,
+    gather_samples,
+)
 from trainloop.__main__ import main
 from trainloop.checkpoint import BestK, Checkpoint
 from trainloop.checkpoint.best import Best, parse_best
@@ -24,6 +35,7 @@ from .small import SmallTrainer
 from .workers import evaluating as worker
 
 WORKER = REPOSITORY / "tests" / "workers" / "evaluating.py"
+FORMS = ["ddp2", "ddp3", "fsdp2"]
 LOSSES = {1: 5.0, 2: 3.0, 3: 4.0, 4: 3.0, 5: math.nan, 6: 6.0}
 STEPS = len(LOSSES)
 
@@ -214,14 +226,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The folder, and what each rank of each form has found."""
     folder = tmp_path_factory.mktemp("ranks")
     found: dict[str, Any] = {"folder": folder}
-    for form in ("ddp2", "ddp3", "fsdp2"):
+    for form in FORMS:
         options = ["--fsdp_reshard_after_forward", "false"] if "fsdp" in form else []
         launch(WORKER, form, str(folder), form, launch_args=options)
         found[form] = [json.loads((folder / f"{form}.{rank}.json").read_text()) for rank in range(NUM_PROCESSES[form])]
     return found
 
 
-@pytest.mark.parametrize("form", ["ddp2", "ddp3", "fsdp2"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_rank_has_the_weights_that_were_loaded(ranks: dict[str, Any], form: str) -> None:
     """Of each checkpoint, its weights and its average; the losses are the same on every rank, and those of one process
     that loads the same checkpoint.
@@ -274,3 +286,224 @@ def test_the_command_evaluates_a_checkpoint(ranks: dict[str, Any], capsys: pytes
         patch.setattr(worker.Trainer, "eval_forward", broken)
         assert main([*arguments, "3"]) == 1
         assert "in broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_predictions_come_in_the_order_of_the_data(ranks: dict[str, Any], form: str) -> None:
+    """Each sample once, on every rank the same as in one process: tensors, arrays and lists, from every kind of data,
+    the first batches of it, and batch by batch on rank 0.
+    """
+    alone = worker.predictions()
+    for rank, own in enumerate(ranks[form]):
+        assert (own["predictions"].pop("written") is None) == (rank > 0)
+        for name, found in own["predictions"].items():
+            numbers = alone[name]["pair"][0]
+            assert numbers == list(map(float, range(len(numbers)))), name
+            assert found["pair"] == [numbers, numbers], name
+            assert found["names"] == [f"sample {n:.0f}" for n in numbers], name
+            torch.testing.assert_close(torch.tensor(found["squares"]), torch.tensor(alone[name]["squares"]))
+    counts = {name: len(found["names"]) for name, found in alone.items()}
+    limited = {"limited": 20, "limited_list": 20, "limited_per_rank": 1, "one_batch": 3, "mapping": 2}
+    assert counts == {name: limited.get(name, worker.NUM_SAMPLES) for name in counts}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_records_by_sample_and_objects_of_evaluate_are_exact(ranks: dict[str, Any], form: str, tmp_path: Path) -> None:
+    """`PerSample`, an object of `evaluate` and what `finish_evaluation` derives are those of one process, of
+    all batches and of the first ones. A run logs the numbers among them.
+    """
+    alone = worker.records(tmp_path)
+    assert alone["whole"]["hf"] == {"exact": 26 / 27, "first": 0, "count": 27}
+    assert alone["whole"]["by"]["number"] == list(range(27))
+    assert alone["limited"]["by"]["number"] == list(range(12))
+    assert math.isclose(alone["whole"]["perplexity"], math.exp(alone["whole"]["loss"]))
+    for own in ranks[form]:
+        for part in ("whole", "limited"):
+            found, wanted = own["records"][part], alone[part]
+            assert {key: found[key] for key in ("hf", "by", "numbers")} == {
+                key: wanted[key] for key in ("hf", "by", "numbers")
+            }
+            assert math.isclose(found["loss"], wanted["loss"], rel_tol=1e-6)
+        assert own["records"]["logged"]["val"].keys() == {"loss", "perplexity", "numbers", "hf"}
+        assert own["records"]["logged"]["val"]["numbers"] == 16
+
+
+def clip_loss(num: int, world_size: int) -> float:
+    """The mean over all samples, written out: each is compared with those of its round, of 4 a rank."""
+    trainer = worker.Clip(1, seed=3)
+    trainer._build()
+    batches, total = worker.samples(num).split(4), 0.0
+    for begin in range(0, len(batches), world_size):
+        together = torch.cat(batches[begin : begin + world_size])
+        with torch.no_grad():
+            images, texts = trainer.model(together)
+        labels = torch.arange(len(together))
+        cross_entropy = nn.functional.cross_entropy
+        total += (
+            (cross_entropy(images @ texts.T, labels) + cross_entropy(texts @ images.T, labels)).item() / 2 * len(labels)
+        )
+    return total / num
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_that_compares_the_samples_of_all_ranks(ranks: dict[str, Any], form: str) -> None:
+    """With `gather_samples`: the losses of a training are those of one process with the same global batch; in an
+    evaluation a smaller last batch and a padded one are right, and so are batches of different sizes in a training.
+    """
+    world_size = NUM_PROCESSES[form]
+    alone = worker.clip()
+    for own in ranks[form]:
+        found = own["clip"]
+        torch.testing.assert_close(found["training"], alone["training"], rtol=1e-5, atol=0)
+        for name, num in (("evaluation", 27), ("sizes", 23), ("one_batch", 3)):
+            assert math.isclose(found[name], clip_loss(num, world_size), rel_tol=1e-6), name
+    sizes = [own["clip"]["ragged"]["sizes"] for own in ranks[form]]
+    assert all(
+        sum(each) == together
+        for each, together in zip(zip(*(own for own, _ in sizes), strict=True), sizes[0][1], strict=True)
+    )
+    assert any(len(set(each)) > 1 for each in zip(*(own for own, _ in sizes), strict=True))
+    assert all(own == sizes[0][1] for _, own in sizes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_plain_gather_in_an_uneven_round_is_refused(ranks: dict[str, Any], form: str) -> None:
+    """It would count a padded batch twice, or abort inside gloo. Every rank raises with the remedy. In even rounds it
+    passes, and FSDP2's own collectives are never refused.
+    """
+    for own in ranks[form]:
+        assert (
+            "calls a collective (allgather) in a round in which some ranks have no batch left"
+            in own["clip"]["raw_padding"]
+        )
+        assert "Gather with `trainloop.gather_samples`" in own["clip"]["raw_padding"]
+        assert "the batches of the ranks have different sizes" in own["clip"]["raw_sizes"]
+        assert isinstance(own["clip"]["raw_even"], float)
+        assert math.isclose(own["clip"]["raw_even"], clip_loss(24, NUM_PROCESSES[form]), rel_tol=1e-6)
+
+
+def test_what_cannot_be_collected_is_told(tmp_path: Path) -> None:
+    """By name, with what it must be."""
+    for values, error, message in (
+        (torch.tensor(1.0), ValueError, 'the record "a" must have a value for each sample, but is one number'),
+        (3, TypeError, 'the record "a" must be a tensor, an array or a list with a value for each sample'),
+        ({"x": torch.ones(2), "y": [1]}, ValueError, 'the record "a" must have as many samples as the others'),
+    ):
+        trainer = SmallTrainer(1)
+        trainer.eval_forward = lambda batch, values=values: (None, {"a": PerSample(values)})  # type: ignore[method-assign]
+        with pytest.raises(error) as told:
+            trainer.evaluate(data())
+        assert message in str(told.value)
+    lengths = iter([2, 3, 4])
+    trainer = SmallTrainer(1)
+    trainer.predict_forward = lambda batch: torch.ones(len(batch[0]), next(lengths))  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"must have one shape but for their first dimension.*Pad them to one length"):
+        trainer.predict(data())
+    trainer.finish_evaluation = lambda metrics: None  # type: ignore[assignment, method-assign, return-value]
+    with pytest.raises(TypeError, match="`finish_evaluation` must return a mapping of metrics, but returned None"):
+        trainer.evaluate(data())
+    for method, arguments, error, message in (
+        ("predict", {"on_batch": 3}, TypeError, "`on_batch` must be callable, but is 3"),
+        ("predict", {"data_loader": {"a": data()}, "on_batch": print}, ValueError, "but the data is a mapping of a"),
+        ("predict", {"limit_batches": 0}, ValueError, "`limit_batches` must be at least 1, but is 0"),
+        ("evaluate", {"limit_batches": 1.5}, TypeError, "`limit_batches` must be an integer or None, but is 1.5"),
+    ):
+        with pytest.raises(error, match=message):
+            getattr(trainer, method)(**{"data_loader": data(), **arguments})
+    with pytest.raises(ValueError, match="`predict` has no data"):
+        SmallTrainer(1).predict()
+    with pytest.raises(ValueError, match="`limit_batches` must be at least 1"):
+        EvaluationHook(1, limit_batches=0)
+    with pytest.raises(ValueError, match="`samples` must have a dimension"):
+        gather_samples(torch.tensor(1.0))
+
+
+def test_an_object_of_evaluate_is_empty_after_an_evaluation_that_failed(tmp_path: Path) -> None:
+    """The next evaluation counts nothing twice. Objects that cannot be merged over the ranks are refused."""
+    trainer = worker.Recorder(1, seed=3)
+    trainer.exact = worker.Exact(cache_dir=str(tmp_path))
+    wanted = trainer.evaluate()
+    forward, calls = trainer.forward, iter(range(100))
+
+    def broken(batch: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyError
+        return forward(batch)
+
+    trainer.forward = broken  # type: ignore[method-assign]
+    with pytest.raises(KeyError):
+        trainer.evaluate()
+    assert trainer.evaluate()["hf"] == wanted["hf"]
+    trainer.exact.num_process, trainer.exact.add_batch = 2, lambda **kwargs: None
+    with pytest.raises(ValueError, match="must be an object of `evaluate` with `num_process=1`, but has 2"):
+        trainer.evaluate()
+    trainer.exact = evaluate_package.combine([worker.Exact(cache_dir=str(tmp_path)) for _ in range(2)])
+    with pytest.raises(TypeError, match="keeps its examples in several objects of `evaluate`"):
+        trainer.evaluate()
+
+
+def test_a_prediction_calls_the_model_by_default() -> None:
+    """With keywords, the first of several tensors, or the batch; `Trainer` takes functions for both ends."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)[:, 0]
+
+    x = torch.arange(15.0).reshape(5, 3)
+    model = Two()
+    given: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "data_loader": data(),
+        "forward": lambda model, batch: (model(batch[0]).mean(), {}),
+        "max_steps": 1,
+    }
+    for batches in ([{"x": x[:2]}, {"x": x[2:]}], [(x[:2], x[:2]), (x[2:], x[2:])], [x[:2], x[2:]]):
+        assert torch.equal(Trainer(**given).predict(batches), model(x).detach())
+    functions = {
+        "predict_forward": lambda model, batch: model(batch[0]) + 1,
+        "finish_evaluation": lambda metrics: {"double": 2 * metrics["loss"]},
+    }
+    trainer = Trainer(**given, **functions)
+    assert torch.equal(trainer.predict([(x,)]), model(x).detach() + 1)
+    assert trainer.evaluate([(x,)]) == {"double": 2 * model(x).mean().item()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_state_of_hooks_comes_back_sharded_and_by_rank(ranks: dict[str, Any], form: str) -> None:
+    """DTensors inside lists and dicts come back with their values, and sharded where the model is. What differs from
+    rank to rank comes back by rank; at another number of processes every rank gets that of rank 0.
+    """
+    names = [name for name in FORMS if FORMS.index(name) <= FORMS.index(form)]
+    for rank, own in enumerate(ranks[form]):
+        assert own["hooks"]["loaded"].keys() == set(names)
+        assert own["hooks"]["loaded"][form] == own["hooks"]["saved"], rank
+        for name in names:
+            is_same_size = NUM_PROCESSES[name] == NUM_PROCESSES[form]
+            saved = ranks[name][rank if is_same_size else 0]["hooks"]["saved"]
+            loaded = own["hooks"]["loaded"][name]
+            assert values_of(loaded) == values_of(saved), name
+            assert loaded["mine"]["rank"] == (rank if is_same_size else 0), name
+    if form == "fsdp2":
+        saved = ranks[form][0]["hooks"]["saved"]
+        assert saved["nested"]["list"][0]["0.weight"][1]
+        assert saved["flat"]["odd"][1]
+        hook = worker.Stateful()
+        path = ranks["folder"] / "hooks_fsdp2" / "step_0000001"
+        worker.make(hook, CheckpointingHook(1, path=ranks["folder"] / "unused" / "one", load=path), max_steps=1).train()
+        found = json.loads(json.dumps(worker.form_of(hook.loaded)))
+        assert values_of(found) == values_of(saved)
+        assert not found["nested"]["list"][0]["0.weight"][1]
+
+
+def values_of(nested: Any) -> Any:
+    """What `form_of` gave, without whether it is sharded."""
+    if isinstance(nested, list) and len(nested) == 2 and isinstance(nested[1], bool):
+        return nested[0]
+    if isinstance(nested, dict):
+        return {key: values_of(value) for key, value in nested.items()}
+    return [values_of(value) for value in nested] if isinstance(nested, list) else nested

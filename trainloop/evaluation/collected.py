@@ -1,0 +1,183 @@
+"""Values per sample, collected over batches and ranks in the data's order: each sample once.
+
+In: what each batch gave, nested. Out: the same nesting, with the samples of all batches in each leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import describe
+from ..ranks import collectives
+from ..records import flatten_nested_dict, map_nested_tensor, unflatten_nested_dict
+
+_NUM_AT_ONCE = 64
+"""Batches that are sent at once: the ranks' memory holds so many twice."""
+
+
+class PerSample:
+    """A record of `eval_forward` with a value for each sample, which `evaluate` collects over all ranks.
+
+    `finish_evaluation` gets the values of all samples in the order of the data, each once, on every rank's CPU. It can
+    make numbers of them. The values themselves are not logged; `evaluate` returns them.
+
+    Args:
+        values: A tensor or a numpy array, batch x anything; a list with an item for each sample; or a mapping or tuple
+            of such.
+
+    Example:
+        ```python
+        def eval_forward(self, batch):
+            scores = self.model(batch["x"])
+            loss = self.loss(scores, batch["y"])
+            return loss, {"scores": PerSample(scores), "labels": PerSample(batch["y"])}
+
+        def finish_evaluation(self, metrics):
+            scores, labels = metrics.pop("scores"), metrics.pop("labels")
+            return {**metrics, "auc": roc_auc_score(labels, scores)}
+        ```
+    """
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+
+class Collected:
+    """What the batches of this rank gave, on the CPU.
+
+    Args:
+        name: Of what is collected, for the errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._outputs: dict[int, Any] = {}
+
+    def add(self, index: int, nested: Any, is_counted: bool) -> None:
+        """Take what a batch gave. Call in every round, on every rank: what is sharded is gathered.
+
+        Args:
+            index: The number of the batch.
+            nested: A value for each sample, in each leaf.
+            is_counted: Whether the batch counts on this rank.
+
+        Raises:
+            TypeError: A leaf is no tensor, array or list.
+            ValueError: A leaf has no samples, or leaves have different numbers of them.
+        """
+        nested = map_nested_tensor(_on_host, nested)
+        lengths = dict(_lengths(nested, self._name))
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"Each value of {self._name} must have as many samples as the others, but has: {lengths}.")
+        if is_counted:
+            self._outputs[index] = nested
+
+    def take(self) -> dict[int, Any]:
+        """What was added since the last call, by the number of the batch."""
+        outputs, self._outputs = self._outputs, {}
+        return outputs
+
+    def result(self) -> Any:
+        """All samples of all ranks, the same on every rank. Call on every rank.
+
+        Raises:
+            ValueError: The batches don't fit together.
+        """
+        outputs = self.take()
+        num_batches = 1 + max(collectives.gather_objects(max(outputs, default=-1)))
+        ordered: list[Any] = []
+        for start in range(0, num_batches, _NUM_AT_ONCE * collectives.world_size()):
+            end = start + _NUM_AT_ONCE * collectives.world_size()
+            mine = {index: outputs.pop(index) for index in sorted(outputs) if start <= index < end}
+            ordered += in_order(collectives.gather_objects(mine))
+        return joined(ordered, self._name)
+
+
+class CollectedRecords:
+    """The `PerSample`s among the records of an evaluation."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[tuple[Any, ...], Collected] = {}
+
+    def split(self, records: Any, index: int, is_counted: bool) -> Any:
+        """The records without the `PerSample`s in them, which are collected."""
+        if not isinstance(records, Mapping):
+            return records
+        flat = flatten_nested_dict(records)
+        found = {key: value.values for key, value in flat.items() if isinstance(value, PerSample)}
+        if not found:
+            return records
+        for key, values in found.items():
+            own = self._by_key.setdefault(key, Collected(f'the record "{"/".join(map(str, key))}"'))
+            own.add(index, values, is_counted)
+        return unflatten_nested_dict({key: value for key, value in flat.items() if key not in found})
+
+    def result(self) -> dict[tuple[Any, ...], Any]:
+        """What was collected, by key. Call on every rank."""
+        keys = sorted(self._by_key, key=str)
+        by_rank = collectives.gather_objects(keys)
+        if any(other != by_rank[0] for other in by_rank):
+            raise ValueError(
+                "The `PerSample` records of `eval_forward` must have the same names on every rank, but have, by rank:"
+                f" {by_rank}. Return each of them for every batch."
+            )
+        return {key: self._by_key[key].result() for key in keys}
+
+
+def in_order(by_rank: Sequence[Mapping[int, Any]]) -> list[Any]:
+    """What all ranks hold, by the number of the batch."""
+    together = {index: nested for part in by_rank for index, nested in part.items()}
+    return [together[index] for index in sorted(together)]
+
+
+def joined(outputs: Sequence[Any], name: str) -> Any:
+    """One nested value from those of all batches: tensors and arrays along their first dimension, lists one after
+    another.
+    """
+    first = outputs[0]
+    if isinstance(first, Mapping):
+        return {key: joined([output[key] for output in outputs], f"{name}/{key}") for key in first}
+    if isinstance(first, tuple):
+        parts = [joined(list(part), f"{name}/{i}") for i, part in enumerate(zip(*outputs, strict=True))]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    if isinstance(first, list):
+        return [item for output in outputs for item in output]
+    shapes = {tuple(output.shape[1:]) for output in outputs}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The batches of {name} must have one shape but for their first dimension, but have {sorted(shapes)}. Pad"
+            " them to one length, or return a list with a tensor for each sample: `list(values)`."
+        )
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(outputs))
+    import numpy
+
+    return numpy.concatenate(outputs)
+
+
+def _on_host(tensor: Any) -> torch.Tensor:
+    tensor = tensor.detach()
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    host: torch.Tensor = whole.clone() if whole.device.type == "cpu" else whole.cpu()
+    return host
+
+
+def _lengths(nested: Any, name: str) -> list[tuple[str, int]]:
+    """How many samples each leaf has, by name."""
+    if isinstance(nested, Mapping):
+        return [item for key, value in nested.items() for item in _lengths(value, f"{name}/{key}")]
+    if isinstance(nested, tuple):
+        return [item for i, value in enumerate(nested) for item in _lengths(value, f"{name}/{i}")]
+    if isinstance(nested, list):
+        return [(name, len(nested))]
+    if not hasattr(nested, "shape"):
+        raise TypeError(
+            f"{name} must be a tensor, an array or a list with a value for each sample, or a mapping or tuple of such,"
+            f" but is {describe(nested)}."
+        )
+    if not len(nested.shape):
+        raise ValueError(f"{name} must have a value for each sample, but is one number for the whole batch.")
+    return [(name, len(nested))]
