@@ -85,7 +85,7 @@ def finite_checks(model_name: str, num_rounds: int, num_calls: int) -> Seconds:
         clip(2 * norm)
 
     def ours(limit: float) -> Callable[[], None]:
-        gradients = Gradients(model, limit, None, optimizer)
+        gradients = Gradients(model.parameters(), limit, None, optimizer)
 
         def check() -> None:
             norm = gradients.norm()

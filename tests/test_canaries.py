@@ -42,7 +42,7 @@ def test_clipping_is_accelerates(max_norm: Any) -> None:
     if isinstance(max_norm, str):
         max_norm = accelerator.clip_grad_norm_(model_with_gradients().parameters(), 1e9).item()
     wanted = accelerator.clip_grad_norm_(theirs.parameters(), max_norm)
-    gradients = Gradients(ours, max_norm, None, torch.optim.SGD(ours.parameters()))
+    gradients = Gradients(ours.parameters(), max_norm, None, torch.optim.SGD(ours.parameters()))
     norm = gradients.norm()
     gradients.clip(norm, norm.item())
     assert torch.equal(norm, wanted)

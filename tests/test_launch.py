@@ -139,6 +139,17 @@ def test_the_diffusion_example_draws_and_resumes(tmp_path: Path) -> None:
         assert len(samples) == 100
 
 
+def test_the_gan_example_draws_and_resumes(tmp_path: Path) -> None:
+    """Stopped after an epoch, it goes on as FSDP2 after DDP, and writes a picture at the end of each life."""
+    for form, epochs, step, begin in (("ddp2", 1, 29, "starts at step 0."), ("fsdp2", 2, 57, "goes on after step 29.")):
+        arguments = ["--max-epochs", str(epochs), "--workspace", str(tmp_path)]
+        output = launch(REPOSITORY / "examples" / "gan.py", form, *arguments).stdout
+        assert begin in output
+        assert f"epoch {epochs}/{epochs}" in output
+        picture = np.asarray(Image.open(tmp_path / "images" / f"step_{step:07d}" / "samples.png"))
+        assert picture.std() > 0
+
+
 def test_the_language_model_example_trains_and_resumes_under_fsdp2(tmp_path: Path) -> None:
     """Its blocks are wrapped by their class; each life evaluates both weights, writes a text and saves; the second goes
     on where the first has ended.

@@ -24,7 +24,7 @@ class Trainer(BaseTrainer):
 
     Args:
         model: The model.
-        optimizer: Its optimizer.
+        optimizer: Its optimizer, or several by name, as `BaseTrainer.build_optimizer` returns them.
         data_loader: The training data, as `BaseTrainer.build_data_loader` returns it.
         forward: Called as `forward(model, batch)`, with the prepared model; returns what `BaseTrainer.forward` does.
         lr_scheduler: Moves once per applied update, at any number of processes; a prepared one is unwrapped. Of
@@ -48,8 +48,8 @@ class Trainer(BaseTrainer):
     def __init__(
         self,
         *,
-        model: nn.Module,
-        optimizer: Optimizer,
+        model: nn.Module | Mapping[str, nn.Module],
+        optimizer: Optimizer | Mapping[str, Optimizer],
         data_loader: Iterable[Any],
         forward: Callable[[nn.Module, Any], tuple[torch.Tensor | None, Records]],
         lr_scheduler: LRScheduler | Mapping[str, Any] | None = None,
@@ -76,10 +76,10 @@ class Trainer(BaseTrainer):
         self.forward_methods = forward_methods
         super().__init__(**kwargs)
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> nn.Module | Mapping[str, nn.Module]:
         return self._given[0]
 
-    def build_optimizer(self) -> Optimizer:
+    def build_optimizer(self) -> Optimizer | Mapping[str, Optimizer]:
         return self._given[1]
 
     def build_data_loader(self) -> Iterable[Any]:

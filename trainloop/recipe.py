@@ -58,21 +58,36 @@ class Recipe:
         """
         return None
 
-    def build_model(self) -> nn.Module:
-        """Return the plain model; it is moved and wrapped by Accelerate. Required."""
+    def build_model(self) -> nn.Module | Mapping[str, nn.Module]:
+        """Return the plain model; it is moved and wrapped by Accelerate. Or a mapping from names to modules, which are
+        wrapped each by itself: `self.model["generator"]`. Required.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `build_model`.")
 
-    def build_optimizer(self) -> Optimizer:
-        """Return the optimizer of `self.model`'s parameters. Required."""
+    def build_optimizer(self) -> Optimizer | Mapping[str, Optimizer]:
+        """Return the optimizer of `self.model`'s parameters, or a mapping from names to optimizers that step together,
+        for example Muon for the matrices and AdamW for the rest. `self.optimizer[name]` is one of them. Required.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `build_optimizer`.")
 
     def build_lr_scheduler(self) -> LRScheduler | Mapping[str, Any] | None:
-        """Return a scheduler of `self.optimizer` that moves once per applied update, or None.
+        """Return a scheduler of `self.optimizer` that moves once per applied update, or None. Of several optimizers:
+        one scheduler for all, or a mapping from their names to schedulers.
 
         `ReduceLROnPlateau` moves with each evaluation. Return it with the metric that an `EvaluationHook` logs:
         `{"scheduler": ReduceLROnPlateau(self.optimizer), "monitor": "val/loss"}`.
         """
         return None
+
+    def phases(self) -> Sequence[str]:
+        """Return the phases of the step that begins, in order, for example `("discriminator", "generator")`. They may
+        depend on `self.step`, alike on every rank. By default a step has only one, without a name.
+
+        Each phase runs `forward` on the same window, where `self.phase` says whose loss it is, and then steps the
+        optimizer of its name. The parameters of other optimizers do not require grad meanwhile. `build_optimizer`
+        returns the optimizers by the names of the phases, and `build_lr_scheduler` the schedules, if there are any.
+        """
+        return ()
 
     def build_grad_scaler(self) -> torch.amp.GradScaler | None:
         """Return a grad scaler to use instead of Accelerate's own, or None."""
@@ -154,6 +169,9 @@ class Recipe:
             an accelerator only the loss can be masked when it is 0, since reading it would cost a sync.
         """
         return None
+
+    def _has_phases(self) -> bool:
+        return type(self).phases is not Recipe.phases
 
     def _has_batch_weight(self) -> bool:
         return type(self).batch_weight is not Recipe.batch_weight

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ from .step.garbage import GarbageCollection
 from .step.gradients import Gradients
 from .step.info import StepInfo
 from .step.non_finite import clean_name
+from .step.phases import Phase, Phases
 from .step.run_length import RunLength
 from .step.update import Update
 from .step.window import Window
@@ -61,7 +62,8 @@ class BaseTrainer(Evaluating, Recipe):
 
     Args:
         max_steps: Optimizer steps to run in all; a resumed run goes on to it. None: `max_epochs` alone ends the run.
-        grad_clip: Limit of the gradient's 2-norm. None: nothing is clipped; the norm is taken all the same.
+        grad_clip: Limit of the gradient's 2-norm. None: nothing is clipped; the norm is taken all the same. With
+            `phases`, it is the limit of each, or a mapping from their names to limits.
         max_non_finite_grad_retries: How often one step may be tried again with new data because its gradient was not
             finite, before `NonFiniteGradientError`. None: until a whole epoch gave no finite gradient (100 windows, if
             the data has no epochs); 0: raise at once. A loss scale that was too high doesn't count.
@@ -120,10 +122,9 @@ class BaseTrainer(Evaluating, Recipe):
 
     # What the user gave.
     max_steps: int | None
-    """The last step. Where only `max_epochs` was given: the step that will end the last epoch, as soon as the data is
-    built; None: the data has no length."""
+    """The last step; of `max_epochs` alone it is known when the data is built. None: the data has no length."""
     max_epochs: int | None
-    grad_clip: float | None
+    grad_clip: float | Mapping[str, float | None] | None
     max_non_finite_grad_retries: int | None
     mixed_precision: str | None
     gradient_accumulation_steps: int
@@ -158,6 +159,7 @@ class BaseTrainer(Evaluating, Recipe):
     # Where the run stands.
     step: int
     """The optimizer step last begun; the first is 1. An exception before the update takes the step back."""
+    phase: str | None  # that runs, of a step that has `phases`
     epoch: int
     """Epochs of the data that are over; in a step, the epoch that its window began in, from 0."""
     steps_per_epoch: int | None
@@ -177,6 +179,7 @@ class BaseTrainer(Evaluating, Recipe):
     _length: RunLength
     _gradients: Gradients
     _update: Update
+    _phases: Phases
     _window: Window
     _agreement: Agreement
     _built_model: BuiltModel
@@ -188,7 +191,7 @@ class BaseTrainer(Evaluating, Recipe):
     def __init__(
         self,
         max_steps: int | None = None,
-        grad_clip: float | None = None,
+        grad_clip: float | Mapping[str, float | None] | None = None,
         max_non_finite_grad_retries: int | None = None,
         mixed_precision: str | None = None,
         gradient_accumulation_steps: int | None = None,
@@ -218,7 +221,7 @@ class BaseTrainer(Evaluating, Recipe):
         self.logger = logger if logger is not None else factories.default_logger()
         self.hooks, self.checkpointers, self.averagers, self.settings = [], [], [], {}
         self.step, self.step_info, self.control, self.peers = 0, StepInfo(), Control(), Peers()
-        self.epoch, self.steps_per_epoch = 0, None
+        self.phase, self.epoch, self.steps_per_epoch = None, 0, None
         self._is_built, self._is_restored, self._restored_rng, self._unheard = False, False, None, set()
 
     def build_accelerator(self) -> Accelerator:
@@ -255,36 +258,39 @@ class BaseTrainer(Evaluating, Recipe):
                 hook.on_after_train(self)
 
     def _run_step(self) -> None:
-        info = self.step_info = StepInfo()
+        self.step_info = StepInfo()
         self._window.begin_step()
         try:
             self.peers.enter("hooks")
             for hook in self.hooks:
                 hook.on_before_step(self)
             start = time.perf_counter()
-            while not self._run_window():
-                if self._window.discard():
-                    for hook in self.hooks:
-                        hook.on_non_finite_grad(self, info.non_finite_grad_retry_count)
-            for hook in self.hooks:
-                hook.on_before_optimizer_step(self)
-            self._update.finish()
-            self._gradients.drop()
-            if self.lr_scheduler is not None and self.lr_monitor is None:
-                self.lr_scheduler.step()
+            for phase in self._phases.of_step():  # of most trainers one, of a GAN several
+                with phase:
+                    self._run_phase(phase)
         except BaseException:
             self._window.take_back()
             raise
-        self._window.finish_update()
-        for hook in self.hooks:
-            hook.on_after_optimizer_step(self)
         for averager in self.averagers:  # after every hook, so that their order doesn't matter
             averager.update_average(self)
         self._window.is_in_step = False
-        info.step_time = time.perf_counter() - start
+        self.step_info.step_time = time.perf_counter() - start
         self.peers.enter("hooks")
         for hook in self.hooks:
             hook.on_after_step(self)
+
+    def _run_phase(self, phase: Phase) -> None:
+        while not self._run_window():
+            if self._window.discard():
+                for hook in self.hooks:
+                    hook.on_non_finite_grad(self, self.step_info.non_finite_grad_retry_count)
+        for hook in self.hooks:
+            hook.on_before_optimizer_step(self)
+        self._update.finish()
+        self._gradients.drop()
+        phase.finish()
+        for hook in self.hooks:
+            hook.on_after_optimizer_step(self)
 
     def _run_window(self) -> bool:
         """Run one window and clip its gradient; returns whether the gradient can be applied."""
@@ -316,7 +322,7 @@ class BaseTrainer(Evaluating, Recipe):
         start_data(self)
         self._window.modes.begin()
         self._gradients.drop()
-        self._update = Update(self, self._gradients, self._agreement)
+        self._phases = Phases(self)
 
     # ------------------------------------------------------------------ state
 
@@ -396,9 +402,8 @@ class BaseTrainer(Evaluating, Recipe):
         """End the run early, on all ranks after the same step. Call on any rank.
 
         The ranks agree once a window, before the update. A request made in `forward` or earlier ends the run with this
-        step; a later one (`on_after_step`) ends it with the next step. One process does the same. Started again, a run
-        that was stopped ends at once, unless `max_steps` is raised (see `on_resume` of `CheckpointingHook`). It then
-        shows the `reason`; by default, the name of the function that made the request.
+        step; a later one ends it with the next step. Started again, a run that was stopped ends at once, unless the
+        limit is raised (see `on_resume` of `CheckpointingHook`). It then shows the `reason`, by default who has asked.
         """
         self.control.ask_to_stop(reason)
 

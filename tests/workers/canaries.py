@@ -60,7 +60,7 @@ def main() -> None:
     theirs = [local(p.grad).clone() for p in trainer.model.parameters()]
 
     gradients(trainer)
-    ours = Gradients(trainer.model, 0.5, None, trainer.optimizer)
+    ours = Gradients(trainer.model.parameters(), 0.5, None, trainer.optimizer)
     norm = ours.norm()
     ours.clip(norm, norm.item())
     clipped = [torch.equal(local(p.grad), other) for p, other in zip(trainer.model.parameters(), theirs, strict=True)]

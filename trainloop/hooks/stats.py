@@ -17,6 +17,7 @@ from ..hook import BaseHook, progress
 from ..ranks import collectives
 from ..records import flat_average, flatten_nested_dict, read_rows, unflatten_nested_dict
 from ..step.info import StepInfo, TrainingStats
+from ..step.optimizers import group_names
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -56,8 +57,8 @@ class _StatsHook(BaseHook):
         self._steps.append(trainer.step_info)
         self._last_step = trainer.step
         if trainer.is_due(self.interval):
-            groups = enumerate(zip(trainer.optimizer.param_groups, trainer.step_info.lr, strict=True))
-            self._lr = {str(group.get("name", i)): float(lr) for i, (group, lr) in groups}
+            pairs = zip(group_names(trainer.optimizer), trainer.step_info.lr, strict=True)
+            self._lr = {name: float(lr) for name, lr in pairs}
             self._read_steps(trainer)
             stats = self._stats(trainer._feed.records())
             self._start_interval()
@@ -99,6 +100,9 @@ class _StatsHook(BaseHook):
                 ("data_time",): info.data_time,
             }
             row.update({("records", *key): mean for key, mean in flat_average(info.records).items()})
+            for name, phase in info.phases.items():
+                means = flat_average(phase.records) | {("loss",): phase.loss, ("grad_norm",): phase.grad_norm}
+                row.update({("records", name, *key): mean for key, mean in means.items()})
             rows.append(row)
             self._retries += info.non_finite_grad_retry_count
             if info.max_memory is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,9 @@ def check_arguments(
     check_int("gc_interval", trainer.gc_interval, 1, optional=True)
     if trainer.seed is not None and trainer.seed >= 2**31:
         raise ValueError(f"`seed` must be below 2**31, but is {trainer.seed}.")
-    if trainer.grad_clip is not None:
-        if isinstance(trainer.grad_clip, bool) or not isinstance(trainer.grad_clip, int | float):
-            raise TypeError(f"`grad_clip` must be a number or None, but is {describe(trainer.grad_clip)}.")
-        if not (math.isfinite(trainer.grad_clip) and trainer.grad_clip > 0):
-            raise ValueError(
-                f"`grad_clip` must be positive and finite, but is {trainer.grad_clip}. None turns clipping off."
-            )
+    clips = trainer.grad_clip if isinstance(trainer.grad_clip, Mapping) else {"": trainer.grad_clip}
+    for name, clip in clips.items():
+        _check_clip(f"grad_clip[{name!r}]" if name else "grad_clip", clip)
     choices = ("no", "fp16", "bf16", "fp8")  # fp8 is refused by `resolve_mixed_precision`, with the reason
     if trainer.mixed_precision is not None and trainer.mixed_precision not in choices:
         raise ValueError(f"`mixed_precision` must be one of {choices} or None, but is {trainer.mixed_precision!r}.")
@@ -55,6 +52,15 @@ def check_arguments(
             "`state_dict_options` must be torch.distributed.checkpoint.state_dict.StateDictOptions, but is"
             f" {describe(trainer.state_dict_options)}."
         )
+
+
+def _check_clip(name: str, clip: Any) -> None:
+    if clip is None:
+        return
+    if isinstance(clip, bool) or not isinstance(clip, int | float):
+        raise TypeError(f"`{name}` must be a number or None, but is {describe(clip)}.")
+    if not (math.isfinite(clip) and clip > 0):
+        raise ValueError(f"`{name}` must be positive and finite, but is {clip}. None turns clipping off.")
 
 
 def parse_timeout(timeout: timedelta | float | None) -> timedelta | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,13 @@ from ..ranks import collectives
 from ..step.agreement import Agreement
 from ..step.built import BuiltModel
 from ..step.gradients import Gradients
+from ..step.optimizers import Optimizers
+from ..step.phases import check_phases
 from ..step.run_length import RunLength
 from ..step.window import Window
 from . import factories
 from .frozen_helpers import build_frozen, check_frozen
+from .preparing import prepare
 from .report import announce
 
 if TYPE_CHECKING:
@@ -39,17 +43,23 @@ def build(trainer: BaseTrainer) -> None:
     trainer.model = factories.check_model(trainer.build_model())
     check_frozen(trainer.model, trainer.frozen)
     trainer.optimizer = factories.check_optimizer(trainer.build_optimizer())
-    trainer.lr_scheduler, trainer.lr_monitor = factories.check_lr_scheduler(trainer.build_lr_scheduler())
+    trainer.lr_scheduler, trainer.lr_monitor = factories.check_lr_scheduler(
+        trainer.build_lr_scheduler(), trainer.optimizer
+    )
     trainer.grad_scaler = factories.choose_grad_scaler(accelerator, trainer.build_grad_scaler())
-    trainer.model, trainer.optimizer = factories.prepare(trainer, trainer.model, trainer.optimizer)
+    trainer.model, trainer.optimizer = prepare(trainer, trainer.model, trainer.optimizer)
     trainer._raw_optimizer = factories.raw_optimizer(trainer.optimizer)
+    if isinstance(trainer._raw_optimizer, Optimizers):
+        trainer.optimizer = trainer._raw_optimizer  # Accelerate's wrapper is no mapping
     factories.check_optimizer_params(trainer._raw_optimizer, trainer.model)
     hooks = factories.check_hooks(trainer.build_hooks(), trainer.workspace, trainer.lr_monitor)
     trainer.hooks, trainer.checkpointers = hooks
     trainer.averagers = [hook for hook in trainer.hooks if isinstance(hook, AveragingHook)]
     set_seed(trainer.seed, device_specific=True)  # from here on each rank draws its own noise
-    trainer._gradients = Gradients(trainer.model, trainer.grad_clip, trainer.grad_scaler, trainer._raw_optimizer)
-    trainer._window = Window(trainer, trainer._feed, trainer._gradients)
+    check_phases(trainer)
+    clip = None if isinstance(trainer.grad_clip, Mapping) else trainer.grad_clip
+    trainer._gradients = Gradients(trainer.model.parameters(), clip, trainer.grad_scaler, trainer._raw_optimizer)
+    trainer._window = Window(trainer, trainer._feed)
     trainer._agreement = Agreement(trainer, trainer._feed)
     sums_frozen = any(hook.trainable_only for hook in trainer.checkpointers)
     trainer._built_model = BuiltModel.of(trainer.unwrapped_model, sums_frozen=sums_frozen)

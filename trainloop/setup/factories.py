@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,19 +15,16 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ..data.feed import DataFeed
 from ..data.mixture import check_samples_per_step
 from ..errors import describe
 from ..hook import BaseHook, CheckpointerHook
-from ..ranks import collectives
-from .accelerate_options import check_data_loader_options, restore_noise_in_checkpointed_layers
-from .buckets import settle_buckets
-from .forward_methods import add_forward_methods, check_forward_methods
-from .launch import choose_fsdp2_precision
-from .statistics import full_precision_statistics
+from ..step.models import Models
+from ..step.non_finite import clean_name
+from ..step.optimizers import LRSchedulers, Optimizers
+from .accelerate_options import check_data_loader_options
 from .subclasses import check_hook
 
 if TYPE_CHECKING:
@@ -74,7 +71,11 @@ def check_type(value: Any, wanted: type[T], factory: str) -> T:
 
 
 def check_model(model: Any) -> nn.Module:
-    """`model`, if it is one that can be prepared and trained."""
+    """The model, if it is one that can be prepared and trained; of a mapping, its modules as one."""
+    if isinstance(model, Mapping) or type(model) is nn.ModuleDict:
+        by_name: dict[Any, Any] = dict(model.items())
+        _check_names("build_model", by_name)
+        model = Models({name: check_type(module, nn.Module, "build_model") for name, module in by_name.items()})
     checked: nn.Module = check_type(model, nn.Module, "build_model")
     lazy = [name for name, p in checked.named_parameters() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
@@ -105,7 +106,10 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer, if it is one whose `step` can be called alone."""
+    """The optimizer, if it is one whose `step` can be called alone, or a mapping of such ones."""
+    if isinstance(optimizer, Mapping):
+        _check_names("build_optimizer", optimizer)
+        return Optimizers({name: raw_optimizer(check_optimizer(part)) for name, part in optimizer.items()})
     checked: torch.optim.Optimizer = check_type(optimizer, torch.optim.Optimizer, "build_optimizer")
     raw = raw_optimizer(checked)
     if _required_parameters(type(raw).step)[1:]:  # after `self`
@@ -116,6 +120,14 @@ def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return checked
 
 
+def _check_names(factory: str, by_name: Mapping[Any, Any]) -> None:
+    """Raise unless the keys of a mapping can name parts of the run, in its records and checkpoints."""
+    bad = [name for name in by_name if not isinstance(name, str) or not name or set("/.") & set(name)]
+    if bad or not by_name:
+        found = f"one is {bad[0]!r}" if bad else "there are none"
+        raise ValueError(f"`{factory}` must return names that are strings without a slash or a dot, but {found}.")
+
+
 def _required_parameters(function: Any) -> list[str]:
     """Names of the parameters that a call must give."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -123,9 +135,11 @@ def _required_parameters(function: Any) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
-def check_lr_scheduler(returned: Any) -> tuple[Any, str | None]:
+def check_lr_scheduler(returned: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, str | None]:
     """The raw scheduler, because a prepared one would step once for each process, and the metric that it monitors."""
     scheduler, monitor = returned, None
+    if isinstance(returned, Mapping) and isinstance(optimizer, Optimizers) and "scheduler" not in returned:
+        return _check_lr_schedulers(returned, optimizer), None
     if isinstance(returned, Mapping):
         if returned.keys() != {"scheduler", "monitor"} or not isinstance(returned["monitor"], str):
             raise ValueError(
@@ -152,6 +166,25 @@ def check_lr_scheduler(returned: Any) -> tuple[Any, str | None]:
             )
         return scheduler, None
     raise TypeError(f"`build_lr_scheduler` must return a scheduler or None, but returned {describe(scheduler)}.")
+
+
+def _check_lr_schedulers(returned: Mapping[Any, Any], optimizer: Optimizers) -> LRSchedulers:
+    """The schedulers of several optimizers, by their names."""
+    _check_names("build_lr_scheduler", returned)
+    if unknown := [name for name in returned if name not in optimizer.by_name]:
+        raise ValueError(
+            f"`build_lr_scheduler` returned a schedule of {unknown[0]!r}, but the optimizers are"
+            f" {', '.join(optimizer)}. Return schedules by the names of `build_optimizer`."
+        )
+    by_name = {}
+    for name, scheduler in returned.items():
+        by_name[name], monitor = check_lr_scheduler(scheduler, optimizer[name])
+        if monitor is not None:
+            raise ValueError(
+                f"`build_lr_scheduler` returned ReduceLROnPlateau for {name!r}. It can go by a metric only as the one"
+                ' schedule of all optimizers: return {"scheduler": ReduceLROnPlateau(self.optimizer), "monitor": …}.'
+            )
+    return LRSchedulers({name: scheduler for name, scheduler in by_name.items() if scheduler is not None})
 
 
 def check_hooks(
@@ -196,7 +229,9 @@ def check_collisions(hooks: list[BaseHook], workspace: Path) -> None:
 
 
 def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise if the optimizer updates what the model doesn't hold: it would be neither reduced nor saved."""
+    """Raise if the optimizer updates what the model doesn't hold: it would be neither reduced nor saved. Of several
+    optimizers, each parameter must be in one.
+    """
     own = set(model.parameters())
     foreign = sum(p not in own for group in optimizer.param_groups for p in group["params"])
     if foreign:
@@ -204,6 +239,23 @@ def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -
             f"`build_optimizer` must return an optimizer of `self.model`'s parameters, but {foreign} of its parameters"
             " are not in the model. Make them part of the model that `build_model` returns."
         )
+    if not isinstance(optimizer, Optimizers):
+        return
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, part in optimizer.by_name.items():
+        for param in {p for group in part.param_groups for p in group["params"]}:
+            owners.setdefault(param, []).append(name)
+    for name, param in model.named_parameters():
+        if len(owners.get(param, [])) > 1:
+            raise ValueError(
+                f"The optimizers {' and '.join(owners[param])} of `build_optimizer` both have the parameter"
+                f" {clean_name(name)}. Give each parameter to one of them."
+            )
+        if param.requires_grad and param not in owners:
+            raise ValueError(
+                f"No optimizer of `build_optimizer` ({', '.join(optimizer)}) has the parameter {clean_name(name)}. Give"
+                " it to one of them, or freeze it in `build_model` (`requires_grad_(False)`)."
+            )
 
 
 def choose_grad_scaler(accelerator: Accelerator, scaler: Any) -> torch.amp.GradScaler | None:
@@ -238,43 +290,6 @@ def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
         device=accelerator.device,
         non_blocking=accelerator.non_blocking,
     )
-
-
-def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-    """Prepare model and optimizer together. What is prepared already is used as it is."""
-    accelerator = trainer.accelerator
-    forward_methods = check_forward_methods(trainer.unwrap(model), trainer.forward_methods)
-    if getattr(model, "_is_accelerate_prepared", False) and isinstance(optimizer, AcceleratedOptimizer):
-        restore_noise_in_checkpointed_layers(model)
-        settle_buckets(model)
-        add_forward_methods(accelerator, trainer.unwrap(model), model, forward_methods, returns_fp32=False)
-        return model, optimizer
-    check_optimizer_params(raw_optimizer(optimizer), model)
-    returns_fp32 = False
-    if accelerator.is_fsdp2:
-        returns_fp32 = choose_fsdp2_precision(accelerator)
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.cpu_ram_efficient_loading and (_has_persistent_buffers(model) or _has_root_parameters(model)):
-            plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours follows
-        if not plugin.cpu_ram_efficient_loading:
-            collectives.share_rank_zero_weights(model, accelerator.device)
-    with full_precision_statistics() if accelerator.is_fsdp2 else nullcontext():
-        prepared: tuple[nn.Module, Any] = accelerator.prepare(model, optimizer)
-    restore_noise_in_checkpointed_layers(prepared[0])
-    settle_buckets(prepared[0])
-    add_forward_methods(accelerator, trainer.unwrap(model), prepared[0], forward_methods, returns_fp32)
-    if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
-        prepared[0].register_forward_hook(lambda module, args, output: convert_to_fp32(output))
-    return prepared
-
-
-def _has_root_parameters(model: nn.Module) -> bool:
-    """Whether parameters belong to the model itself and not to a part of it."""
-    return any("." not in name for name, _ in model.named_parameters())
-
-
-def _has_persistent_buffers(model: nn.Module) -> bool:
-    return bool(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
 
 
 @contextmanager

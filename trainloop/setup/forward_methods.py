@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import describe
 from ..step.gradient_checks import ddp_modules
+from ..step.models import modules_of
 
 
 def add_forward_methods(
@@ -48,14 +49,14 @@ def add_forward_methods(
 
 def check_forward_methods(model: nn.Module, names: Any) -> list[str]:
     """The names, those that the model itself has in its `forward_methods` included."""
-    own = getattr(model, "forward_methods", ())
+    modules = modules_of(model)
     given: list[str] = []
-    for some in (names, own):
+    for some in (names, *(getattr(module, "forward_methods", ()) for module in modules)):
         if isinstance(some, str) or not isinstance(some, Iterable):
             raise TypeError(f"`forward_methods` must be a tuple of names, but is {describe(some)}.")
         given += [name for name in some if name not in given]
     for name in given:
-        if not callable(getattr(model, name, None)):
+        if not any(callable(getattr(module, name, None)) for module in modules):
             raise ValueError(f"`forward_methods` names {name!r}, but {type(model).__name__} has no such method.")
     return given
 

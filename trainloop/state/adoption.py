@@ -23,6 +23,7 @@ from ..ranks import collectives
 from ..rng import derived_seed
 from ..setup.factories import raw_optimizer
 from ..step.non_finite import clean_name
+from ..step.optimizers import LRSchedulers
 from .live import empty_like_param
 from .optimizer import load_optimizer_state, optimizer_state
 from .resuming import move_schedule
@@ -278,7 +279,7 @@ def _place_schedule(trainer: BaseTrainer, foreign: Foreign, taken: list[str], no
         if saved is not None:
             notes.append("the learning rate schedule, since this run has none")
         return True
-    if saved is not None and saved.get("last_epoch") == step:
+    if saved is not None and saved.get("last_epoch") == step and not isinstance(own, LRSchedulers):
         own.load_state_dict(saved)
         taken.append("the learning rate schedule")
         return True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..step.models import Models
 from ..step.non_finite import clean_name
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def is_extra(name: str, value: Any) -> bool:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile`'s and DDP's wrappers. Changes neither."""
+    if isinstance(module, Models):
+        return module.unwrapped
     while True:
         inner = getattr(module, "_orig_mod", None)
         if inner is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -40,7 +43,7 @@ def model_state(model: nn.Module, options: StateDictOptions | None = None) -> di
         return {clean_name(name): tensor for name, tensor in items if not is_extra(name, tensor)}
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(unwrap(model), options=options)
     return {name: tensor for name, tensor in state.items() if not is_extra(name, tensor)}
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint.content import is_dtensor
 from ..step.non_finite import clean_name
+from ..step.optimizers import Optimizers, optimizers_of
 from .live import like_param
 
 _METHODS = ("state_dict", "load_state_dict")
@@ -22,7 +23,8 @@ _STANDARD = {"state", "param_groups"}
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """State of `optimizer` by parameter name.
+    """State of `optimizer` by parameter name. Of several optimizers it is in one place, with their groups one after
+    another, since no parameter has two.
 
     torch's `get_optimizer_state_dict` is not used: on a fresh optimizer it takes a hidden step, which changes the
     trajectory of AdamW and others, and a parameter that never had a gradient makes what it saved unloadable.
@@ -34,12 +36,26 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     Returns:
         `{"state": {name: {key: value}}, "param_groups": [{"params": [name], ...}], "other": ..., "own": ...}`. "other"
         is what `optimizer.state` holds under keys that are no parameters; "own" what the optimizer's own `state_dict`
-        has besides.
+        has besides. Several optimizers have "other" and "own" by their names where they are not empty, and
+        `"optimizers": {name: number of groups}`.
 
     Raises:
         TypeError: It keeps state where no `state_dict` shows it.
         ValueError: It has state of a tensor that is not a parameter of the model.
     """
+    if not isinstance(optimizer, Optimizers):
+        return _state_of(model, optimizer)
+    parts = {name: _state_of(model, part) for name, part in optimizer.by_name.items()}
+    return {
+        "state": {param: values for part in parts.values() for param, values in part["state"].items()},
+        "param_groups": [group for part in parts.values() for group in part["param_groups"]],
+        "other": {name: part["other"] for name, part in parts.items() if part["other"]},
+        "own": {name: part["own"] for name, part in parts.items() if part["own"]},
+        "optimizers": {name: len(part["param_groups"]) for name, part in parts.items()},
+    }
+
+
+def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     names: dict[torch.Tensor, str] = {param: clean_name(name) for name, param in model.named_parameters()}
     own: dict[str, Any] = {}
     if _has_own_state_dict(optimizer):
@@ -87,6 +103,34 @@ def load_optimizer_state(
     Raises:
         ValueError: The groups or names are not those of this optimizer; nothing was changed.
     """
+    sizes = {name: len(part.param_groups) for name, part in optimizers_of(optimizer).items()}
+    saved_sizes = state_dict.get("optimizers", sizes if isinstance(optimizer, Optimizers) else {"": sizes.get("")})
+    if list(saved_sizes) != list(sizes):
+        raise ValueError(
+            f"The saved state is of {_told(saved_sizes)}, but `build_optimizer` gives {_told(sizes)}. Return the same"
+            ' ones in the same order, or let the script\'s begin anew: `CheckpointingHook(on_resume=["optimizer"])`.'
+        )
+    if not isinstance(optimizer, Optimizers):
+        _load_one(model, optimizer, state_dict, copy)
+        return
+    start = 0
+    for name, part in optimizer.by_name.items():
+        groups = state_dict["param_groups"][start : (start := start + saved_sizes[name])]
+        params = {param for group in groups for param in group["params"]}
+        own = {
+            "state": {param: values for param, values in state_dict["state"].items() if param in params},
+            "param_groups": groups,
+            "other": state_dict.get("other", {}).get(name, {}),
+            "own": state_dict.get("own", {}).get(name, {}),
+        }
+        _load_one(model, part, own, copy)
+
+
+def _told(sizes: Mapping[str, Any]) -> str:
+    return "a single optimizer" if "" in sizes else f"the optimizers {', '.join(sizes)}"
+
+
+def _load_one(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any], copy: bool) -> None:
     params = {clean_name(name): param for name, param in model.named_parameters()}
     saved, present = state_dict["param_groups"], optimizer_state(model, optimizer)
     _check_groups(saved, present["param_groups"])

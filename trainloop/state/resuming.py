@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..checkpoint.format.layout import Manifest
 from ..checkpoint.save.writer import library_versions
 from ..errors import describe
+from ..step.optimizers import optimizers_of, schedulers_of
 from .settings import FUNCTION, Settings
 
 if TYPE_CHECKING:
@@ -165,13 +166,18 @@ class ScriptHyperparameters:
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self._trainer = trainer
-        self._groups = [{k: v for k, v in g.items() if k != "params"} for g in trainer._raw_optimizer.param_groups]
+        self._groups = [
+            ({key: value for key, value in group.items() if key != "params"}, optimizer.defaults, name)
+            for name, optimizer in optimizers_of(trainer._raw_optimizer).items()
+            for group in optimizer.param_groups
+        ]
 
     def put_back(self, wins: Collection[str]) -> None:
         """Set what the script wins, after the state was loaded."""
         scheduler, optimizer = self._trainer.lr_scheduler, self._trainer._raw_optimizer
-        for own, group in zip(self._groups, optimizer.param_groups, strict=True):
-            scheduled = _scheduled(own, optimizer.defaults) if scheduler is not None else set()
+        schedulers = schedulers_of(scheduler)
+        for (own, defaults, name), group in zip(self._groups, optimizer.param_groups, strict=True):
+            scheduled = _scheduled(own, defaults) if name in schedulers or "" in schedulers else set()
             if "hyperparameters" in wins:
                 group.update({key: value for key, value in own.items() if key not in scheduled})
             if "lr_scheduler" in wins:
@@ -192,12 +198,13 @@ def move_schedule(scheduler: Any, num_steps: int) -> None:
     """Move a schedule that has just been built to where it stands after `num_steps` steps. One that goes by a metric
     begins anew.
     """
-    if isinstance(scheduler, ReduceLROnPlateau):
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another process took
-        for _ in range(num_steps):
-            scheduler.step()
+    for part in schedulers_of(scheduler).values():
+        if isinstance(part, ReduceLROnPlateau):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another process took
+            for _ in range(num_steps):
+                part.step()
 
 
 # ---------------------------------------------------------------------- does the run end here?
@@ -209,17 +216,17 @@ def check_schedule_length(trainer: BaseTrainer) -> None:
     Raises:
         ValueError: Its last step would raise in the middle of the run.
     """
-    scheduler = trainer.lr_scheduler
-    total_steps = getattr(scheduler, "total_steps", None)
-    if not isinstance(total_steps, int):
-        return
-    last = trainer.step + total_steps - scheduler.last_epoch  # type: ignore[union-attr]
-    if trainer.max_steps is not None and trainer.step < trainer.max_steps and last < trainer.max_steps:
-        raise ValueError(
-            f"`max_steps` is {trainer.max_steps}, but {type(scheduler).__name__} ends at step {last} (its `total_steps`"
-            f" is {total_steps}), and cannot go on after it. Build it for `max_steps` steps; if it comes from a"
-            ' checkpoint, let the script\'s win with `CheckpointingHook(on_resume=["lr_scheduler"])`.'
-        )
+    for scheduler in schedulers_of(trainer.lr_scheduler).values():
+        total_steps = getattr(scheduler, "total_steps", None)
+        if not isinstance(total_steps, int):
+            continue
+        last = trainer.step + total_steps - scheduler.last_epoch
+        if trainer.max_steps is not None and trainer.step < trainer.max_steps and last < trainer.max_steps:
+            raise ValueError(
+                f"`max_steps` is {trainer.max_steps}, but {type(scheduler).__name__} ends at step {last} (its"
+                f" `total_steps` is {total_steps}), and cannot go on after it. Build it for `max_steps` steps; if it"
+                ' comes from a checkpoint, let the script\'s win with `CheckpointingHook(on_resume=["lr_scheduler"])`.'
+            )
 
 
 def stays_stopped(trainer: BaseTrainer, manifest: Manifest, on_resume: Collection[str]) -> bool:

@@ -20,6 +20,7 @@ from ..data.order import sampler_name
 from ..data.per_rank import PerRank
 from ..data.sampling import sampling_of
 from ..ranks import collectives
+from ..step.optimizers import optimizers_of, schedulers_of
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -40,7 +41,7 @@ def run_settings(trainer: BaseTrainer) -> Settings:
         "max_epochs": trainer.max_epochs,
         "seed": trainer._asked_seed,
         "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
-        "grad_clip": trainer.grad_clip,
+        "grad_clip": _plain(trainer.grad_clip),
         "mixed_precision": trainer.mixed_precision,
         "deterministic": trainer.deterministic,
         "world_size": collectives.world_size(),
@@ -76,24 +77,33 @@ def _data_settings(loader: Any) -> Settings:
 
 
 def _optimizer_settings(optimizer: torch.optim.Optimizer) -> Settings:
-    settings: Settings = {"optimizer": type(optimizer).__name__}
-    for i, group in enumerate(optimizer.param_groups):
-        # A schedule has already set the group's `lr` to that of the first step.
-        values = {**group, "lr": group.get("initial_lr", group.get("lr"))}
-        for key, value in values.items():
-            if key not in ("params", "param_names", "initial_lr"):
-                settings[f"optimizer/{i}/{key}"] = _plain(value)
+    settings: Settings = {"optimizer": _types(optimizers_of(optimizer))}
+    for name, part in optimizers_of(optimizer).items():
+        prefix = f"optimizer/{name}/" if name else "optimizer/"
+        for i, group in enumerate(part.param_groups):
+            # A schedule has already set the group's `lr` to that of the first step.
+            values = {**group, "lr": group.get("initial_lr", group.get("lr"))}
+            for key, value in values.items():
+                if key not in ("params", "param_names", "initial_lr"):
+                    settings[f"{prefix}{i}/{key}"] = _plain(value)
     return settings
 
 
 def _schedule_settings(scheduler: Any) -> Settings:
-    settings: Settings = {"lr_scheduler": None if scheduler is None else type(scheduler).__name__}
-    if scheduler is not None:
-        for key, value in _constants(scheduler.state_dict()).items():
-            settings[f"lr_scheduler/{key}"] = value
-        for i, function in enumerate(getattr(scheduler, "lr_lambdas", ())):
-            settings[f"{FUNCTION}/{i}"] = describe_function(function)
+    parts = schedulers_of(scheduler)
+    settings: Settings = {"lr_scheduler": _types(parts) or None}
+    for name, part in parts.items():
+        suffix = f"{name}/" if name else ""
+        for key, value in _constants(part.state_dict()).items():
+            settings[f"lr_scheduler/{suffix}{key}"] = value
+        for i, function in enumerate(getattr(part, "lr_lambdas", ())):
+            settings[f"{FUNCTION}/{suffix}{i}"] = describe_function(function)
     return settings
+
+
+def _types(by_name: Mapping[str, Any]) -> str:
+    """For example: Adam; muon: Muon, adamw: AdamW."""
+    return ", ".join(f"{name}: {type(one).__name__}" if name else type(one).__name__ for name, one in by_name.items())
 
 
 def _constants(state: Mapping[str, Any]) -> dict[str, Any]:

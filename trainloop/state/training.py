@@ -92,7 +92,7 @@ def load_whole_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
     place_buffers(model, changed, is_persistent=True)
     load_run_state(trainer, state_dict)
     collectives.reshard(trainer.model)
-    set_model_state_dict(trainer.model, {**extra_state(model), **saved}, options=trainer.state_dict_options)
+    set_model_state_dict(model, {**extra_state(model), **saved}, options=trainer.state_dict_options)
     for hook in trainer.hooks:
         hook.on_load_state_dict(trainer, state_dict)
     trainer._weights_from = ""

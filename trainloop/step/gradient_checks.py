@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .non_finite import clean_name
 
 _NUM_SHOWN = 4
+_LET_GO = ("storage of size 0", "data is not allocated yet")  # on a CPU, on a GPU
 
 
 class GradientChecks:
@@ -17,17 +18,23 @@ class GradientChecks:
 
     Args:
         model: The prepared model.
+        unwrapped: The model without its wrappers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        named = [(clean_name(name).removeprefix("module."), param) for name, param in model.named_parameters()]
+    def __init__(self, model: nn.Module, unwrapped: nn.Module) -> None:
+        named = [(clean_name(name), param) for name, param in unwrapped.named_parameters()]
         self._trainable = {name: param for name, param in named if param.requires_grad}
         self._frozen = {name: param for name, param in named if not param.requires_grad}
         self._is_first = True
         # With these options DDP accepts that a parameter gets no gradient.
         strict = [ddp for ddp in ddp_modules(model) if not (ddp.find_unused_parameters or ddp.static_graph)]
-        ignored = {clean_name(name) for ddp in strict for name in ddp.parameters_to_ignore}
-        self._needed = {n: p for n, p in self._trainable.items() if n not in ignored} if strict else {}
+        reduced = {
+            param
+            for ddp in strict
+            for name, param in ddp.module.named_parameters()
+            if name not in ddp.parameters_to_ignore
+        }
+        self._needed = {name: param for name, param in self._trainable.items() if param in reduced}
 
     def before_forward(self) -> None:
         """Raise if a parameter that was frozen when the model was built is not any more."""
@@ -54,7 +61,7 @@ class GradientChecks:
 
     def after_backward(self) -> None:
         """Raise if DDP still waits for gradients, which it would tell in the next step only, in terms of its own."""
-        missing = [name for name, param in self._needed.items() if param.grad is None]
+        missing = [name for name, param in self._needed.items() if param.grad is None and param.requires_grad]
         if missing:
             raise ValueError(
                 f"{_listed(missing)} got no gradient in this step, but DDP waits for every one, so no rank has the mean"
@@ -62,6 +69,17 @@ class GradientChecks:
                 " on every rank, or have DDP look for unused parameters in each step: pass"
                 " `kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)]`."
             )
+
+
+def explain_backward(error: RuntimeError) -> None:
+    """Raise with the remedy, if FSDP2 had let go of weights that the backward pass still needs."""
+    if any(text in str(error) for text in _LET_GO):
+        raise RuntimeError(
+            "The backward pass needs weights that FSDP2 has let go of: `forward` has called `torch.autograd.grad` on"
+            " what a wrapped module returned, as a gradient penalty does. Have the module keep them: in a hook's"
+            " `on_before_train`, call `set_reshard_after_forward(False)` and `set_reshard_after_backward(False)` on it,"
+            ' for example on `trainer.model["discriminator"]`. Or train with DDP.'
+        ) from error
 
 
 def ddp_modules(model: nn.Module) -> Iterator[DistributedDataParallel]:

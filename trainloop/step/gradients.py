@@ -1,4 +1,4 @@
-"""The gradient of the whole model: its norm, its clipping, and how it is dropped.
+"""The gradient of the whole model, or of a phase's parameters: its norm, its clipping, and how it is dropped.
 
 The same numbers, bit for bit, as `accelerator.clip_grad_norm_` gives, which cannot be used as it is: it clips before
 anybody has looked at the norm, so a norm that overflowed would already have destroyed gradients that are finite.
@@ -7,7 +7,7 @@ anybody has looked at the norm, so a norm that overflowed would already have des
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,13 +19,13 @@ _EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_ divides by norm + 1e-6
 
 
 class Gradients:
-    """The gradients of `model`'s parameters, which are already reduced over the ranks.
+    """The gradients of parameters, which are already reduced over the ranks.
 
     Which way to the norm is open is decided once, here: one fused call where all parameters are plain tensors of one
     dtype on one device, torch's own functions otherwise.
 
     Args:
-        model: The prepared model.
+        params: Of the prepared model.
         max_norm: Limit of the 2-norm; `None`: nothing is clipped.
         scaler: An enabled grad scaler, whose scale `norm` takes out of the gradients first; or `None`.
         optimizer: The raw optimizer, for the scaler.
@@ -33,7 +33,7 @@ class Gradients:
 
     def __init__(
         self,
-        model: nn.Module,
+        params: Iterable[nn.Parameter],
         max_norm: float | None,
         scaler: torch.amp.GradScaler | None,
         optimizer: torch.optim.Optimizer,
@@ -41,7 +41,7 @@ class Gradients:
         self._max_norm = max_norm
         self._scaler = scaler
         self._optimizer = optimizer
-        self._params = list(model.parameters())
+        self._params = list(params)
         self._grads: list[torch.Tensor] = []  # of the plain way: read out once a step, for norm and clipping
         meshes = [getattr(p, "device_mesh", None) for p in self._params]
         self._groups: list[list[nn.Parameter]] = [
@@ -125,7 +125,7 @@ class Gradients:
         return norm
 
     def drop(self) -> None:
-        """Forget all gradients: what `zero_grad(set_to_none=True)` does, on every parameter of the model."""
+        """Forget all gradients, as `zero_grad(set_to_none=True)` does, also of parameters that no optimizer has."""
         self._grads = []
         for param in self._params:
             param.grad = None

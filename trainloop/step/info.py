@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,9 @@ class StepInfo:
     """Whether the step's window has ended an epoch of the data, on all ranks; known as soon as the update is done."""
     max_memory: float | None = None
     """Peak CUDA memory in GiB, if `CudaMaxMemoryHook` is there."""
+    phases: dict[str, StepInfo] = field(default_factory=dict)
+    """Of a step with phases: what each has measured, by name. The fields above then hold sums over the phases, and the
+    2-norm of all their gradients together."""
 
     @property
     def loss(self) -> torch.Tensor:
@@ -66,6 +70,25 @@ class StepInfo:
             ]
             return torch.stack(shares).mean()
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).mean()
+
+    def add_phase(self, name: str, phase: StepInfo) -> None:
+        """Take in what a phase has measured.
+
+        Args:
+            name: Of the phase.
+            phase: What it has measured.
+        """
+        first, self.phases[name] = not self.phases, phase
+        pairs = zip(self.losses, phase.losses, strict=False)
+        self.losses = list(phase.losses) if first else [total + loss for total, loss in pairs]
+        self.loss_factors, self.total_weight = phase.loss_factors, phase.total_weight
+        self.grad_norm = phase.grad_norm if first else math.hypot(self.grad_norm, phase.grad_norm)
+        self.data_time += phase.data_time
+        self.own_time += phase.own_time
+        self.non_finite_grad_retry_count += phase.non_finite_grad_retry_count
+        self.overflow_count += phase.overflow_count
+        self.skipped_micro_batch_count += phase.skipped_micro_batch_count
+        self.ends_epoch = phase.ends_epoch
 
 
 @dataclass(frozen=True, slots=True)

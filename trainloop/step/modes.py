@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoint.sharding import local_tensor
 from ..ranks.collectives import reshard
+from .optimizers import optimizers_of
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -31,10 +32,10 @@ class Modes:
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self._prepared, self._model = trainer.model, trainer.unwrapped_model
-        self._optimizer: Any = trainer._raw_optimizer
-        parts = self._model.named_modules() if self._model.training else ()
-        self._in_eval_mode = {name: part for name, part in parts if not part.training}
-        self._has_modes = all(callable(getattr(self._optimizer, name, None)) for name in ("train", "eval"))
+        parts: list[Any] = list(optimizers_of(trainer._raw_optimizer).values())
+        self._with_modes = [o for o in parts if all(callable(getattr(o, name, None)) for name in ("train", "eval"))]
+        modules = self._model.named_modules() if self._model.training else ()
+        self._in_eval_mode = {name: part for name, part in modules if not part.training}
         self._is_training = self._is_replaced = False
 
     @property
@@ -48,14 +49,14 @@ class Modes:
             self._prepared.train()
             for part in self._in_eval_mode.values():
                 part.training = False
-        if self._has_modes:
-            self._optimizer.train()
+        for optimizer in self._with_modes:
+            optimizer.train()
         self._is_training = True
 
     def end(self) -> None:
         """The run is over: the model is left with the weights that a schedule-free optimizer has averaged."""
-        if self._has_modes:
-            self._optimizer.eval()
+        for optimizer in self._with_modes:
+            optimizer.eval()
         self._is_training = False
 
     @contextmanager
@@ -72,16 +73,19 @@ class Modes:
         """Within it the model has the weights that a schedule-free optimizer has averaged; at the end its own are back,
         bit for bit. Gives whether it has put them there. Costs a copy of the weights, with such an optimizer only.
         """
-        if not (self._has_modes and self._is_training) or self._is_replaced:
+        if not (self._with_modes and self._is_training) or self._is_replaced:
             yield False
             return
-        weights = [local_tensor(p.detach()) for group in self._optimizer.param_groups for p in group["params"]]
+        groups = [group for optimizer in self._with_modes for group in optimizer.param_groups]
+        weights = [local_tensor(p.detach()) for group in groups for p in group["params"]]
         reshard(self._prepared)  # what FSDP2 still has gathered would go on being used
         backup = torch._foreach_clone(weights)
-        self._optimizer.eval()
+        for optimizer in self._with_modes:
+            optimizer.eval()
         try:
             yield True
         finally:
             reshard(self._prepared)
-            self._optimizer.train()
+            for optimizer in self._with_modes:
+                optimizer.train()
             torch._foreach_copy_(weights, backup)  # `train` brings them back up to rounding

@@ -20,6 +20,7 @@ from torch.optim import optimizer as torch_optimizer
 from ..hook import overrides
 from .agreement import Agreement
 from .gradients import Gradients
+from .optimizers import optimizers_of
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -34,13 +35,17 @@ class Update:
 
     Args:
         trainer: The trainer; it is built.
-        gradients: Of the trainer's model.
+        gradients: Of the optimizer's parameters.
         agreement: Takes note of the norm.
+        optimizer: The raw optimizer, of the step or of a phase.
     """
 
-    def __init__(self, trainer: BaseTrainer, gradients: Gradients, agreement: Agreement) -> None:
+    def __init__(
+        self, trainer: BaseTrainer, gradients: Gradients, agreement: Agreement, optimizer: torch.optim.Optimizer
+    ) -> None:
         self._trainer, self._gradients, self._agreement = trainer, gradients, agreement
-        self._optimizer: Any = trainer._raw_optimizer
+        self._optimizer = optimizer
+        self._parts: list[Any] = list(optimizers_of(self._optimizer).values())
         self._scaler = trainer.grad_scaler
         self._is_queued = False
         self._pinned: torch.Tensor | None = None  # where the norm arrives on the host
@@ -48,7 +53,7 @@ class Update:
         self._event: Any = None
         # A hook that looks at the gradient before the update must be called with one that is known to be finite.
         calls_hooks = any(overrides(hook, "on_before_optimizer_step") for hook in trainer.hooks)
-        self.reads_last = not calls_hooks and gradients.can_clip_unread and skips_on_device(trainer._raw_optimizer)
+        self.reads_last = not calls_hooks and gradients.can_clip_unread and all(map(skips_on_device, self._parts))
         """Whether the update is queued before the host reads the norm."""
 
     def start(self, norm: torch.Tensor) -> float:
@@ -69,16 +74,17 @@ class Update:
             return value
         reading = self._start_reading(readable)
         self._gradients.clip_unread(norm)
-        state = self._optimizer.state
-        num_params_with_state = len(state)
-        self._trainer._window.is_updating = True
+        nums_with_state = [len(part.state) for part in self._parts]
+        window = self._trainer._window
+        was_updating, window.is_updating = window.is_updating, True
         self._step_if_finite(norm)
         value = self._agreement.read_norm(reading())
         self._is_queued = math.isfinite(value)
         if not self._is_queued:
-            self._trainer._window.is_updating = False
-            for param in list(state)[num_params_with_state:]:  # SGD's new momentum would be uninitialised memory
-                del state[param]
+            window.is_updating = was_updating
+            for part, num in zip(self._parts, nums_with_state, strict=True):
+                for param in list(part.state)[num:]:  # SGD's new momentum would be uninitialised memory
+                    del part.state[param]
         return value
 
     def finish(self) -> None:
@@ -93,12 +99,14 @@ class Update:
     def _step_if_finite(self, norm: torch.Tensor) -> None:
         """Queue the optimizer's step; the device skips it, counters included, if `norm` is not finite."""
         # As `torch.amp.GradScaler.step` passes them. NaN, which inf * 0 is as well, differs from 0.
-        self._optimizer.found_inf = (norm * 0.0).ne_(0.0).float()
-        self._optimizer.grad_scale = None
+        found_inf = (norm * 0.0).ne_(0.0).float()
+        for part in self._parts:
+            part.found_inf, part.grad_scale = found_inf, None
         try:
             self._step()
         finally:
-            del self._optimizer.found_inf, self._optimizer.grad_scale
+            for part in self._parts:
+                del part.found_inf, part.grad_scale
 
     def _step(self) -> None:
         rates = [group.get("lr", math.nan) for group in self._optimizer.param_groups]

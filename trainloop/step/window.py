@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
-from ..errors import LossNoneWarning, NonFiniteGradientError, TrainingError, check_int
-from ..ranks.collectives import gather_objects
+from ..errors import LossNoneWarning, TrainingError, check_int
 from ..records import Records, check_output, check_records, map_nested_tensor
 from .buffers import BufferKeeper
-from .gradient_checks import GradientChecks
-from .gradients import Gradients, no_contribution
+from .buffers_of_ddp import SharedBuffers
+from .gradient_checks import GradientChecks, explain_backward
+from .gradients import no_contribution
 from .loss_weights import loss_factors, weighted_loss
+from .models import modules_of
 from .modes import Modes
-from .non_finite import NonFiniteReport, diagnose
+from .retries import Retries, where
 
 if TYPE_CHECKING:
     from ..data.feed import DataFeed
     from ..trainer import BaseTrainer
 
 _NOTHING = nullcontext()
-_MAX_RETRIES_WITHOUT_EPOCHS = 100
-_MIN_LOSS_SCALE = 2.0**-14  # thirty halvings of the initial 2^16: no loss needs less, the gradient is broken
 
 
 class Window:
@@ -40,47 +39,53 @@ class Window:
     Every rank runs a window to its end, whatever it finds: a rank that left early would leave the others waiting, and
     under FSDP2 a backward pass that is missing corrupts the next window.
 
+    The phases of a step run the same window one after another. Its batches are kept until the step is over.
+
     Args:
         trainer: The trainer; it is built.
         feed: Where the batches come from.
-        gradients: Of the trainer's model.
     """
 
-    def __init__(self, trainer: BaseTrainer, feed: DataFeed, gradients: Gradients) -> None:
+    def __init__(self, trainer: BaseTrainer, feed: DataFeed) -> None:
         self.skipped: list[int] = []
         """Which draws of the window gave no loss, counted from 0."""
         accelerator = trainer.accelerator
         self._trainer = trainer
         self._feed = feed
-        self._gradients = gradients
         self.buffers = BufferKeeper(trainer.unwrapped_model)
         self.modes = Modes(trainer)
-        self._checks = GradientChecks(trainer.model)
+        self._checks = GradientChecks(trainer.model, trainer.unwrapped_model)
         self._num_micro_steps = -1
         self._is_plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
         self._is_weighted = trainer._has_batch_weight()
+        self._has_phases = trainer._has_phases()
+        self._buffers_of_ddp = SharedBuffers(trainer.model) if self._has_phases else None
+        self._kept: list[Any] = []  # the window's batches that were drawn ahead or will be used again
+        self._factors: tuple[Any, Any] = (None, None)
         self._defers_reduction = trainer.no_sync_accumulate and accelerator.num_processes > 1
         self.is_updating = False
-        """Whether the optimizer step has begun and the learning rate has not moved on yet."""
+        """Whether the step's first update has begun and its last one is not complete."""
+        self._is_updated = False
         self.is_in_step = False
         """From a step's first hook until its update is complete."""
         self._has_run = False
         self._checked_step = -1
         self._first_epoch = 0
-        self._first_epoch_of_retries = 0
+        self._retries = Retries(trainer, feed)
 
     def begin_step(self) -> None:
         """Count the step that begins now."""
         self.is_in_step = True
         self._trainer.step += 1
         self._trainer.peers.step = self._trainer.step
-        self._has_run = False
+        self._has_run = self._is_updated = False
+        self._kept = []
 
     def take_back(self) -> None:
         """After an exception: uncount a step whose update has not begun, so that a later `train` begins it anew. The
         buffers get their values from before its window. Its batches stay consumed, as those of a discarded window.
         """
-        if self.is_updating:
+        if self.is_updating or self._is_updated:
             return  # see `check_whole`
         self._trainer.step -= 1
         if self._has_run:
@@ -88,7 +93,8 @@ class Window:
 
     def finish_update(self) -> None:
         """The step's update is complete: take note of the epochs that are over."""
-        self.is_updating = False
+        self.is_updating, self._is_updated = False, True
+        self._kept = []
         trainer = self._trainer
         if trainer.control.num_epochs_done != trainer.epoch:
             trainer.step_info.ends_epoch = trainer.control.num_epochs_done > trainer.epoch
@@ -124,24 +130,32 @@ class Window:
         self._first_epoch = self._feed.epoch
         self.buffers.remember()
         self._has_run = True
-        batches = self._draw_weighted(num_micro_steps) if self._is_weighted else None
+        if self._is_weighted:
+            if not self._kept:
+                self._draw_weighted(num_micro_steps)
+            info.loss_factors, info.total_weight = self._factors
         micro_step = num_drawn = 0
         while micro_step < num_micro_steps:
             is_last = micro_step == num_micro_steps - 1
             if num_micro_steps > 1:
                 trainer.accelerator.sync_gradients = is_last
-            batch = self._next_batch() if batches is None else batches[micro_step]
+            batch = self._kept[micro_step] if micro_step < len(self._kept) else self._next_batch()
             factor = None if info.loss_factors is None else info.loss_factors[micro_step]
+            if self._buffers_of_ddp is not None:
+                self._buffers_of_ddp.begin()
             with self._micro_batch_context(is_last, factor):
                 loss, records = self._check(trainer.forward(batch))
                 if loss is None:
                     self._skip(num_drawn)
+                    del self._kept[micro_step : micro_step + 1]
                 else:
                     self._checks.after_forward()
                     info.losses.append(loss.detach())
                     info.records.append(map_nested_tensor(torch.Tensor.detach, records) if records else records)
                     if is_last:
                         info.own_time = time.perf_counter() - start
+                    if self._has_phases and micro_step == len(self._kept):
+                        self._kept.append(batch)
                     self._backward(loss if factor is None else weighted_loss(loss, factor), num_micro_steps)
                     micro_step += 1
             num_drawn += 1
@@ -165,30 +179,11 @@ class Window:
             Whether it counts as a retry. A loss scale that was too high doesn't.
 
         Raises:
-            NonFiniteGradientError: The parameters are not finite, the retries are used up, or a whole epoch gave no
-                finite gradient.
+            NonFiniteGradientError: Another window is no use.
         """
-        trainer, info = self._trainer, self._trainer.step_info
         self.buffers.restore()
-        report = diagnose(trainer.unwrapped_model, info.losses, trainer._built_model.non_finite)
-        self._gradients.drop()
-        trainer._length.update(trainer.step - 1)
-        if report.parameters:
-            raise NonFiniteGradientError(self._final_report("the parameters themselves are non-finite", report))
-        if trainer.grad_scaler is not None:
-            self._lower_loss_scale(trainer.grad_scaler, report)
-            return False
-        retry, limit = info.non_finite_grad_retry_count + 1, trainer.max_non_finite_grad_retries
-        if limit is not None and retry > limit:
-            raise NonFiniteGradientError(self._final_report(f"{limit} retries are used up", report))
-        if limit is None and (tried := self._has_tried_enough(retry)):
-            raise NonFiniteGradientError(self._final_report(f"{tried} gave no finite one", report))
-        info.non_finite_grad_retry_count = retry
-        trainer.logger.warning(
-            f"Step {trainer.step}: the gradient is not finite. The window is discarded and a new one is drawn (retry"
-            f" {retry}{'' if limit is None else f' of {limit}'}). {report}"
-        )
-        return True
+        self._kept = []
+        return self._retries.count()
 
     def can_be_applied(self) -> bool:
         """Whether the window's gradient can be applied: its norm is finite, or only the norm has overflowed. In the
@@ -197,13 +192,13 @@ class Window:
         trainer = self._trainer
         if math.isfinite(trainer.step_info.grad_norm):
             return True
-        overflown = self._gradients.clip_overflown()
+        overflown = trainer._gradients.clip_overflown()
         if overflown is None:
             return False
         trainer.step_info.grad_norm = overflown
         clipped = ", clipped" if trainer.grad_clip is not None else ""
         text = f"the gradient norm overflowed ({overflown:.3g}), but every gradient is finite."
-        trainer.logger.warning(f"Step {trainer.step}: {text} The step is taken{clipped}.")
+        trainer.logger.warning(f"{where(self._trainer)}: {text} The step is taken{clipped}.")
         return True
 
     def _take_accumulation(self) -> int:
@@ -228,15 +223,15 @@ class Window:
         self._trainer.step_info.data_time += time.perf_counter() - start
         return batch
 
-    def _draw_weighted(self, num_micro_steps: int) -> list[Any]:
+    def _draw_weighted(self, num_micro_steps: int) -> None:
         """Draw the window before its first backward, because each micro-batch's factor depends on all the weights."""
         trainer, info = self._trainer, self._trainer.step_info
         while True:
             batches = [self._next_batch() for _ in range(num_micro_steps)]
             factors, total = loss_factors([trainer.batch_weight(batch) for batch in batches], trainer.device)
             if factors != []:
-                info.loss_factors, info.total_weight = factors, total
-                return batches
+                self._kept, self._factors = batches, (factors, total)
+                return
             info.skipped_micro_batch_count += len(batches)  # every weight is 0 on every rank: draw another window
             self._check_progress()
 
@@ -261,7 +256,7 @@ class Window:
         """End a run whose data gives no loss: it would draw for ever."""
         if not self._trainer.step_info.losses and self._feed.epoch > self._first_epoch + 1:
             raise TrainingError(
-                f"Step {self._trainer.step}: no micro-batch of a whole epoch gave a loss. `forward` returned None, or"
+                f"{where(self._trainer)}: no micro-batch of a whole epoch gave a loss. `forward` returned None, or"
                 " `batch_weight` returned 0, for each of them."
             )
 
@@ -278,7 +273,8 @@ class Window:
             return _NOTHING
         trainer, stack = self._trainer, ExitStack()
         if is_deferred:
-            stack.enter_context(trainer.accelerator.no_sync(trainer.model))
+            for module in modules_of(trainer.model):
+                stack.enter_context(trainer.accelerator.no_sync(module))
         if is_dropped:
             stack.enter_context(no_contribution(trainer.model))
             stack.enter_context(self.buffers.fork(trainer.unwrapped_model).kept())
@@ -300,40 +296,9 @@ class Window:
         if self._is_plain:  # what `accelerator.backward` does here, without its detours
             share = loss if num_micro_steps == 1 else loss / num_micro_steps
             share.backward()  # type: ignore[no-untyped-call]
-        else:
+            return
+        try:
             self._trainer.accelerator.backward(loss)
-
-    # ------------------------------------------------------------------ discarding
-
-    def _has_tried_enough(self, retry: int) -> str:
-        """Whether the gradient has been non-finite for so long that another try is no use. Call on every rank.
-
-        Returns:
-            What has been tried; "": not enough.
-        """
-        if retry == 1:
-            self._first_epoch_of_retries = self._feed.epoch
-        tried = ""
-        if self._feed.epoch > self._first_epoch_of_retries + 1:
-            tried = "a whole epoch"
-        elif retry >= _MAX_RETRIES_WITHOUT_EPOCHS and not self._feed.has_epochs:
-            tried = f"{retry} windows"
-        return max(gather_objects(tried))  # with data of their own, the ranks may be in different epochs
-
-    def _lower_loss_scale(self, scaler: torch.amp.GradScaler, report: NonFiniteReport) -> None:
-        trainer = self._trainer
-        scaler.update()  # what unscaling found lowers the scale
-        trainer.step_info.overflow_count += 1
-        scale = scaler.get_scale()
-        if scale < _MIN_LOSS_SCALE:
-            raise NonFiniteGradientError(self._final_report(f"the loss scale collapsed to {scale:.3g}", report))
-        trainer.logger.warning(
-            f"Step {trainer.step}: gradient overflow, loss scale lowered to {scale:g}; trying again."
-        )
-
-    def _final_report(self, reason: str, report: NonFiniteReport) -> str:
-        trainer = self._trainer
-        return (
-            f"Step {trainer.step}: the gradient is not finite and {reason} (retries so far:"
-            f" {trainer.step_info.non_finite_grad_retry_count}). {report}. {report.advice}"
-        )
+        except RuntimeError as ex:
+            explain_backward(ex)
+            raise

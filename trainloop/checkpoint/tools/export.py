@@ -41,7 +41,8 @@ _SAVED_CONFIG = f"model/{CONFIG}"
 _INDEX = f"model{FILE_SUFFIX}.index.json"
 _EXPORT_FILE = re.compile(
     rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(_INDEX)}|{re.escape(CONFIG)}"
-    r"|(pytorch_model_fsdp|optimizer|scheduler)\.bin|scaler\.pt|random_states_\d+\.pkl"  # of `export_accelerate`
+    # Of `export_accelerate`:
+    r"|pytorch_model_fsdp\.bin|(optimizer|scheduler)(_\d+)?\.bin|scaler\.pt|random_states_\d+\.pkl"
     r"|adapter_config\.json|adapter_model\.safetensors|generation_config\.json"  # of `export_peft`
 )
 _PIECE_BYTES = 2**20  # larger ones are slower: they leave the processor's cache

@@ -6,6 +6,7 @@ memory once while they are written.
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ def export_accelerate(
 ) -> Exported:
     """Write model, optimizer, schedule, loss scale and the random generators of the CPU.
 
+    Of several optimizers and schedules each gets a file, in the order of `build_optimizer`.
+
     What Accelerate has no place for is left out: the step, the position in the data, averages of the weights and what
     other hooks keep. Those of the random generators that belong to a device are left out as well, since Accelerate
     wants them of all devices of a process.
@@ -62,8 +65,15 @@ def export_accelerate(
     model, state = _read(checkpoint, "model"), checkpoint.global_state()
     if not fsdp2:  # Accelerate reads it with safetensors' `load_model`, which takes one of tied tensors only
         model = {name: model[name] for name, record in records.items() if record.alias_of is None}
-    optimizer = _optimizer(checkpoint, state["optimizer"], by_name=fsdp2)
-    state_tensors = [v for values in optimizer["state"].values() for v in values.values() if hasattr(v, "nbytes")]
+    sizes: Mapping[str, int] = state["optimizer"].get("optimizers", {})
+    if fsdp2 and sizes:
+        raise ValueError(
+            f"{checkpoint.folder} holds {len(sizes)} optimizers, and Accelerate can't load several under FSDP2. Leave"
+            " out `--fsdp2`, for one process or DDP."
+        )
+    optimizers = _optimizers(checkpoint, state["optimizer"], list(sizes.values()), by_name=fsdp2)
+    values = [value for one in optimizers for values in one["state"].values() for value in values.values()]
+    state_tensors = [value for value in values if hasattr(value, "nbytes")]
     num_bytes = sum(tensor.nbytes for tensor in (*model.values(), *state_tensors))
 
     temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
@@ -75,10 +85,15 @@ def export_accelerate(
             _save(fs, temporary / "pytorch_model_fsdp.bin", model)
         else:
             fs.write(temporary / "model.safetensors", serialize(model, {"format": "pt"}))
-        _save(fs, temporary / "optimizer.bin", optimizer)
-        for name, part in (("scheduler.bin", state["lr_scheduler"]), ("scaler.pt", state["grad_scaler"])):
-            if part is not None:
-                _save(fs, temporary / name, part)
+        for i, optimizer in enumerate(optimizers):
+            _save(fs, temporary / _numbered("optimizer", i), optimizer)
+        schedules = state["lr_scheduler"]
+        is_by_name = bool(schedules) and schedules.keys() <= sizes.keys()
+        for i, schedule in enumerate(schedules.values() if is_by_name else [schedules]):
+            if schedule is not None:
+                _save(fs, temporary / _numbered("scheduler", i), schedule)
+        if state["grad_scaler"] is not None:
+            _save(fs, temporary / "scaler.pt", state["grad_scaler"])
         for rank in range(checkpoint.manifest.world_size):
             rng = checkpoint.saved_rank_state(rank)["rng"]
             _save(fs, temporary / f"random_states_{rank}.pkl", _random_states(rng))
@@ -97,20 +112,35 @@ def _read(checkpoint: Checkpoint, group: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _optimizer(checkpoint: Checkpoint, saved: Mapping[str, Any], by_name: bool) -> dict[str, Any]:
-    """What `Optimizer.state_dict` gives, or torch's `get_optimizer_state_dict`, which names the parameters."""
-    names = [name for group in saved["param_groups"] for name in group["params"]]
-    keys: dict[str, Any] = {name: name if by_name else place for place, name in enumerate(names)}
-    state: dict[Any, dict[str, Any]] = {keys[name]: dict(values) for name, values in saved["state"].items()}
+def _numbered(name: str, i: int) -> str:
+    """The file of the i-th object, as Accelerate names it."""
+    return f"{name}.bin" if i == 0 else f"{name}_{i}.bin"
+
+
+def _optimizers(
+    checkpoint: Checkpoint, saved: Mapping[str, Any], sizes: list[int], by_name: bool
+) -> list[dict[str, Any]]:
+    """Of each optimizer what `Optimizer.state_dict` gives, or torch's `get_optimizer_state_dict`, which names the
+    parameters. `sizes` are the numbers of their groups; empty: there is one optimizer.
+    """
+    state = {name: dict(values) for name, values in saved["state"].items()}
     for full_name, tensor in _read(checkpoint, "optim").items():
         name, key = full_name.rsplit("/", 1)
-        state[keys[name]][key] = tensor
+        state[name][key] = tensor
+    groups = iter(saved["param_groups"])
+    own_groups = [list(itertools.islice(groups, size)) for size in sizes] or [list(groups)]
+    return [_optimizer(state, own, by_name) for own in own_groups]
+
+
+def _optimizer(state: Mapping[str, Any], saved_groups: list[dict[str, Any]], by_name: bool) -> dict[str, Any]:
+    names = [name for group in saved_groups for name in group["params"]]
+    keys: dict[str, Any] = {name: name if by_name else place for place, name in enumerate(names)}
     groups = []
-    for group in saved["param_groups"]:
+    for group in saved_groups:
         # JSON made lists of the tuples that torch has here ("betas").
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
         groups.append({**values, "params": [keys[name] for name in group["params"]]})
-    return {"state": state, "param_groups": groups}
+    return {"state": {keys[name]: state[name] for name in names if name in state}, "param_groups": groups}
 
 
 def _random_states(rng: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Prepares model and optimizer through Accelerate: wrapped, on the device, sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedDataParallelKwargs, convert_to_fp32
+from torch import nn
+
+from ..ranks import collectives
+from ..step.models import Models, modules_of
+from ..step.non_finite import clean_name
+from ..step.optimizers import Optimizers, optimizers_of
+from ..step.phases import follow_requires_grad
+from .accelerate_options import restore_noise_in_checkpointed_layers
+from .buckets import settle_buckets
+from .factories import check_optimizer_params, raw_optimizer
+from .forward_methods import add_forward_methods, check_forward_methods
+from .launch import choose_fsdp2_precision
+from .statistics import full_precision_statistics
+
+if TYPE_CHECKING:
+    from ..trainer import BaseTrainer
+
+
+def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+    """Prepare model and optimizer together. What is prepared already is used as it is."""
+    accelerator = trainer.accelerator
+    unwrapped = trainer.unwrap(model)
+    forward_methods = check_forward_methods(unwrapped, trainer.forward_methods)
+    returns_fp32 = False
+    if getattr(model, "_is_accelerate_prepared", False) and isinstance(optimizer, AcceleratedOptimizer | Optimizers):
+        prepared = model
+    else:
+        check_optimizer_params(raw_optimizer(optimizer), model)
+        if accelerator.is_fsdp2:
+            returns_fp32 = choose_fsdp2_precision(accelerator)
+            plugin = accelerator.state.fsdp_plugin
+            if plugin.cpu_ram_efficient_loading and (_has_persistent_buffers(model) or _has_root_parameters(model)):
+                plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours follows
+            if not plugin.cpu_ram_efficient_loading:
+                collectives.share_rank_zero_weights(model, accelerator.device)
+        with full_precision_statistics() if accelerator.is_fsdp2 else nullcontext():
+            if isinstance(model, Models):
+                prepared, optimizer = _prepare_models(trainer, model, optimizer)
+            else:
+                with _unused_parameters(trainer, model, optimizer):
+                    prepared, optimizer = accelerator.prepare(model, optimizer)
+    for own, module in zip(modules_of(trainer.unwrap(prepared)), modules_of(prepared), strict=True):
+        restore_noise_in_checkpointed_layers(module)
+        settle_buckets(module)
+        names = [name for name in forward_methods if hasattr(own, name)]
+        add_forward_methods(accelerator, own, module, names, returns_fp32)
+        if returns_fp32:  # as autocast does under DDP, so that the loss is computed in fp32
+            module.register_forward_hook(lambda module, args, output: convert_to_fp32(output))
+    if accelerator.is_fsdp2 and trainer._has_phases():
+        follow_requires_grad(prepared)
+    return prepared, optimizer
+
+
+def _prepare_models(trainer: BaseTrainer, models: Models, optimizer: Any) -> tuple[Models, Any]:
+    """Each module of a mapping by itself. FSDP2 takes only one module with its optimizer, so there each gets one to go
+    with, and the parameters of the real ones are exchanged here.
+    """
+    accelerator = trainer.accelerator
+    prepared = {}
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.set_auto_wrap_policy(models)  # by classes of any of them
+    for name, module in models.items():
+        if accelerator.is_fsdp2:
+            with _parameters_by_name(raw_optimizer(optimizer), module):
+                prepared[name], _ = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
+                accelerator._optimizers.pop()
+        else:
+            with _unused_parameters(trainer, module, optimizer):
+                prepared[name] = accelerator.prepare(module)
+    if not accelerator.is_fsdp2:
+        optimizer = accelerator.prepare(optimizer)
+    unwrapped = Models({name: trainer.unwrap(module) for name, module in models.items()})
+    return Models(prepared, unwrapped), optimizer
+
+
+@contextmanager
+def _parameters_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> Iterator[None]:
+    """Within it, the optimizer's groups hold names in place of the module's parameters, which are about to be replaced
+    by shards. So nothing holds the whole ones.
+    """
+    groups = optimizer.param_groups
+    names = {param: clean_name(name) for name, param in module.named_parameters()}
+    for group in groups:
+        group["params"] = [names.get(param, param) for param in group["params"]]
+    names.clear()
+    yield
+    params = {clean_name(name): param for name, param in module.named_parameters()}
+    for group in groups:
+        group["params"] = [params[param] if isinstance(param, str) else param for param in group["params"]]
+
+
+@contextmanager
+def _unused_parameters(trainer: BaseTrainer, module: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Within it, DDP is built such that it looks for unused parameters, if only a part of the module's parameters is
+    trained in each phase.
+    """
+    params, accelerator = set(module.parameters()), trainer.accelerator
+    parts = optimizers_of(raw_optimizer(optimizer)).values()
+    num_phases = sum(any(p in params for group in part.param_groups for p in group["params"]) for part in parts)
+    given = accelerator.ddp_handler
+    if trainer._has_phases() and num_phases > 1:
+        options = given if given is not None else DistributedDataParallelKwargs()
+        accelerator.ddp_handler = dataclasses.replace(options, find_unused_parameters=True)
+    try:
+        yield
+    finally:
+        accelerator.ddp_handler = given
+
+
+def _has_root_parameters(model: nn.Module) -> bool:
+    """Whether parameters belong to the model itself and not to a part of it."""
+    return any("." not in name for name, _ in model.named_parameters())
+
+
+def _has_persistent_buffers(model: nn.Module) -> bool:
+    return bool(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
