@@ -56,7 +56,7 @@ def plain_losses(by_rank: list[dict[int, Any]]) -> list[list[float]]:
     return losses
 
 
-@pytest.fixture(scope="module", params=["single", "ddp2", "fsdp2"])
+@pytest.fixture(scope="module", params=["single", pytest.param("ddp2", marks=pytest.mark.slow), "fsdp2"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Any]]]:
     """The workspace of a run that was killed and started again, and what each rank has recorded in both lives."""
     form, out = request.param, tmp_path_factory.mktemp(request.param)
