@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAUNCH := ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help install demo test test-slow test-pythons check bench bench-full bench-check gpu-check docs clean
+.PHONY: help install demo test test-slow test-pythons check bench bench-full bench-check bench-scale gpu-check docs clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ bench-full: .venv/.installed-bench  ## Measure everything, beside the peers too,
 
 bench-check: install  ## The benchmark's one-minute form: equality and host reads, and never a time
 	$(BIN)/python -m benchmarks --check
+
+bench-scale: install  ## How what a checkpoint costs grows with ranks, as counts: under a minute
+	$(BIN)/python -m benchmarks.scale
 
 gpu-check:  ## On a machine with a GPU: the tests marked gpu, then the GPU benchmark; reports in build/gpu-check
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check --out build/gpu-check

@@ -14,7 +14,7 @@ from torch import nn
 from trainloop import CheckpointError, CheckpointingHook
 from trainloop.checkpoint import Checkpoint
 from trainloop.checkpoint.fingerprint import fingerprints
-from trainloop.checkpoint.format.layout import manifest_text, parse_manifest
+from trainloop.checkpoint.format.layout import manifest_texts, parse_manifest
 
 from .launching import NUM_PROCESSES, REPOSITORY, launch
 from .small import SmallTrainer
@@ -202,7 +202,7 @@ def test_a_manifest_that_leaves_out_what_it_has_is_refused(tmp_path: Path) -> No
         {"a": replace(record, shape=(-1,))},
     ):
         with pytest.raises(CheckpointError, match="damaged"):
-            parse_manifest(manifest_text(replace(manifest, frozen=frozen)))
+            parse_manifest(*manifest_texts(replace(manifest, frozen=frozen)))
 
 
 def test_trainable_only_must_be_a_flag() -> None:

@@ -26,7 +26,7 @@ from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, KeepInterval
 
 from .folders import Quick
-from .tampering import change_header, replace_by_fifo, reseal
+from .tampering import change_header, replace_by_fifo, reseal, set_to
 from .workers.checkpoint_store import bits, folder_of
 
 HANGS_AFTER = 60
@@ -34,7 +34,7 @@ HANGS_AFTER = 60
 WEIGHTS = "model/model.safetensors"
 HEADERS = [WEIGHTS, "ema/model.safetensors", "optim/rank_00000.safetensors", "state/rank_00000.safetensors"]
 STATES = ["state/global.json", "state/rank_00000.json"]
-PLACES = ["manifest.json", "model", "state", *HEADERS, *STATES]
+PLACES = ["manifest.json", "tables.json", "model", "state", *HEADERS, *STATES]
 DEEP: Any = 0
 for _ in range(300):
     DEEP = [DEEP]
@@ -182,6 +182,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in steps:
             store.save(step, content(step), run_id="run", retention=[KeepInterval(1)], metrics={"loss": 1.5})
         store.close()
+        for step in steps:  # as if there had been several ranks
+            rule = {"dtype": "float32", "shape": [50], "first": 0, "cuts": [[0, 50, 1]]}
+            reseal(folder_of(root, step), set_to(rule, "tensors", "optim", "w0/m"))
     shutil.move(folder_of(base / "other", 666), base / "original" / "outside")
     return base / "original"
 

@@ -80,7 +80,7 @@ def test_what_would_block_or_never_end_is_not_opened(root: Path, path: str, veri
 def test_files_are_named_inside(root: Path, caplog: pytest.LogCaptureFixture, path: str) -> None:
     """A manifest whose files lie elsewhere, or cannot be named, is damaged."""
     reseal(folder_of(root, 20), lambda content: content["files"].update({path: {"num_bytes": 2**62, "crc32": 0}}))
-    assert_passed_over(root, caplog, "manifest.json is damaged: ")
+    assert_passed_over(root, caplog, "tables.json is damaged: ")
 
 
 @pytest.mark.parametrize("part", ["model", WEIGHTS, "manifest.json"])
@@ -97,34 +97,77 @@ def test_a_tensor_lies_in_a_file_that_was_verified(root: Path, caplog: pytest.Lo
     shutil.copy(folder_of(root, 20) / WEIGHTS, outside / "x.safetensors")
     shutil.copy(folder_of(root, 20) / WEIGHTS, folder_of(root, 20) / "model" / "other.safetensors")
     named = file.format(outside=str(outside)[1:])
-    reseal(folder_of(root, 20), set_to(named, "tensors", "model", "w0", "chunks", 0, "file"))
+    reseal(folder_of(root, 20), set_to(named, "tensors", "model", "w0", "file"))
     assert_passed_over(root, caplog, "which is none of the checkpoint's files")
 
 
 # ---------------------------------------------------------------------- what a manifest and a header may say
 
 
-W0 = ("tensors", "model", "w0")
+W0, M = ("tensors", "model", "w0"), ("tensors", "optim", "m")
+
+
+def in_chunks(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A change of `w0` after its record lists its parts, of which there is one."""
+
+    def apply(content: Any) -> None:
+        record = content["tensors"]["model"]["w0"]
+        record["chunks"] = [{"file": record.pop("file"), "offset": [0], "shape": [100]}]
+        change(content)
+
+    return apply
+
+
+def cut(*cuts: Any, first: Any = 0, shape: Any = (50,)) -> Callable[[Any], Any]:
+    """`m`, which is 50 floats in the file of rank 0, with a rule for its parts."""
+    return set_to({"dtype": "float32", "shape": shape, "first": first, "cuts": list(cuts)}, *M)
+
+
 MANIFESTS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "no chunks": (set_to([], *W0, "chunks"), "w0 does not make up its shape [100]"),
-    "half covered": (set_to([50], *W0, "chunks", 0, "shape"), "w0 does not make up its shape [100]"),
-    "outside": (set_to([1], *W0, "chunks", 0, "offset"), "w0 does not make up its shape [100]"),
-    "dims": (set_to([10, 10], *W0, "shape"), "the chunks of w0 must have its 2 dimensions"),
+    "no chunks": (in_chunks(set_to([], *W0, "chunks")), "w0 does not make up its shape [100]"),
+    "half covered": (in_chunks(set_to([50], *W0, "chunks", 0, "shape")), "w0 does not make up its shape [100]"),
+    "outside": (in_chunks(set_to([1], *W0, "chunks", 0, "offset")), "w0 does not make up its shape [100]"),
+    "dims": (in_chunks(set_to([10, 10], *W0, "shape")), "the chunks of w0 must have its 2 dimensions"),
     "negative": (set_to([-100], *W0, "shape"), "whole numbers from 0"),
-    "huge": (set_to([2**62], *W0, "shape"), "w0 does not make up its shape"),
+    "huge": (set_to([2**62], *W0, "shape"), f"{WEIGHTS} is too small for its tensors"),
+    "huge in chunks": (in_chunks(set_to([2**62], *W0, "shape")), "w0 does not make up its shape"),
     "dtype": (set_to("load", *W0, "dtype"), "w0 must have a dtype that can be stored, but has 'load'"),
     "wider": (set_to("float64", *W0, "dtype"), f"{WEIGHTS} is too small for its tensors"),
     "as wide": (set_to("int32", *W0, "dtype"), f"{WEIGHTS} is damaged: it has as float32 [100] 'w0', which should be"),
-    "taken": (set_to("w1", *W0, "chunks", 0, "key"), "as 'w1', which is that of another tensor"),
-    "no such": (set_to("w9", *W0, "chunks", 0, "key"), f"{WEIGHTS} is damaged: it does not have 'w9'"),
-    "alias": (set_to("w1", *W0, "alias_of"), "model/w0 is not as 'w1', under which it is stored"),
-    "own alias": (set_to("w0", *W0, "alias_of"), "model/w0 is not as 'w0', under which it is stored"),
+    "other group": (set_to(SHARDS, *W0, "file"), "which is none of the checkpoint's files of model"),
+    "twice": (
+        in_chunks(
+            set_to([{"file": WEIGHTS, "offset": [at], "shape": [50]} for at in (0, 50)], *W0, "chunks"),
+        ),
+        "as 'w0', which is that of another tensor",
+    ),
+    "no such": (
+        lambda content: content["tensors"]["model"].update(w9=content["tensors"]["model"].pop("w0")),
+        f"{WEIGHTS} is damaged: it does not have 'w9'",
+    ),
+    "two places": (set_to([[0, 1, 1]], *W0, "cuts"), "`w0` must have the keys dtype, file, shape"),
+    "no place": (lambda content: content["tensors"]["model"]["w0"].pop("file"), "`w0` must have the keys dtype, file"),
+    "alias": (set_to({"alias_of": "w9"}, *W0), "model/w0 is stored under 'w9', which is no tensor that is stored"),
+    "own alias": (set_to({"alias_of": "w0"}, *W0), "model/w0 is stored under 'w0', which is no tensor that is stored"),
+    "cut no dimension": (cut([1, 50, 1]), "m of shape [50] cannot be cut by [1, 50, 1]"),
+    "cut into no rows": (cut([0, 0, 1]), "m of shape [50] cannot be cut by [0, 0, 1]"),
+    "cut on one rank": (cut([0, 25, 0]), "m of shape [50] cannot be cut by [0, 25, 0]"),
+    "cut by text": (cut("0,1"), "must be a list of at most 64 whole numbers, but is '0,1'"),
+    "no cuts": (cut(), "the cuts of m must be a list for a tensor with elements"),
+    "cut of nothing": (cut([0, 1, 1], shape=[0]), "the cuts of m must be a list for a tensor with elements"),
+    "cut for other ranks": (cut([0, 25, 1]), "m lies in 'optim/rank_00001.safetensors', which is none of the"),
+    "first of other ranks": (cut([0, 50, 1], first=7), "m lies in 'optim/rank_00001.safetensors', which is none of"),
+    "cut far away": (cut([0, 25, 2**62]), "m lies in 'optim/rank_00001.safetensors', which is none of the"),
+    "cut too often": (cut([0, 1, 1], shape=[2**40]), "m is cut into more parts than there can be files"),
+    "cut twice alike": (cut([0, 25, 1], [0, 5, 1]), "m is cut into more parts than there can be files"),
+    "cut and huge": (cut([0, 2**40, 1], shape=[2**40]), "the files of optim are too small for its tensors"),
+    "cut but other": (cut([0, 40, 1], shape=[40]), f"{SHARDS} is damaged: it has as float32 [50] 'm', which should be"),
     "missing key": (lambda content: content.pop("run_id"), "manifest.json is damaged: it has no 'run_id'"),
     "missing inner key": (
         lambda content: content["files"][WEIGHTS].pop("crc32"),
         "must have the keys crc32, num_bytes",
     ),
-    "extra inner key": (set_to(1, *W0, "x"), "`w0` must be an object of at most 4 entries"),
+    "extra inner key": (set_to(1, *W0, "x"), "`w0` must have the keys dtype, file, shape"),
     "step": (set_to("20", "step"), "`step` must be a whole number from 0 "),
     "bool": (set_to(True, "seq"), "`seq` must be a whole number from 0 "),
     "group": (lambda content: content["tensors"].update(state={}), "an identifier as its name, but one has 'state'"),
@@ -141,6 +184,9 @@ MANIFESTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "retention": (set_to([1], "retention"), "`retention` must be a list of policies"),
     "files": (set_to([], "files"), "`files` must be an object"),
     "tensors": (set_to({"model": 3}, "tensors"), "`model` must be an object"),
+    "tables": (set_to(3, "tables"), "`tables` must be an object"),
+    "other tables": (set_to({"num_bytes": 3, "crc32": 4}, "tables"), "tables.json is damaged: it has "),
+    "no tables": (set_to({}, "tables"), "`tables` must have the keys crc32, num_bytes"),
     "version": (set_to("1", "version"), "`version` must be a whole number from 1 "),
     "versions": (set_to({"torch": 2}, "versions"), "`torch` must be a text"),
     "size": (set_to(2**64, "num_bytes"), "`num_bytes` must be a whole number from 0 "),
@@ -377,7 +423,7 @@ def go_on(root: Path, *steps: int) -> None:
     ("which", "step", "found"),
     [("latest", 30, 30), ("latest", 20, 20), ("link", 30, 30), ("link", 20, 20), (20, 30, None), (20, 20, None)],
 )
-@pytest.mark.parametrize("place", [(loading, "find_problems"), (loading, "read_manifest_text")], ids=["files", "text"])
+@pytest.mark.parametrize("place", [(loading, "find_problems"), (loading, "read_texts")], ids=["files", "text"])
 def test_one_that_is_removed_while_it_is_verified_is_not_called_damaged(
     root: Path,
     monkeypatch: pytest.MonkeyPatch,

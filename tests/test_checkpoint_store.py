@@ -28,7 +28,7 @@ from trainloop import CheckpointError
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem, KeepInterval, KeepPrevious
 from trainloop.checkpoint.disk import fs as fs_module
 from trainloop.checkpoint.format.boxes import are_exact_cover
-from trainloop.checkpoint.format.layout import VERSION, parse_manifest
+from trainloop.checkpoint.format.layout import MANIFEST, TABLES, VERSION, parse_manifest
 from trainloop.checkpoint.format.nested import decode, encode
 from trainloop.checkpoint.save.snapshot import Buffers, Draft, Output
 from trainloop.checkpoint.save.writer import write_draft
@@ -236,6 +236,7 @@ def test_a_checkpoint_is_json_and_safetensors(root: Path) -> None:
         "state/global.json",
         "state/rank_00000.json",
         "state/rank_00000.safetensors",
+        "tables.json",
     ]
     weights = load_file(folder / "model" / "model.safetensors")
     assert {n: bits(t) for n, t in weights.items()} == {n: bits(t) for n, t in content.weights["model"].items()}
@@ -244,10 +245,10 @@ def test_a_checkpoint_is_json_and_safetensors(root: Path) -> None:
     (info,) = CheckpointStore(root).checkpoints()
     assert (info.step, info.seq, info.run_id, info.world_size, info.health) == (1, 1, "run", 1, True)
     assert info.metrics == {"val/loss": 0.5}
-    assert info.num_bytes == sum((folder / path).stat().st_size for path in files_of(folder)[1:])
+    assert info.num_bytes == sum((folder / path).stat().st_size for path in files_of(folder)[1:-1])
 
 
-@pytest.mark.parametrize("path", ["manifest.json", "state/global.json", "../x", "/x"])
+@pytest.mark.parametrize("path", ["manifest.json", "tables.json", "state/global.json", "../x", "/x"])
 def test_extra_texts_have_free_places(root: Path, path: str) -> None:
     """A text that would overwrite a file, or lie outside, is refused."""
     with pytest.raises(CheckpointError, match="`extra` must have free paths inside the checkpoint"):
@@ -400,14 +401,16 @@ def test_damage_of_any_file_leads_to_the_one_before(root: Path, caplog: pytest.L
 
 
 def test_any_flipped_bit_of_a_manifest_is_noticed(root: Path) -> None:
-    """There is no byte of a manifest that may change."""
-    text = (folder_of(saved(root, 10), 10) / "manifest.json").read_text()
-    parse_manifest(text)
+    """There is no byte of a manifest or of its tables that may change."""
+    folder = folder_of(saved(root, 10), 10)
+    texts = [(folder / name).read_text() for name in (MANIFEST, TABLES)]
+    parse_manifest(*texts)
     rng = random.Random(0)
-    for position in range(len(text)):
-        flipped = text[:position] + chr(ord(text[position]) ^ (1 << rng.randrange(7))) + text[position + 1 :]
-        with pytest.raises(CheckpointError):
-            parse_manifest(flipped)
+    for which, text in enumerate(texts):
+        for position in range(len(text)):
+            flipped = text[:position] + chr(ord(text[position]) ^ (1 << rng.randrange(7))) + text[position + 1 :]
+            with pytest.raises(CheckpointError):
+                parse_manifest(*(flipped if i == which else kept for i, kept in enumerate(texts)))
 
 
 @pytest.mark.parametrize(("verify", "found"), [("full", 10), ("size", 20), ("off", 20)])
@@ -783,13 +786,20 @@ def test_every_layout_reads_every_other_bit_by_bit(saved_by_all: Path, form: str
 
 @pytest.mark.slow
 def test_replicas_of_shards_are_read_as_well(saved_by_all: Path, tmp_path: Path) -> None:
-    """HSDP saves what others read, and reads what others saved; of the replicas one writes."""
+    """HSDP saves what others read, and reads what others saved; all replicas write, and each byte is written once."""
     folder = tmp_path / "forms"
     shutil.copytree(saved_by_all, folder, symlinks=True)
     launch(WORKER, "hsdp2x2", "save", str(folder), "hsdp2x2")
     for form in ("hsdp2x2", "single"):
         launch(WORKER, form, "load", str(folder), form)
-    assert not (folder / "hsdp2x2" / "step_0000007" / "optim" / "rank_00002.safetensors").exists()
+    sizes = [
+        sum(tensor.nbytes for tensor in load_file(path).values())
+        for path in sorted((folder / "hsdp2x2" / "step_0000007" / "optim").iterdir())
+    ]
+    checkpoint = Checkpoint.open(folder / "hsdp2x2" / "step_0000007")
+    assert sum(sizes) == sum(r.num_bytes() for r in checkpoint.manifest.tensors["optim"].values())
+    assert len(sizes) == 4
+    assert max(sizes) < 0.5 * sum(sizes)
 
 
 def test_weights_of_several_ranks_are_one_model(saved_by_all: Path) -> None:

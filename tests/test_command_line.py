@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,13 @@ from trainloop.checkpoint import (
 from trainloop.checkpoint.disk import lock
 from trainloop.checkpoint.disk.lock import FolderLock
 from trainloop.checkpoint.format import layout
-from trainloop.checkpoint.format.layout import manifest_text, parse_manifest
+from trainloop.checkpoint.format.layout import manifest_texts, parse_manifest
 from trainloop.checkpoint.retention import describe_policies, read_policies, to_delete
 from trainloop.checkpoint.tools import survey
 
 from .folders import PREFIX, Quick, contents, flip, once, run, saved, steps_in, truncate
 from .launching import REPOSITORY, environment, launch
+from .tampering import rewrite
 from .workers.checkpoint_store import ABOUT, bits, files_of, folder_of, small
 
 WORKER = REPOSITORY / "tests" / "workers" / "command_line.py"
@@ -214,7 +214,7 @@ def test_every_bad_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     root = saved(tmp_path / "checkpoints", 10, 20)
     shutil.copytree(root, tmp_path / "whole", symlinks=True)
     paths = files_of(folder_of(root, 20))
-    for bad in [*([path] for path in paths), [path for path in paths if path != "manifest.json"]]:
+    for bad in [*([path] for path in paths), [path for path in paths if "/" in path]]:
         for path in bad:
             damage(folder_of(root, 20) / path)
         code, said, _ = run(capsys, "verify", root)
@@ -365,9 +365,7 @@ def test_without_a_policy_the_runs_own_are_asked(tmp_path: Path, capsys: pytest.
     store.save(50, small(50), **ABOUT, retention=[KeepInterval(20), *[KeepSteps([10, 30])]])
     store.close()
     assert steps_in(root) == [10, 20, 30, 40, 50]
-    path = folder_of(root, 50) / "manifest.json"
-    manifest = replace(parse_manifest(path.read_text()), retention=describe_policies([KeepInterval(20)]))
-    path.write_text(manifest_text(manifest))
+    rewrite(folder_of(root, 50), retention=describe_policies([KeepInterval(20)]))
     assert run(capsys, "prune", root, "--yes")[0] == 0
     assert steps_in(root) == [20, 40, 50]
     said = run(capsys, "prune", root, "--keep-steps", "40,7", "--every-seconds", 1e6)[1]
@@ -582,7 +580,7 @@ def test_policies_survive_a_manifest(policies: list[RetentionPolicy]) -> None:
 
     described = describe_policies([*policies, KeepMondays(), Special(1)])
     manifest = Manifest(**vars(info) | {"retention": described}, versions={}, files={}, tensors={})
-    got = parse_manifest(manifest_text(manifest)).retention
+    got = parse_manifest(*manifest_texts(manifest)).retention
     assert got is not None
     special = "test_policies_survive_a_manifest.<locals>.Special"
     assert read_policies(got) == (policies, ["KeepMondays", special])

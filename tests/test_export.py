@@ -18,7 +18,6 @@ from torch import nn
 
 from trainloop.checkpoint import Checkpoint, CheckpointStore, Content, FileSystem
 from trainloop.checkpoint.format.catalog import read_manifest
-from trainloop.checkpoint.format.layout import MANIFEST, manifest_text
 from trainloop.checkpoint.format.tables import Chunk, FileRecord
 from trainloop.checkpoint.format.tensorfile import serialize
 from trainloop.checkpoint.load.reader import RemovedError
@@ -26,6 +25,7 @@ from trainloop.checkpoint.tools import export, pick, sources
 
 from .folders import PREFIX, Quick, contents, flip, once, run, saved, steps_in
 from .launching import environment
+from .tampering import rewrite
 from .workers.checkpoint_store import ABOUT, bits, files_of, folder_of, small
 
 
@@ -276,8 +276,7 @@ def in_parts(root: Path, num_parts: int) -> Path:
             for path, begin, piece in zip(paths, first, split, strict=False)
         ]
         records[name] = dataclasses.replace(manifest.tensors["model"][name], chunks=tuple(chunks))
-    parts = dataclasses.replace(manifest, files=files, tensors={**manifest.tensors, "model": records})
-    (folder / MANIFEST).write_text(manifest_text(parts))
+    rewrite(folder, files=files, tensors={**manifest.tensors, "model": records})
     return root
 
 

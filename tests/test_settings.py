@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook
 from trainloop.checkpoint import Checkpoint
-from trainloop.checkpoint.format.layout import manifest_text
 from trainloop.state.settings import describe_function
 from trainloop.testing.lives import live, path_prefix, read_notes
 
 from .small import SmallTrainer
+from .tampering import rewrite
 from .workers.resume import make_trainer
 
 
@@ -171,11 +171,12 @@ def test_one_table_tells_what_differs_and_what_is_in_force(tmp_path: Path, caplo
 def test_versions_and_commit_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A checkpoint of another torch and another commit."""
     run(tmp_path, 1)
-    path = tmp_path / "checkpoints" / "step_0000001" / "manifest.json"
     manifest = manifest_of(tmp_path, 1)
-    fields = {**vars(manifest), "versions": {**manifest.versions, "torch": "2.0"}}
-    fields["settings"] = {**manifest.settings, "git_commit": "a" * 40, "git_is_dirty": True}
-    path.write_text(manifest_text(type(manifest)(**fields)))
+    rewrite(
+        tmp_path / "checkpoints" / "step_0000001",
+        versions={**manifest.versions, "torch": "2.0"},
+        settings={**manifest.settings, "git_commit": "a" * 40, "git_is_dirty": True},
+    )
     with caplog.at_level("INFO", "trainloop"):
         run(tmp_path, 1)
     assert table_in(caplog.text)["torch"] == ["2.0", torch.__version__, torch.__version__]
@@ -185,9 +186,7 @@ def test_versions_and_commit_are_compared(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_checkpoint_without_settings_still_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As version 0.1 wrote them: no table, no complaint; and the script may win."""
     run(tmp_path, 2, lr_scheduler_=cosine(4))
-    path = tmp_path / "checkpoints" / "step_0000002" / "manifest.json"
-    fields = {**vars(manifest_of(tmp_path, 2)), "settings": {}}
-    path.write_text(manifest_text(type(manifest_of(tmp_path, 2))(**fields)))
+    rewrite(tmp_path / "checkpoints" / "step_0000002", settings={})
     rates: dict[int, float] = {}
     with caplog.at_level("INFO", "trainloop"):
         run(tmp_path, 4, optimizer_=adamw(lr=0.2), lr_scheduler_=cosine(4), on_resume="hyperparameters", rates=rates)

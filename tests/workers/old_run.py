@@ -1,4 +1,5 @@
-"""The run that an older trainloop began and today's must continue. Its checkpoint is in tests/data/format_1/.
+"""The run that an older trainloop began and today's must continue. Its checkpoints are in tests/data/format_1/ and
+format_2/.
 
 Usage, with the older checkout on PYTHONPATH: python old_run.py FOLDER
 It writes a checkpoint, and how the older version continues after it. It uses only names that every version has.

@@ -7,21 +7,22 @@ The life of one save. Step 5 is due; x is a random token, so that two saves neve
 1. every rank, `hooks/checkpointing.py` `CheckpointingHook.save_if_due`: decides that the step is saved.
 2. every rank, `state/saved.py` `content_of`: sorts the live state into weights, shards and nested values.
 3. every rank, `checkpoint/store.py` `CheckpointStore.save`: waits for the save before. (`save_async` returns after
-   line 6, and a thread does the rest.)
+   line 7, and a thread does the rest.)
 4. every rank, `checkpoint/save/saving.py` `Saving.start`: the ranks compare what they are about to save.
 5. rank 0, `checkpoint/disk/fs.py` `FileSystem.make_dir`, if the space suffices. On the disk: `.tmp-step_0000005-x/`,
    empty.
-6. every rank, `checkpoint/save/snapshot.py` `take_snapshot`: copies its part of the tensors to the CPU.
-7. every rank, `checkpoint/save/saving.py` `Saving.finish`, which goes through lines 8 to 11.
-8. every rank, `checkpoint/save/writer.py` `write_draft`: writes and syncs its files. In `.tmp-…/`: `model/`, `optim/`,
+6. every rank, `checkpoint/save/planning.py` `Planner.make`: decides which rank writes what, if that is not known yet.
+7. every rank, `checkpoint/save/snapshot.py` `take_snapshot`: copies its part of the tensors to the CPU.
+8. every rank, `checkpoint/save/saving.py` `Saving.finish`, which goes through lines 9 to 12.
+9. every rank, `checkpoint/save/writer.py` `write_draft`: writes and syncs its files. In `.tmp-…/`: `model/`, `optim/`,
    `state/`. Then the ranks vote (`checkpoint/agreement.py` `Ranks.do`). If one has failed, rank 0 removes `.tmp-…/`,
    and every rank raises the same `CheckpointError`.
-9. rank 0, `checkpoint/save/writer.py` `make_manifest`: checks that the ranks' pieces make up every tensor.
-10. rank 0, `checkpoint/format/layout.py` `manifest_text`. In `.tmp-…/`: `manifest.json`, synced.
-11. rank 0, `checkpoint/disk/housekeeping.py` `publish`: renames. On the disk: `step_0000005/`. This is the commit.
-12. rank 0, `checkpoint/disk/housekeeping.py` `point_latest`. On the disk: the link `latest` names `step_0000005`.
-13. rank 0, `checkpoint/retention.py` `to_delete`: chooses which older checkpoints go. This and line 14 run in a thread.
-14. rank 0, `checkpoint/disk/housekeeping.py` `discard`: renames them to `.trash-step_…-x/`, then removes their files.
+10. rank 0, `checkpoint/save/writer.py` `make_manifest`: checks that all ranks had the same plan.
+11. rank 0, `checkpoint/format/layout.py` `manifest_texts`. In `.tmp-…/`: `tables.json`, then `manifest.json`, synced.
+12. rank 0, `checkpoint/disk/housekeeping.py` `publish`: renames. On the disk: `step_0000005/`. This is the commit.
+13. rank 0, `checkpoint/disk/housekeeping.py` `point_latest`. On the disk: the link `latest` names `step_0000005`.
+14. rank 0, `checkpoint/retention.py` `to_delete`: chooses which older checkpoints go. This and line 15 run in a thread.
+15. rank 0, `checkpoint/disk/housekeeping.py` `discard`: renames them to `.trash-step_…-x/`, then removes their files.
 
 The life of one load, of the latest checkpoint. Only lines 2 to 4 change the disk.
 
@@ -34,7 +35,8 @@ The life of one load, of the latest checkpoint. Only lines 2 to 4 change the dis
 6. every rank, `checkpoint/store.py` `CheckpointStore.resolve`.
 7. every rank, `checkpoint/load/loading.py` `find_latest`: tries one checkpoint after another, until one is whole.
 8. rank 0, `checkpoint/format/catalog.py` `Catalog.latest`: orders them, the newest healthy one first.
-9. every rank, `checkpoint/format/layout.py` `parse_manifest`: checks the text that rank 0 has read and sent to all.
+9. rank 0, `checkpoint/format/catalog.py` `read_texts`: reads and checks the manifest. The others check the texts that
+   rank 0 sends them.
 10. every rank, `checkpoint/format/verification.py` `find_problems`: reads and checks its share of the files.
 11. every rank, `state/training.py` `resume`, which goes through lines 12 to 16; the ranks vote after line 15.
 12. every rank, `state/saved.py` `read_state`, which goes through lines 13 to 15.

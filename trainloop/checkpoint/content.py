@@ -13,10 +13,11 @@ from .format.dtypes import dtype_name
 from .format.nested import RESERVED_NAME
 from .format.tables import STATE, FrozenRecord
 from .format.tensorfile import check_storable
+from .placement import Layout, Layouts
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
-Described: TypeAlias = "dict[str, dict[str, tuple[str, tuple[int, ...], bool]]]"
-"""By group and name: dtype, shape, and whether it is a DTensor."""
+Described: TypeAlias = "dict[str, dict[str, tuple[str, tuple[int, ...], Layout | None]]]"
+"""By group and name: dtype, shape, and of a DTensor how it lies on the ranks."""
 
 
 @dataclass
@@ -50,8 +51,11 @@ class Content:
         """All groups, those of weights first."""
         return {**self.weights, **self.shards}
 
-    def describe(self) -> Described:
+    def describe(self, world_size: int) -> Described:
         """What the ranks must agree on.
+
+        Args:
+            world_size: Number of ranks.
 
         Raises:
             TypeError: A tensor cannot be stored.
@@ -69,8 +73,12 @@ class Content:
                 check_storable(f"{group}/{name}", tensor)
                 if group in self.shards and is_dtensor(tensor):
                     _check_shard(f"{group}/{name}", tensor)
+        layouts = Layouts(world_size)
         return {
-            group: {name: (dtype_name(t.dtype), tuple(t.shape), is_dtensor(t)) for name, t in tensors.items()}
+            group: {
+                name: (dtype_name(t.dtype), tuple(t.shape), layouts.of(t) if is_dtensor(t) else None)
+                for name, t in tensors.items()
+            }
             for group, tensors in self.groups().items()
         }
 

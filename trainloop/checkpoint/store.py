@@ -26,6 +26,7 @@ from .format.verification import VERIFY_LEVELS, Verify
 from .load.loading import find_best, find_explicit, find_latest
 from .load.reader import Checkpoint
 from .retention import RetentionPolicy, describe_policies, to_delete
+from .save.planning import Planner
 from .save.saving import Saving
 from .save.snapshot import Buffers
 
@@ -66,6 +67,7 @@ class CheckpointStore:
         self.clock = clock if clock is not None else Clock()
         self._catalog = Catalog(self.path)
         self._buffers = Buffers()
+        self._planner = Planner()
         self._lock: FolderLock | None = None
         self._is_open = False
         self._damaged: set[Path] = set()
@@ -239,7 +241,7 @@ class CheckpointStore:
             "settings": settings or {},
             "stopped_by": stopped_by,
         }
-        return Saving(self._fs, self._catalog, step, about, self.clock, self._lock)
+        return Saving(self._fs, self._catalog, step, about, self.clock, self._lock, self._planner)
 
     def _finish(self, saving: Saving, ranks: Ranks) -> list[Path]:
         """Returns, on rank 0, what the commit has replaced, to be discarded."""

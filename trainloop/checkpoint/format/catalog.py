@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError
-from .files import open_regular, read_regular
+from .files import check_regular, open_regular, read_regular
 from .foreign import DISTINCT_KINDS, describe_folder, foreign_kind, has_manifest, is_importable
 from .layout import (
     MANIFEST,
     SEAL_BYTES,
+    TABLES,
+    Head,
     Manifest,
     ManifestInfo,
     NewerFormatError,
-    parse_manifest,
+    complete,
+    parse_head,
     parse_step_name,
     seal_of,
     state_file,
@@ -24,20 +27,44 @@ from .layout import (
 from .limits import MAX_JSON_BYTES, MAX_WHOLE
 
 
-def read_manifest_text(folder: Path) -> str:
-    """The text of a checkpoint's manifest, which `parse_manifest` takes.
+def read_head(folder: Path) -> tuple[Head, str]:
+    """What `manifest.json` of a checkpoint says, and its text. Its tables are not looked at.
 
     Raises:
-        CheckpointError: It cannot be read.
+        NewerFormatError: Only a newer trainloop can read it.
+        CheckpointError: It is missing, damaged, or not trainloop's.
     """
+    text = _read_text(folder, MANIFEST)
+    return parse_head(text), text
+
+
+def read_texts(folder: Path) -> tuple[Manifest, tuple[str, str]]:
+    """The manifest of a checkpoint, and the texts that `parse_manifest` takes.
+
+    Raises:
+        NewerFormatError: Only a newer trainloop can read it.
+        CheckpointError: It is missing, damaged, or not trainloop's.
+    """
+    while True:
+        head, text = read_head(folder)
+        try:
+            tables = _read_text(folder, TABLES) if head.tables is not None else ""
+            return complete(head, tables), (text, tables)
+        except CheckpointError:
+            if is_there(folder, head.content["crc32"]):
+                raise
+            # Here the run has saved this step again, or removed it, after the head was read.
+
+
+def _read_text(folder: Path, name: str) -> str:
     try:
-        return read_regular(folder, MANIFEST, MAX_JSON_BYTES).decode()
+        return read_regular(folder, name, MAX_JSON_BYTES).decode()
     except FileNotFoundError as ex:
-        raise CheckpointError(f"{MANIFEST} is missing") from ex
+        raise CheckpointError(f"{name} is missing") from ex
     except UnicodeDecodeError as ex:
-        raise CheckpointError(f"{MANIFEST} is damaged: it is no text") from ex
+        raise CheckpointError(f"{name} is damaged: it is no text") from ex
     except OSError as ex:
-        raise CheckpointError(f"{MANIFEST} cannot be read ({ex.strerror or ex})") from ex
+        raise CheckpointError(f"{name} cannot be read ({ex.strerror or ex})") from ex
 
 
 def is_there(folder: Path, seal: str) -> bool:
@@ -66,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
         NewerFormatError: Only a newer trainloop can read it.
         CheckpointError: It is missing, damaged, or not trainloop's.
     """
-    return parse_manifest(read_manifest_text(folder))
+    return read_texts(folder)[0]
 
 
 def read_own_manifest(folder: Path) -> Manifest:
@@ -90,8 +117,7 @@ def check_own(folder: Path, manifest: Manifest) -> None:
     Raises:
         CheckpointError: The folder has the name of another step, or nested state is missing.
     """
-    if parse_step_name(folder.name) not in (manifest.step, None):
-        raise CheckpointError(f"{MANIFEST} is that of step {manifest.step}")
+    _check_step(folder, manifest)
     # The number first: it may be any, and is counted up to below.
     has_state = manifest.world_size < len(manifest.files) and state_file(None) in manifest.files
     if not has_state or any(state_file(rank) not in manifest.files for rank in range(manifest.world_size)):
@@ -101,9 +127,36 @@ def check_own(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def _check_step(folder: Path, info: ManifestInfo) -> None:
+    if parse_step_name(folder.name) not in (info.step, None):
+        raise CheckpointError(f"{MANIFEST} is that of step {info.step}")
+
+
+def read_own_info(folder: Path) -> ManifestInfo:
+    """What a checkpoint is chosen and kept by. Reads `manifest.json`; of the tables it only looks at the size.
+
+    Raises:
+        NewerFormatError: Only a newer trainloop can read it.
+        CheckpointError: The manifest is missing, damaged, not trainloop's, or that of another step.
+    """
+    head, _ = read_head(folder)
+    if head.tables is None:
+        manifest = complete(head, "")
+        check_own(folder, manifest)
+        return manifest.info()
+    _check_step(folder, head.info)
+    try:
+        num_bytes = check_regular(folder, TABLES)
+    except OSError as ex:
+        raise CheckpointError(f"{TABLES} cannot be read ({ex.strerror or ex})") from ex
+    if num_bytes != head.tables.num_bytes:
+        raise CheckpointError(f"{TABLES} is damaged: it has {num_bytes} bytes instead of {head.tables.num_bytes}")
+    return head.info
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A folder with a step's name: its manifest, or what is wrong with it."""
+    """A folder with a step's name: what its manifest says, or what is wrong with it."""
 
     folder: Path
     info: ManifestInfo | None
@@ -196,9 +249,9 @@ class Catalog:
         if cached is not None and cached[0] == key:
             return Entry(folder, cached[1])
         try:
-            info = read_own_manifest(folder).info()
-        except NewerFormatError:
-            raise
+            info = read_own_info(folder)
+        except NewerFormatError as ex:
+            raise NewerFormatError(f"{folder}: {ex}") from ex
         except CheckpointError as ex:
             return Entry(folder, None, str(ex))
         self._cache[name] = (key, info)

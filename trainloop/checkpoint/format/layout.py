@@ -2,7 +2,8 @@
 
 ```
 step_0001000/                 exists only when it is complete
-  manifest.json               written last
+  manifest.json               written last: what is known of the checkpoint, and the checksum of the tables
+  tables.json                 its files, each with its checksum, and its tensors; not in versions 1 and 2
   model/ ema/                 one folder a group of whole tensors
   optim/                      one folder a group of shards: rank_00000.safetensors ...
   state/                      global.json, rank_00000.json ..., each with a .safetensors beside if it holds tensors
@@ -17,21 +18,37 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ...errors import CheckpointError
-from .checks import finite, mapping, number, shown, text, whole
+from .checks import finite, mapping, number, shown, whole
+from .checks import text as checked_text
 from .limits import MAX_FILES, MAX_JSON_BYTES, MAX_TENSORS
 from .nested import decode, encode, parse_json
-from .tables import STATE, FileRecord, FrozenRecord, TensorRecord, read_files, read_frozen, read_tensors
+from .tables import (
+    STATE,
+    FileRecord,
+    Files,
+    FrozenRecord,
+    TensorTable,
+    read_file_record,
+    read_files,
+    read_frozen,
+    read_tensors,
+    tensors_as_json,
+)
 
 FORMAT = "trainloop checkpoint"
-VERSION = 2
-"""2: nested state has tags for types that version 1 made lists and dicts of."""
+VERSION = 3
+"""2: nested state has tags for types that version 1 made lists and dicts of. 3: files and tensors stand in a file of
+their own, and rules say where the parts of a tensor lie.
+"""
 
 MANIFEST = "manifest.json"
+TABLES = "tables.json"
 LATEST = "latest"
 LOCK = ".lock"
 PEFT = "model/peft.json"
@@ -54,11 +71,6 @@ def parse_step_name(name: str) -> int | None:
     """The step of a folder's name; None: it is not the name of a step."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
-
-
-def shard_file(group: str, rank: int) -> str:
-    """Path of one rank's part of a group of shards."""
-    return f"{group}/rank_{rank:05d}.safetensors"
 
 
 def weight_file(group: str, part: int, num_parts: int) -> str:
@@ -112,7 +124,7 @@ class ManifestInfo:
     metrics: Mapping[str, float]
     """By flat name, "val/loss"."""
     num_bytes: int
-    """Of all files but the manifest."""
+    """Of all files but the manifest and its tables."""
     retention: Sequence[Mapping[str, Any]] | None = field(default=None, kw_only=True)
     """The policies of the run, as `retention.describe_policies` has them. None: it was not written down."""
     stopped_by: str = field(default="", kw_only=True)
@@ -124,9 +136,9 @@ class Manifest(ManifestInfo):
     """All that a checkpoint says of itself."""
 
     versions: Mapping[str, str]
-    files: Mapping[str, FileRecord]
-    """By path in the folder; all but the manifest."""
-    tensors: Mapping[str, Mapping[str, TensorRecord]]
+    files: Files
+    """By path in the folder; all but the manifest and its tables."""
+    tensors: TensorTable
     """By group and name."""
     settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """The settings of the run, by flat name; empty: they were not written down."""
@@ -144,32 +156,50 @@ class NewerFormatError(CheckpointError):
     """The checkpoint is whole, but only a newer trainloop can read it."""
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """The manifest as JSON. Its last entry is the CRC-32 of all text before that entry.
+@dataclass(frozen=True)
+class Head:
+    """What `manifest.json` alone says."""
+
+    info: ManifestInfo
+    content: Mapping[str, Any]
+    """Its JSON."""
+    tables: FileRecord | None
+    """Of `tables.json`; None in versions 1 and 2, where `content` has the tables."""
+
+
+def manifest_texts(manifest: Manifest) -> tuple[str, str]:
+    """A manifest as the texts of `manifest.json` and `tables.json`. The last entry of the first is the CRC-32 of all
+    text before that entry; the CRC-32 of the second stands in the first.
 
     Raises:
-        CheckpointError: It is larger than what `parse_manifest` takes.
+        CheckpointError: They are larger than what `parse_manifest` takes.
     """
+    files = {path: vars(record) for path, record in manifest.files.items()}
+    frozen = {name: vars(record) for name, record in manifest.frozen.items()}
+    tables = _lines({"files": files, "tensors": tensors_as_json(manifest.tensors), "frozen": frozen}, 3) + "\n"
+    raw = tables.encode()
     content = {"format": FORMAT, "version": VERSION, **vars(manifest)}
-    del content["seal"]
+    for name in ("seal", "files", "tensors", "frozen"):
+        del content[name]
     content["metrics"], _ = encode(dict(manifest.metrics))
     content["retention"], _ = encode(manifest.retention)
     content["settings"], _ = encode(dict(manifest.settings))
-    written = _sealed(_lines(content, 3).removesuffix("\n}") + ",\n ")
+    content["tables"] = {"num_bytes": len(raw), "crc32": zlib.crc32(raw)}
+    written = _sealed(_lines(content, 2).removesuffix("\n}") + ",\n ")
     num_tensors = sum(map(len, manifest.tensors.values())) + len(manifest.frozen)
-    for what, found, most in (
-        ("bytes", len(written), MAX_JSON_BYTES),
-        ("files", len(manifest.files), MAX_FILES),
-        ("tensors", num_tensors, MAX_TENSORS),
+    for file, what, found, most in (
+        (MANIFEST, "bytes", len(written), MAX_JSON_BYTES),
+        (TABLES, "bytes", len(raw), MAX_JSON_BYTES),
+        (TABLES, "files", len(manifest.files), MAX_FILES),
+        (TABLES, "tensors", num_tensors, MAX_TENSORS),
     ):
         if found > most:
-            raise CheckpointError(f"{MANIFEST} would have {found} {what}, but can have {most} at most")
-    return written
+            raise CheckpointError(f"{file} would have {found} {what}, but can have {most} at most")
+    return written, tables
 
 
-def parse_manifest(text: str) -> Manifest:
-    """The inverse of `manifest_text`. Whoever wrote it: what is returned has the right types, names only files inside
-    the checkpoint, and its chunks make up the tensors.
+def parse_head(text: str) -> Head:
+    """What the text of `manifest.json` says. Whoever wrote it: what is returned has the right types.
 
     Raises:
         NewerFormatError: It is a manifest, of a later version than ours.
@@ -183,17 +213,67 @@ def parse_manifest(text: str) -> Manifest:
         raise CheckpointError(f'{MANIFEST} is not one of trainloop\'s: it has no `"format": "{FORMAT}"`')
     if text != _sealed(text[: text.rfind(_SEAL)]):
         raise CheckpointError(f"{MANIFEST} is damaged: its text is not what was written (CRC-32 differs)")
-    try:
+    with _damage_of(MANIFEST):
         if whole("version", content["version"], 1) > VERSION:
             raise NewerFormatError(
                 f"{MANIFEST} has version {content['version']} of the format, but this trainloop reads versions up to"
                 f" {VERSION}; it was written with {shown(content.get('versions'))}. Update trainloop to read it"
             )
-        return _manifest(content)
+        tables = read_file_record("tables", content["tables"]) if content["version"] > 2 else None
+        return Head(_info(content), content, tables)
+
+
+def parse_manifest(text: str, tables: str) -> Manifest:
+    """The inverse of `manifest_texts`. Whoever wrote them: what is returned has the right types, names only files
+    inside the checkpoint, and the parts make up the tensors.
+
+    Args:
+        text: Of `manifest.json`.
+        tables: Of `tables.json`; versions 1 and 2 have none.
+
+    Raises:
+        NewerFormatError: It is a manifest, of a later version than ours.
+        CheckpointError: It is none, or not as it was written, or not possible.
+    """
+    return complete(parse_head(text), tables)
+
+
+def complete(head: Head, tables: str) -> Manifest:
+    """All that a checkpoint says of itself; see `parse_manifest`."""
+    content, source, in_tables = head.content, MANIFEST, head.content
+    if head.tables is not None:
+        source, raw = TABLES, tables.encode()
+        if len(raw) != head.tables.num_bytes:
+            raise CheckpointError(f"{TABLES} is damaged: it has {len(raw)} bytes instead of {head.tables.num_bytes}")
+        if zlib.crc32(raw) != head.tables.crc32:
+            raise CheckpointError(f"{TABLES} is damaged: its text is not what was written (CRC-32 differs)")
+        with _damage_of(TABLES):
+            in_tables = mapping("tables", parse_json(tables), 3)
+    with _damage_of(source):
+        files = read_files(in_tables["files"])
+        tensors = read_tensors(in_tables["tensors"], files, content["version"])
+        frozen = read_frozen(in_tables.get("frozen", {}), tensors)
+    with _damage_of(MANIFEST):
+        return Manifest(
+            **vars(head.info),
+            versions={n: checked_text(n, v) for n, v in mapping("versions", content["versions"], MAX_FILES).items()},
+            files=files,
+            tensors=tensors,
+            frozen=frozen,
+            settings=mapping("settings", decode(content.get("settings", {}), {}), MAX_TENSORS),
+            seal=content["crc32"],
+        )
+
+
+@contextmanager
+def _damage_of(file: str) -> Iterator[None]:
+    """What goes wrong with JSON that nobody can have written is damage."""
+    try:
+        yield
     except KeyError as ex:
-        raise CheckpointError(f"{MANIFEST} is damaged: it has no {ex}") from ex
+        raise CheckpointError(f"{file} is damaged: it has no {ex}") from ex
     except (ArithmeticError, IndexError, TypeError, ValueError) as ex:
-        raise CheckpointError(f"{MANIFEST} is damaged: {ex}") from ex
+        raise CheckpointError(f"{file} is damaged: {ex}") from ex
 
 
 def seal_of(end: bytes) -> str:
@@ -205,7 +285,7 @@ def seal_of(end: bytes) -> str:
 def _lines(value: Any, depth: int, indent: str = "\n ") -> str:
     """JSON with a line for each entry of the outer objects, so that there is a line for each file and each tensor."""
     if not isinstance(value, dict) or not value or not depth:
-        return json.dumps(value, allow_nan=False, default=vars)
+        return json.dumps(value, allow_nan=False)
     entries = (f"{indent}{json.dumps(key)}: {_lines(item, depth - 1, indent + ' ')}" for key, item in value.items())
     return f"{{{','.join(entries)}{indent[:-1]}}}"
 
@@ -217,27 +297,19 @@ def _sealed(body: str) -> str:
 # ---------------------------------------------------------------------- reading, with suspicion
 
 
-def _manifest(content: dict[str, Any]) -> Manifest:
+def _info(content: Mapping[str, Any]) -> ManifestInfo:
     metrics = mapping("metrics", decode(content["metrics"], {}), MAX_TENSORS)
-    files = read_files(content["files"])
-    tensors = read_tensors(content["tensors"], files)
-    return Manifest(
+    return ManifestInfo(
         step=whole("step", content["step"]),
         seq=whole("seq", content["seq"]),
-        run_id=text("run_id", content["run_id"]),
+        run_id=checked_text("run_id", content["run_id"]),
         time=finite("time", content["time"]),
         world_size=whole("world_size", content["world_size"], 1),
         health=_flag("health", content["health"]),
-        metrics={text("metrics", name): number(name, value) for name, value in metrics.items()},
+        metrics={checked_text("metrics", name): number(name, value) for name, value in metrics.items()},
         num_bytes=whole("num_bytes", content["num_bytes"]),
         retention=_retention(decode(content.get("retention"), {})),
-        versions={n: text(n, v) for n, v in mapping("versions", content["versions"], MAX_FILES).items()},
-        files=files,
-        tensors=tensors,
-        frozen=read_frozen(content.get("frozen", {}), tensors),
-        settings=mapping("settings", decode(content.get("settings", {}), {}), MAX_TENSORS),
-        stopped_by=text("stopped_by", content.get("stopped_by", "")),
-        seal=content["crc32"],
+        stopped_by=checked_text("stopped_by", content.get("stopped_by", "")),
     )
 
 

@@ -17,6 +17,7 @@ from .files import check_regular, open_regular, read_regular
 from .layout import Manifest, tensors_beside
 from .limits import MAX_JSON_BYTES
 from .nested import decode, parse_json
+from .rules import parse_shard_file
 from .tables import STATE, Chunk, FileRecord, TensorRecord
 from .tensorfile import TensorFile, open_tensors
 
@@ -43,7 +44,7 @@ def find_problems(folder: Path, manifest: Manifest, paths: Collection[str], veri
         return []
     stored: Stored = {}
     if verify == "full":
-        stored = stored_in(record for tensors in manifest.tensors.values() for record in tensors.values())
+        stored = stored_in(paths, *manifest.tensors.values())
 
     def look(path: str) -> str:
         try:
@@ -66,12 +67,28 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
     return not find_problems(folder, manifest, manifest.files, "size")
 
 
-def stored_in(records: Iterable[TensorRecord]) -> Stored:
-    """What the files that hold these tensors must hold."""
-    stored: dict[str, list[tuple[str, Chunk]]] = defaultdict(list)
-    for record in records:
-        for chunk in record.chunks if record.alias_of is None else ():
-            stored[chunk.file].append((record.dtype, chunk))
+def stored_in(paths: Iterable[str], *tables: Mapping[str, TensorRecord]) -> Stored:
+    """What files must hold of tensors.
+
+    Args:
+        paths: The files.
+        *tables: The tensors of some groups, by name.
+    """
+    stored: dict[str, list[tuple[str, Chunk]]] = {path: [] for path in paths}
+    by_group: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for path in stored:
+        if (found := parse_shard_file(path)) is not None:
+            by_group[found[0]].append((path, found[1]))
+    for records in tables:
+        for record in records.values():
+            if record.alias_of is not None:
+                continue
+            for chunk in record.chunks:
+                if chunk.file in stored:
+                    stored[chunk.file].append((record.dtype, chunk))
+            for path, rank in by_group[record.ruled.group] if record.ruled is not None else ():
+                if (part := record.part_of(rank)) is not None:
+                    stored[path].append((record.dtype, part))
     return stored
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ..agreement import Ranks
 from ..best import Best, choose_best
-from ..format.catalog import Catalog, Entry, check_own, is_there, read_manifest_text
+from ..format.catalog import Catalog, Entry, check_own, is_there, read_texts
 from ..format.layout import LATEST, Manifest, NewerFormatError, parse_manifest, step_name
 from ..format.verification import Verify, find_problems
 from ..sharding import split_by_bytes
@@ -142,21 +142,23 @@ class _Tried:
 
 def _try(folder: Path, verify: Verify, ranks: Ranks) -> _Tried:
     """Read a checkpoint's manifest and verify its files. Call on every rank."""
+    own: list[Manifest] = []
 
-    def read(_: Any) -> tuple[str, str, bool]:
+    def read(_: Any) -> tuple[tuple[str, str], str, bool]:
         try:
-            text = read_manifest_text(folder)
-            check_own(folder, parse_manifest(text))
-            return text, "", False
+            manifest, texts = read_texts(folder)
+            check_own(folder, manifest)
+            own.append(manifest)
+            return texts, "", False
         except NewerFormatError:
             raise
         except CheckpointError as ex:
-            return "", str(ex), not folder.exists()
+            return ("", ""), str(ex), not folder.exists()
 
-    text, problem, is_gone = ranks.do(_nothing, read, f"{folder} cannot be loaded")
+    texts, problem, is_gone = ranks.do(_nothing, read, f"{folder} cannot be loaded")
     if problem:
         return _Tried(None, problem, is_gone)
-    manifest = parse_manifest(text)  # rank 0's text, so that no rank sees another checkpoint
+    manifest = own[0] if own else parse_manifest(*texts)  # rank 0's text, so that no rank sees another checkpoint
     paths = list(manifest.files)
     parts = split_by_bytes([manifest.files[path].num_bytes for path in paths], ranks.world_size)
     mine = [path for path, part in zip(paths, parts, strict=True) if part == ranks.rank]

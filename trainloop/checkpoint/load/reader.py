@@ -19,7 +19,7 @@ from ..format.layout import Manifest, state_file
 from ..format.tables import TensorRecord
 from ..format.tensorfile import open_tensors
 from ..format.verification import Verify, check_stored, find_problems, read_state, stored_in
-from ..sharding import local_box, local_tensor
+from ..sharding import Boxes, local_tensor
 
 _NUM_TOLD = 5  # names in an error
 _Read = tuple[str, Box, torch.Tensor]
@@ -99,14 +99,15 @@ class Checkpoint:
         records = self.records(group)
         self._check(group, records, targets)
         reads: dict[str, list[_Read]] = defaultdict(list)
+        boxes = Boxes()
         for name, target in targets.items():
-            local, box = local_tensor(target), local_box(target)
-            for chunk in records[name].chunks:
+            local, box = local_tensor(target), boxes.of(target)
+            for chunk in records[name].parts_in(box):
                 wanted = overlap((chunk.offset, chunk.shape), box)
                 if wanted is not None:
                     begin = tuple(b - o for b, o in zip(wanted[0], chunk.offset, strict=True))
                     reads[chunk.file].append((chunk.key, (begin, wanted[1]), local[slices(wanted, box[0])]))
-        stored = stored_in(records.values())
+        stored = stored_in(reads, records)
         try:
             for path in reads:
                 with open_tensors(self.folder, path) as file:

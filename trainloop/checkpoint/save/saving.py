@@ -18,20 +18,24 @@ from typing import Any, TypeAlias
 from ...errors import CheckpointError
 from ..agreement import Ranks
 from ..clock import Clock
-from ..content import Content, Described
+from ..content import Content
 from ..disk.fs import FileSystem
 from ..disk.housekeeping import publish, temporary_folder
 from ..disk.lock import FolderLock
 from ..format.catalog import Catalog
 from ..format.checks import is_inner_path
-from ..format.layout import MANIFEST, manifest_text, parse_manifest
+from ..format.layout import MANIFEST, TABLES, manifest_texts, parse_manifest
 from ..sharding import find_aliases
+from .plan import Plan
+from .planning import Planner
 from .replicas import Checksums, check_replicas, digests, do_agree, replica_checksums
 from .snapshot import Buffers, Draft, Output, State, take_snapshot
 from .writer import NUM_TOLD, Written, library_versions, make_manifest, write_draft, write_file
 
-_Begun: TypeAlias = "tuple[str, int, dict[str, dict[str, str]]]"
-"""Token, number of the commit, aliases."""
+_Begun: TypeAlias = "tuple[str, int, dict[str, dict[str, str]], list[tuple[str, str]]]"
+"""Token, number of the commit, aliases, and the tensors that no rule can describe."""
+_Prepared: TypeAlias = "tuple[int, dict[Any, bytes], int, list[tuple[str, str]]]"
+"""Digests of the tensors' descriptions and of replicas, bytes of nested state, and the tensors that are irregular."""
 _SPARE_BYTES = 2**20
 """What manifest and folders take, about."""
 
@@ -52,6 +56,7 @@ class Saving:
         about: Mapping[str, Any],
         clock: Clock,
         lock: FolderLock | None,
+        planner: Planner,
     ) -> None:
         """
         Args:
@@ -61,8 +66,10 @@ class Saving:
             about: Fields of the manifest that the caller knows.
             clock: Gives the commit its time.
             lock: Of the folder; rank 0 has it.
+            planner: Has the plan of the save before.
         """
         self._fs, self._catalog, self._about, self._clock, self._lock = fs, catalog, dict(about), clock, lock
+        self._planner, self._plan = planner, Plan({}, {}, [], 0)
         self.step, self.token = step, ""
         self.failure = f"The checkpoint of step {step} was not saved, earlier ones are untouched"
 
@@ -79,41 +86,43 @@ class Saving:
         Raises:
             CheckpointError: On every rank: it cannot be saved, and nothing was written.
         """
-        self._described: Described = {}
         self._about["frozen"] = content.frozen
         state: State | None = None
-
         values: Checksums = {}
 
-        def prepare() -> tuple[int, dict[Any, bytes], int]:
+        def prepare() -> _Prepared:
             nonlocal state, values
             state = State(content, ranks.rank)
-            self._described = content.describe()
+            self._planner.look_at(content)
             values = replica_checksums(content, ranks.world_size)
-            return zlib.crc32(repr(self._described).encode()), digests(values), state.num_bytes()
+            return self._planner.digest, digests(values), state.num_bytes(), self._planner.irregular
 
-        def begin(prepared: list[tuple[int, dict[Any, bytes], int]]) -> _Begun | None:
+        def begin(prepared: list[_Prepared]) -> _Begun | None:
             self._check_lock()
-            if len({described for described, _, _ in prepared}) > 1 or not do_agree(own for _, own, _ in prepared):
+            if len({digest for digest, *_ in prepared}) > 1 or not do_agree(own for _, own, *_ in prepared):
                 return None
             aliases = {group: find_aliases(tensors) for group, tensors in content.groups().items()}
-            self._look_for_space(content.num_bytes(aliases) + sum(num_bytes for *_, num_bytes in prepared))
+            self._look_for_space(content.num_bytes(aliases) + sum(num_bytes for *_, num_bytes, _ in prepared))
             token = secrets.token_hex(4)
             self._fs.make_dir(temporary_folder(self._catalog.root, self.step, token))
             for info in self._catalog.infos():
                 self._clock.go_to(info.time)
-            return token, self._catalog.next_seq(), aliases
+            irregular = {tensor for *_, tensors in prepared for tensor in tensors}
+            return token, self._catalog.next_seq(), aliases, sorted(irregular)
 
         begun = ranks.do(prepare, begin, self.failure)
         if begun is None:  # only now every rank sends its list
-            each = [(group, *item) for group, tensors in self._described.items() for item in tensors.items()]
-            described = [zlib.crc32(repr(item).encode()) for item in each]
-            ranks.do(lambda: (described, values), self._tell_difference, self.failure)
+            described = self._planner.described
+            each = [(group, *item) for group, tensors in described.items() for item in tensors.items()]
+            sums = [zlib.crc32(repr(item).encode()) for item in each]
+            ranks.do(lambda: (sums, values), self._tell_difference, self.failure)
         assert begun is not None, "the difference was told"
         assert state is not None
-        self.token, self._seq, self._aliases = begun
+        self.token, self._seq, aliases, irregular = begun
         try:
-            self._draft = take_snapshot(content, state, self._aliases, buffers, ranks.rank, ranks.world_size, copy)
+            self._planner.make(content, aliases, irregular)
+            self._plan = self._planner.plan
+            self._draft = take_snapshot(content, state, self._planner, buffers, ranks.rank, copy)
             if ranks.rank == 0:
                 _add_extra(self._draft, extra)
         except Exception as ex:
@@ -135,8 +144,7 @@ class Saving:
         def commit(written: list[Written]) -> None:
             self._check_lock()  # the writing may have taken minutes
             manifest = make_manifest(
-                self._described,
-                self._aliases,
+                self._plan,
                 written,
                 **self._about,
                 step=self.step,
@@ -145,8 +153,9 @@ class Saving:
                 world_size=ranks.world_size,
                 versions=library_versions(),
             )
-            text = manifest_text(manifest)
-            parse_manifest(text)  # whatever a reader would not accept must not be committed
+            text, tables = manifest_texts(manifest)
+            parse_manifest(text, tables)  # whatever a reader would not accept must not be committed
+            write_file(self._fs, temporary / TABLES, [tables.encode()])
             write_file(self._fs, temporary / MANIFEST, [text.encode()])
             self._fs.sync_dir(temporary)
             replaced.extend(publish(self._fs, temporary, self.step, self.token))
@@ -179,7 +188,7 @@ class Saving:
         hang, and those that each has a copy of must be equal.
         """
         checksums = [described for described, _ in by_rank]
-        own = [f"{group}/{name}" for group, tensors in self._described.items() for name in tensors]
+        own = [f"{group}/{name}" for group, tensors in self._planner.described.items() for name in tensors]
         for rank, other in enumerate(checksums):
             if other != checksums[0]:
                 pairs = enumerate(zip(checksums[0], other, strict=False))
@@ -203,6 +212,6 @@ class Saving:
 
 def _add_extra(draft: Draft, extra: Mapping[str, str]) -> None:
     for path, text in extra.items():
-        if path in draft.outputs or path == MANIFEST or not is_inner_path(path):
+        if path in draft.outputs or path in (MANIFEST, TABLES) or not is_inner_path(path):
             raise ValueError(f"`extra` must have free paths inside the checkpoint, but has {path}.")
         draft.outputs[path] = Output(text=text.encode())

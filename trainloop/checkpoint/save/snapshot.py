@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from ..content import Content, is_dtensor
-from ..format.layout import shard_file, state_file, tensors_beside, weight_file, weight_index, weight_index_file
+from ..format.layout import state_file, tensors_beside, weight_index, weight_index_file
 from ..format.limits import MAX_JSON_BYTES
 from ..format.nested import Json, encode
+from ..format.rules import shard_file
 from ..format.tables import STATE, Chunk
 from ..format.tensorfile import check_storable
-from ..sharding import is_first_replica, local_box, local_tensor, split_by_bytes
-
-Aliases: TypeAlias = Mapping[str, Mapping[str, str]]
-"""By group: the name of a tensor that is stored under another name, and that name."""
+from ..sharding import local_tensor
+from .planning import Planner
 
 
 @dataclass
@@ -36,7 +35,9 @@ class Draft:
     outputs: dict[str, Output] = field(default_factory=dict)
     """By path inside the checkpoint."""
     chunks: dict[str, dict[str, Chunk]] = field(default_factory=dict)
-    """By group and name: where the rank writes what it has of the tensor."""
+    """By group and name: what the rank writes of tensors for which there is no rule."""
+    plan: int = 0
+    """Digest of the plan by which it was made."""
     must_be_finite: dict[str, torch.Tensor] = field(default_factory=dict)
     """What this rank writes of those tensors, by full name."""
     wait_for_copies: Callable[[], None] = lambda: None
@@ -137,21 +138,18 @@ class State:
 
 
 @torch.no_grad()
-def take_snapshot(
-    content: Content, state: State, aliases: Aliases, buffers: Buffers, rank: int, world_size: int, copy: bool
-) -> Draft:
+def take_snapshot(content: Content, state: State, planner: Planner, buffers: Buffers, rank: int, copy: bool) -> Draft:
     """Make the draft of this rank. Call on every rank: DTensors among the weights are gathered, one at a time.
 
     Args:
         content: What is saved.
         state: Its nested state.
-        aliases: Tensors that need not be stored, the same on each rank.
+        planner: Has the plan for it.
         buffers: Hold the copies.
         rank: This rank.
-        world_size: Number of ranks.
         copy: Whether the live tensors may change before the draft is written.
     """
-    draft = Draft()
+    draft = Draft(plan=planner.plan.digest)
     buffers.start()
 
     def hold(path: str, name: str, tensor: torch.Tensor, full_name: str) -> None:
@@ -165,33 +163,34 @@ def take_snapshot(
             except Exception as ex:
                 draft.error = ex
 
+    plan = planner.plan
     for group, tensors in content.weights.items():
-        parts = _parts(tensors, aliases[group], world_size, content.of_rank_zero)
-        num_files = max(parts.values(), default=0) + 1
-        files = {name: weight_file(group, part, num_files) for name, part in parts.items()}
-        chunks = draft.chunks.setdefault(group, {})
+        files = {name: r.chunks[0].file for name, r in plan.tensors[group].items() if r.alias_of is None}
         for name, path in files.items():
             tensor = tensors[name].detach()
             # Gathering is a collective: it goes on when this rank has failed.
             whole = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-            if parts[name] == rank:
+            if plan.weights[group][name] == rank:
                 hold(path, name, whole, f"{group}/{name}")
-                chunks[name] = Chunk(path, name, (0,) * whole.dim(), tuple(whole.shape))
         if rank == 0 and len(set(files.values())) > 1:
             sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in files}
             draft.outputs[weight_index_file(group)] = Output(text=weight_index(files, sizes).encode())
 
     for group, tensors in content.shards.items():
-        path = shard_file(group, rank)
-        parts = _parts({n: t for n, t in tensors.items() if not is_dtensor(t)}, aliases[group], world_size)
+        if plan.is_cut(group):
+            draft.outputs[shard_file(group, rank)] = Output()
         chunks = draft.chunks.setdefault(group, {})
-        for name, tensor in tensors.items():
-            is_mine = parts[name] == rank if name in parts else is_dtensor(tensor) and is_first_replica(tensor)
-            if is_mine and name not in aliases[group]:
-                offset, shape = local_box(tensor)
-                if 0 not in shape:
-                    hold(path, name, local_tensor(tensor), f"{group}/{name}")
-                    chunks[name] = Chunk(path, name, offset, shape)
+        for piece in planner.pieces[group]:
+            local = local_tensor(tensors[piece.name])
+            part = local if piece.index is None else local[piece.index]
+            hold(piece.chunk.file, piece.name, part, f"{group}/{piece.name}")
+            if tuple(part.shape) != piece.chunk.shape:
+                draft.error = draft.error or ValueError(
+                    f"{group}/{piece.name} has the shape {list(part.shape)} on rank {rank}, but its placements say"
+                    f" {list(piece.chunk.shape)}."
+                )
+            if not plan.tensors[group][piece.name].chunks and plan.tensors[group][piece.name].ruled is None:
+                chunks[piece.name] = piece.chunk
 
     for path, (value, state_tensors) in state.files.items():
         text = json.dumps(value, allow_nan=False).encode()
@@ -208,14 +207,3 @@ def take_snapshot(
     except Exception as ex:
         draft.error = draft.error or ex
     return draft
-
-
-def _parts(
-    tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], num_parts: int, of_rank_zero: Collection[str] = ()
-) -> dict[str, int]:
-    """Which part each stored tensor goes to; part r is written by rank r."""
-    names = [name for name in tensors if name not in aliases]
-    shared = [name for name in names if name not in of_rank_zero]
-    sizes = [tensors[name].numel() * tensors[name].element_size() for name in shared]
-    parts = dict(zip(shared, split_by_bytes(sizes, num_parts), strict=True))
-    return {name: parts.get(name, 0) for name in names}

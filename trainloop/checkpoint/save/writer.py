@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
 from ...version import DISTRIBUTION, __version__
-from ..content import Described
 from ..disk.fs import FileSystem
 from ..format.boxes import are_exact_cover
 from ..format.integrity import BackgroundCrc32, Buffer, is_finite
 from ..format.layout import Manifest
 from ..format.tables import Chunk, FileRecord, TensorRecord
 from ..format.tensorfile import serialize
-from .snapshot import Aliases, Draft
+from .plan import Plan
+from .snapshot import Draft
 
 NUM_TOLD = 5
 """How many tensors a message names."""
@@ -32,6 +32,9 @@ class Written:
 
     files: dict[str, FileRecord]
     chunks: dict[str, dict[str, Chunk]]
+    """Of tensors for which there is no rule."""
+    plan: int
+    """Digest of the plan by which it was written."""
     non_finite: list[str]
     """Names of the tensors that had to be finite and are not; the first few."""
 
@@ -59,7 +62,7 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
         fs.sync_path(folder / path)
     for parent in parents:
         fs.sync_dir(parent)
-    return Written(files, draft.chunks, non_finite[:NUM_TOLD])
+    return Written(files, draft.chunks, draft.plan, non_finite[:NUM_TOLD])
 
 
 def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool = True) -> FileRecord:
@@ -75,51 +78,53 @@ def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool
     return FileRecord(sum(map(len, buffers)), crc32)
 
 
-def make_manifest(
-    described: Described, aliases: Aliases, written: Sequence[Written], *, versions: Mapping[str, str], **fields: Any
-) -> Manifest:
-    """Describe a checkpoint that all ranks have written.
+def make_manifest(plan: Plan, written: Sequence[Written], *, versions: Mapping[str, str], **fields: Any) -> Manifest:
+    """Describe a checkpoint that all ranks have written. Each rank has checked its parts against the plan, so nothing
+    is looked at here for each part.
 
     Args:
-        described: What was saved.
-        aliases: Tensors that were stored under another name.
+        plan: Who was to write what.
         written: By rank.
         versions: Of the libraries.
         **fields: What else a `Manifest` has, besides health and the tables.
 
     Raises:
-        CheckpointError: A file was written by two ranks, or a tensor not by exactly one of them.
+        CheckpointError: The ranks had different plans, a file was written by two ranks, or a tensor not by exactly one
+            of them.
     """
     files: dict[str, FileRecord] = {}
     for rank, part in enumerate(written):
+        if part.plan != plan.digest:
+            raise CheckpointError(f"rank {rank} has written by another plan than rank 0")
         if twice := files.keys() & part.files.keys():
             raise CheckpointError(f"{min(twice)} was written by rank {rank} and by one before it")
         files |= part.files
-    tensors: dict[str, dict[str, TensorRecord]] = {group: {} for group in described}
-    for group, name, dtype, shape in _flat(described):
-        kept = aliases[group].get(name)
-        stored = kept or name
-        chunks = tuple(part.chunks[group][stored] for part in written if stored in part.chunks[group])
-        if not are_exact_cover([(chunk.offset, chunk.shape) for chunk in chunks], shape):
-            boxes = ", ".join(f"{list(chunk.shape)} at {list(chunk.offset)}" for chunk in chunks[:5])
-            raise CheckpointError(
-                f"what the ranks hold of {group}/{name} does not make up its shape {list(shape)}: {boxes or 'nothing'}"
-            )
-        tensors[group][name] = TensorRecord(dtype, shape, chunks, kept)
     return Manifest(
         **fields,
         health=not any(part.non_finite for part in written),
         num_bytes=sum(record.num_bytes for record in files.values()),
         versions=versions,
         files=files,
-        tensors=tensors,
+        tensors={
+            group: {name: _complete(group, name, record, written) for name, record in records.items()}
+            for group, records in plan.tensors.items()
+        },
     )
 
 
-def _flat(described: Described) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    for group, tensors in described.items():
-        for name, (dtype, shape, _) in tensors.items():
-            yield group, name, dtype, shape
+def _complete(group: str, name: str, record: TensorRecord, written: Sequence[Written]) -> TensorRecord:
+    """A tensor with its parts; those that no rule says are the ones that the ranks have told."""
+    if record.ruled is not None or record.chunks:
+        return record
+    stored = record.alias_of or name
+    chunks = tuple(part.chunks[group][stored] for part in written if stored in part.chunks[group])
+    if not are_exact_cover([(chunk.offset, chunk.shape) for chunk in chunks], record.shape):
+        boxes = ", ".join(f"{list(chunk.shape)} at {list(chunk.offset)}" for chunk in chunks[:5])
+        raise CheckpointError(
+            f"what the ranks hold of {group}/{name} does not make up its shape {list(record.shape)}:"
+            f" {boxes or 'nothing'}"
+        )
+    return replace(record, chunks=chunks)
 
 
 @functools.cache

@@ -67,7 +67,7 @@ class Exported:
 def needed_files(manifest: Manifest, group: str) -> dict[str, FileRecord]:
     """The files that an export of a group reads."""
     records = manifest.tensors.get(group, {}).values()
-    paths = {_SAVED_CONFIG, *(chunk.file for record in records for chunk in record.chunks)}
+    paths = {_SAVED_CONFIG, *(part.file for record in records for part in record.parts())}
     return {path: record for path, record in manifest.files.items() if path in paths}
 
 
@@ -272,7 +272,7 @@ def _pieces(record: TensorRecord, sources: Sources) -> Iterator[torch.Tensor]:
     for first in range(0, shape[0], num_rows):
         box = ((first, *(0 for _ in shape[1:])), (min(num_rows, shape[0] - first), *shape[1:]))
         piece = torch.empty(box[1], dtype=dtype)
-        for chunk in record.chunks:
+        for chunk in record.parts_in(box if record.shape else ((), ())):
             stored = (chunk.offset or (0,), chunk.shape or (1,))
             wanted = overlap(stored, box)
             if wanted is not None:

@@ -34,7 +34,8 @@ class Sources:
         self._open: dict[str, BufferedReader] = {}
         self._files: dict[str, TensorFile] = {}
         try:
-            for path, stored in sorted(stored_in(records.values()).items()):
+            paths = {part.file for record in records.values() for part in record.parts()}
+            for path, stored in sorted(stored_in(paths, records).items()):
                 self._files[path] = TensorFile(self._opened(path), path)
                 check_stored(self._files[path], stored)
         except CheckpointError:
