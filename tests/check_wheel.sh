@@ -26,9 +26,13 @@ assert trainloop.__version__ == importlib.metadata.version("trainloop-accelerate
 for name in trainloop.__all__:
     getattr(trainloop, name)
 files = importlib.metadata.files("trainloop-accelerate")
-others = {file.parts[0] for file in files if not file.parts[0].endswith(".dist-info")} - {"trainloop"}
+script = pathlib.Path(sys.argv[1], "bin", "trainloop").resolve()
+others = {file.parts[0] for file in files if not file.parts[0].endswith(".dist-info") and file.locate().resolve() != script}
+others -= {"trainloop"}
 assert not others, f"the wheel installs {sorted(others)} beside the package"
 heavy = {"wandb", "PIL", "tensorboard", "torch.distributed.checkpoint"} & sys.modules.keys()
 assert not heavy, f"`import trainloop` loads {sorted(heavy)}"
+assert script.is_file(), "the console script is missing"
 print("wheel", importlib.metadata.version("trainloop-accelerate"), "imports from outside the repository")
 PY
+"$work/venv/bin/trainloop" > /dev/null

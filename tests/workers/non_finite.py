@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainloop import BaseHook, BaseTrainer, NonFiniteGradientError
+from trainloop.data import per_rank
 
 STEPS = 5
 BAD_STEP = 3
@@ -191,7 +192,9 @@ class HopelessTrainer(Trainer):
         batch = (torch.ones(BATCH, 6), torch.zeros(BATCH, dtype=torch.int64))
         if self.data == "map":
             return super().build_data_loader()
-        return Batches(batch, None if self.data == "endless" else 5 + 2 * (world - rank))
+        if self.data == "endless":
+            return Batches(batch, None)
+        return per_rank(Batches(batch, 5 + 2 * (world - rank)))
 
     def forward(self, batch: Any) -> Any:
         loss, records = super().forward(batch)
