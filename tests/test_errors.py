@@ -75,7 +75,7 @@ OTHER = nn.Linear(2, 2)
 CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # arguments
     (build(max_steps=-1), ValueError, "`max_steps` must be at least 0, but is -1."),
-    (build(max_steps=1.5), TypeError, "`max_steps` must be an integer, but is 1.5 (float)."),
+    (build(max_steps=1.5), TypeError, "`max_steps` must be an integer or None, but is 1.5 (float)."),
     (build(grad_clip=0), ValueError, "`grad_clip` must be positive and finite, but is 0. None turns clipping off."),
     (build(grad_clip="1"), TypeError, "`grad_clip` must be a number or None, but is '1' (str)."),
     (build(max_non_finite_grad_retries=-1), ValueError, "`max_non_finite_grad_retries` must be at least 0, but is -1."),
@@ -92,7 +92,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (build(device="gpu"), ValueError, "`device`"),
     (build(state_dict_options={}), TypeError, "`state_dict_options`"),
     (lambda: ProgressHook(interval=0), ValueError, "`interval` must be at least 1, but is 0."),
-    (lambda: LoggingHook(interval="5"), TypeError, "`interval` must be an integer, but is '5' (str)."),
+    (lambda: LoggingHook(interval="5"), ValueError, "`interval` must be a number of steps or"),
     (
         lambda: ProgressHook(eta_warmup=-1),
         ValueError,

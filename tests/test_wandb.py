@@ -356,6 +356,7 @@ def test_the_config_is_the_trainers_or_a_file_or_a_mapping(tmp_path: Path) -> No
     launch = config.pop("launch")
     assert config == {
         "max_steps": 6,
+        "max_epochs": None,
         "grad_clip": 2.0,
         "max_non_finite_grad_retries": None,
         "mixed_precision": "no",

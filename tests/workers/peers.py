@@ -47,15 +47,15 @@ LIMIT = 90.0  # for a whole run
 
 class Trainer(BaseTrainer):
     def __init__(self, name: str, out: Path, **kwargs: Any) -> None:
-        self.phase, self.fate, self.victim, self.at = SCENARIOS[name]
-        self.out, self.is_async = out, self.phase == "thread"
+        self.where, self.fate, self.victim, self.at = SCENARIOS[name]
+        self.out, self.is_async = out, self.where == "thread"
         timeout = SHORT_TIMEOUT if self.fate in ("stops", "freezes") else TIMEOUT
         super().__init__(4, workspace=out / name, seed=0, timeout=timeout, **kwargs)
 
     def strike(self, phase: str) -> None:
         """What happens to the one rank."""
         own = self.accelerator.process_index
-        if phase != self.phase or own != self.victim % self.accelerator.num_processes or self.step != self.at:
+        if phase != self.where or own != self.victim % self.accelerator.num_processes or self.step != self.at:
             return
         (self.out / "struck").write_text(str(time.time()))
         if self.fate == "dies":
