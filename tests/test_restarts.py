@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -116,6 +118,17 @@ def test_ranks_that_are_killed_at_random_cost_nothing(tmp_path: Path, form: str)
     assert results(tmp_path / "killed", NUM_STEPS) == results(tmp_path / "whole", NUM_STEPS)
 
 
+def await_listener(port: int) -> None:
+    """Return when somebody listens at a port of the loopback interface."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    pytest.fail("the first launcher doesn't open its store")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rdzv", ["static", "c10d"])
 @pytest.mark.parametrize("form", ["ddp2", "fsdp2"])
@@ -139,6 +152,8 @@ def test_two_launchers_restart_together(
             script = ["--mixed_precision", "no", "--dynamo_backend", "no", str(WORKER), str(workspace), str(NUM_STEPS)]
             command = [*prefix, *LAUNCH, *FORMS[form], *options, *script, *deaths]
             launchers.append(running.start(command, **env, TIMEOUT="20"))
+            if rdzv == "c10d" and machine == 0:  # else the second one may open the store, and the first finds no port
+                await_listener(int(port))
         try:
             assert running.wait(*launchers, timeout=400) == [0, 0], running.outputs()
         finally:
