@@ -69,8 +69,7 @@ class EventLog:
             finally:
                 os.close(file)
         except OSError as ex:
-            self._logger.warning(f"{self.path} cannot be written, so this run keeps no account of itself: {ex}")
-            self.path = None
+            self._give_up(ex)
 
     def end_torn_line(self) -> None:
         """End the line that a killed process has left unfinished, so that the next one stands for itself."""
@@ -85,8 +84,11 @@ class EventLog:
         except FileNotFoundError:
             pass
         except OSError as ex:
-            self._logger.warning(f"{self.path} cannot be written, so this run keeps no account of itself: {ex}")
-            self.path = None
+            self._give_up(ex)
+
+    def _give_up(self, error: OSError) -> None:
+        self._logger.warning(f"{self.path} cannot be written, so this run keeps no account of itself: {error}")
+        self.path = None
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -29,9 +29,9 @@ def fingerprints(tensors: Sequence[torch.Tensor | None]) -> list[str]:
     """
     tables: dict[torch.device, torch.Tensor] = {}
     parts = [_part(tensor, tables) for tensor in tensors]
-    low = collectives.sum_over_ranks([float(part % _HALF) for part in parts])  # exact: far below 2^53
-    high = collectives.sum_over_ranks([float(part // _HALF) for part in parts])
-    return [f"{(int(h) * _HALF + int(lo)) % 2**64:016x}" for h, lo in zip(high, low, strict=True)]
+    halves = [float(half) for part in parts for half in divmod(part, _HALF)]
+    sums = map(int, collectives.sum_over_ranks(halves))  # exact: far below 2^53
+    return [f"{(high * _HALF + low) % 2**64:016x}" for high, low in zip(sums, sums, strict=True)]
 
 
 def _part(tensor: torch.Tensor | None, tables: dict[torch.device, torch.Tensor]) -> int:

@@ -12,7 +12,8 @@ import torch
 
 from ..errors import describe
 from ..ranks import collectives
-from ..records import flatten_nested_dict, map_nested_tensor, unflatten_nested_dict
+from ..records import map_nested_tensor
+from .objects import Key, check_same_on_ranks, take_out
 
 _NUM_AT_ONCE = 64
 """Batches that are sent at once: the ranks' memory holds so many twice."""
@@ -100,30 +101,21 @@ class CollectedRecords:
     """The `PerSample`s among the records of an evaluation."""
 
     def __init__(self) -> None:
-        self._by_key: dict[tuple[Any, ...], Collected] = {}
+        self._by_key: dict[Key, Collected] = {}
 
     def split(self, records: Any, index: int, is_counted: bool) -> Any:
         """The records without the `PerSample`s in them, which are collected."""
-        if not isinstance(records, Mapping):
-            return records
-        flat = flatten_nested_dict(records)
-        found = {key: value.values for key, value in flat.items() if isinstance(value, PerSample)}
-        if not found:
-            return records
-        for key, values in found.items():
+        found, others = take_out(records, lambda value: isinstance(value, PerSample))
+        for key, record in found.items():
             own = self._by_key.setdefault(key, Collected(f'the record "{"/".join(map(str, key))}"'))
-            own.add(index, values, is_counted)
-        return unflatten_nested_dict({key: value for key, value in flat.items() if key not in found})
+            own.add(index, record.values, is_counted)
+        return others
 
-    def result(self) -> dict[tuple[Any, ...], Any]:
+    def result(self) -> dict[Key, Any]:
         """What was collected, by key. Call on every rank."""
         keys = sorted(self._by_key, key=str)
-        by_rank = collectives.gather_objects(keys)
-        if any(other != by_rank[0] for other in by_rank):
-            raise ValueError(
-                "The `PerSample` records of `eval_forward` must have the same names on every rank, but have, by rank:"
-                f" {by_rank}. Return each of them for every batch."
-            )
+        condition = "The `PerSample` records of `eval_forward` must have the same names on every rank, but have"
+        check_same_on_ranks(keys, condition)
         return {key: self._by_key[key].result() for key in keys}
 
 

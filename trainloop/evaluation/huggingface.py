@@ -13,6 +13,7 @@ from typing import Any
 from ..ranks import collectives
 from ..records import flatten_nested_dict, unflatten_nested_dict
 from .collected import in_order, joined
+from .objects import Key, check_same_on_ranks, ignore, take_out
 
 _ADDERS = ("add", "add_batch")
 
@@ -21,8 +22,8 @@ class EvaluateModules:
     """The `EvaluationModule`s among the records: objects with `compute` and `add_batch`, which `eval_forward` calls."""
 
     def __init__(self) -> None:
-        self._modules: dict[tuple[Any, ...], Any] = {}
-        self._ends: dict[tuple[Any, ...], dict[int, int]] = {}
+        self._modules: dict[Key, Any] = {}
+        self._ends: dict[Key, dict[int, int]] = {}
         """By the number of each batch that counts: how many examples the object held after it."""
 
     @contextmanager
@@ -30,7 +31,7 @@ class EvaluateModules:
         """Within it, nothing is added."""
         own = [(module, name, getattr(module, name)) for module in self._modules.values() for name in _ADDERS]
         for module, name, _ in own if is_muted else ():
-            setattr(module, name, _ignore)
+            setattr(module, name, ignore)
         try:
             yield
         finally:
@@ -39,30 +40,20 @@ class EvaluateModules:
 
     def split(self, records: Any, index: int, is_counted: bool) -> Any:
         """The records without such objects, which are taken note of."""
-        if not isinstance(records, Mapping):
-            return records
-        flat = flatten_nested_dict(records)
-        found = {key: value for key, value in flat.items() if _is_module(value)}
-        if not found:
-            return records
+        found, others = take_out(records, _is_module)
         for key, module in found.items():
             if key not in self._modules:
                 _check(key, module)
                 self._modules[key], self._ends[key] = module, {}
             if is_counted:
                 self._ends[key][index] = len(module)
-        return unflatten_nested_dict({key: value for key, value in flat.items() if key not in found})
+        return others
 
-    def result(self) -> dict[tuple[Any, ...], Any]:
+    def result(self) -> dict[Key, Any]:
         """What each computes from the examples of all ranks. Call on every rank."""
-        names = ["/".join(map(str, key)) for key in sorted(self._modules)]
-        by_rank = collectives.gather_objects(names)
-        if any(other != by_rank[0] for other in by_rank):
-            raise ValueError(
-                "The objects of `evaluate` in the records of `eval_forward` must be the same on every rank, but are, by"
-                f" rank: {by_rank}. Return each of them for every batch."
-            )
-        flat: dict[tuple[Any, ...], Any] = {}
+        condition = "The objects of `evaluate` in the records of `eval_forward` must be the same on every rank, but are"
+        check_same_on_ranks(sorted(self._modules), condition)
+        flat: dict[Key, Any] = {}
         for key in sorted(self._modules):
             module, begin, batches = self._modules[key], 0, {}
             inputs = _take(module)
@@ -87,7 +78,7 @@ def _is_module(value: Any) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("add_batch", "compute"))
 
 
-def _check(key: tuple[Any, ...], module: Any) -> None:
+def _check(key: Key, module: Any) -> None:
     name = "/".join(map(str, key))
     if not callable(getattr(module, "_compute", None)) or not hasattr(module, "__len__"):
         raise TypeError(
@@ -125,7 +116,3 @@ def _take(module: Any) -> dict[str, list[Any]]:
 def _names(module: Any) -> list[str]:
     features = module.features
     return [*(features[0] if isinstance(features, list) else features)]
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    return None

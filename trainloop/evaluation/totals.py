@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from ..ranks import collectives
-from ..records import flatten_nested_dict, key_average, read_rows, unflatten_nested_dict
+from ..records import flatten_nested_dict, key_average, read_rows
+from .objects import Key, check_same_on_ranks, ignore, take_out
 
 Reduce: TypeAlias = Literal["mean", "sum", "max", "min"]
-Key: TypeAlias = "tuple[Any, ...]"
 
 REDUCTIONS = ("mean", "sum", "max", "min")
 
@@ -98,27 +98,17 @@ class Metrics:
 
     def split(self, records: Any, is_counted: bool) -> Any:
         """The records without the metrics in them, which are taken note of."""
-        if not isinstance(records, Mapping):
-            return records
-        flat = flatten_nested_dict(records)
-        metrics = {key: value for key, value in flat.items() if _is_metric(value)}
-        if not metrics:
-            return records
+        metrics, others = take_out(records, _is_metric)
         for key, metric in metrics.items():
             if not is_counted and key not in self._metrics:
                 metric.reset()  # this rank has no batch but the one that does not count
         self._metrics |= metrics
-        return unflatten_nested_dict({key: value for key, value in flat.items() if key not in metrics})
+        return others
 
     def result(self) -> dict[Key, float]:
         """What each computes. Call on every rank."""
-        names = ["/".join(map(str, key)) for key in sorted(self._metrics)]
-        by_rank = collectives.gather_objects(names)
-        if any(other != by_rank[0] for other in by_rank):
-            raise ValueError(
-                "The metric objects in the records of `eval_forward` must be the same on every rank, but are, by rank:"
-                f" {by_rank}. Return each of them for every batch."
-            )
+        condition = "The metric objects in the records of `eval_forward` must be the same on every rank, but are"
+        check_same_on_ranks(sorted(self._metrics), condition)
         computed = {key: self._metrics[key].compute() for key in sorted(self._metrics)}
         return dict(_numbers(key, value) for key, value in _leaves(computed))
 
@@ -144,7 +134,7 @@ def _muted(metric: Any) -> Iterator[None]:
         return copied(*args, **kwargs)
 
     def mute() -> None:
-        metric.update = _ignore
+        metric.update = ignore
         if callable(metric):  # Python looks `__call__` up in the class
             metric.__class__ = type(original.__name__, (original,), {"__call__": call, "forward": call})
 
@@ -160,10 +150,6 @@ def _muted(metric: Any) -> Iterator[None]:
         yield
     finally:
         unmute()
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _leaves(computed: Mapping[Key, Any]) -> Iterator[tuple[Key, Any]]:

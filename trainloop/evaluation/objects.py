@@ -1,0 +1,42 @@
+"""Objects among the records of an evaluation. Each computes its own result; they are not averaged as numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from ..ranks import collectives
+from ..records import flatten_nested_dict, unflatten_nested_dict
+
+Key: TypeAlias = "tuple[Any, ...]"
+
+
+def take_out(records: Any, is_taken: Callable[[Any], bool]) -> tuple[dict[Key, Any], Any]:
+    """The values of nested records for which `is_taken` holds, by key, and the records without them."""
+    if not isinstance(records, Mapping):
+        return {}, records
+    flat = flatten_nested_dict(records)
+    taken = {key: value for key, value in flat.items() if is_taken(value)}
+    if not taken:
+        return {}, records
+    return taken, unflatten_nested_dict({key: value for key, value in flat.items() if key not in taken})
+
+
+def check_same_on_ranks(keys: Iterable[Key], condition: str) -> None:
+    """Raise unless every rank has the same keys. Call on every rank.
+
+    Args:
+        keys: This rank's, in order.
+        condition: What must be, and is not, for the error: "The … must be the same on every rank, but are".
+
+    Raises:
+        ValueError: On every rank, with the names of each.
+    """
+    names = ["/".join(map(str, key)) for key in keys]
+    by_rank = collectives.gather_objects(names)
+    if any(other != by_rank[0] for other in by_rank):
+        raise ValueError(f"{condition}, by rank: {by_rank}. Return each of them for every batch.")
+
+
+def ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands in for an object's method while nothing is to be added to it."""
