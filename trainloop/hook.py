@@ -55,7 +55,8 @@ class BaseHook:
 
     def on_after_optimizer_step(self, trainer: BaseTrainer) -> None:
         """The update was just applied, and no hook has heard `on_after_step` yet. Every rank; collectives allowed.
-        Weights may be read and, alike on every rank, constrained. `EmaHook` averages them after all hooks' events.
+        Weights may be read. They may be constrained, in the same way on every rank. `EmaHook` averages them after all
+        hooks' events.
         """
 
     def on_after_step(self, trainer: BaseTrainer) -> None:

@@ -97,7 +97,7 @@ class DataFeed:
         return self._source.position
 
     def position_checksum(self) -> int:
-        """Of where this rank stands: `position` and `checksum`, or, of data of its own, its epoch and batch."""
+        """Where this rank stands: `position` and `checksum`; if the rank has its own data, its epoch and batch."""
         source = self._source
         epoch, position = source.own_position if isinstance(source, IterableSource | SampledSource) else source.position
         return zlib.crc32(_POSITION.pack(epoch, position, source.checksum))

@@ -129,7 +129,7 @@ class StreamReading(IterableDataset[Item]):
 
 
 class Reader:
-    """Reads a data set with random generators of its own, so that every rank reads the same.
+    """Reads a data set under its own random generators, so that every rank reads the same.
 
     Args:
         dataset: The user's.

@@ -1,7 +1,7 @@
 """Refuses a collective of the user's in a round of an evaluation in which the ranks do not have equal batches.
 
-A padded batch would be counted twice by it, in silence. Batches of different sizes abort the process inside gloo, or
-hang. What the model's wrappers (DDP, FSDP2, tensor parallelism) and its own layers communicate is left alone.
+It would silently count a padded batch twice. Batches of different sizes abort the process inside gloo, or hang. What
+the model's wrappers (DDP, FSDP2, tensor parallelism) and its own layers communicate is left alone.
 """
 
 from __future__ import annotations

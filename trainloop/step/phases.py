@@ -1,4 +1,4 @@
-"""The phases of a step: each has a forward pass, gradient, update and schedule of its own, over the same window.
+"""The phases of a step: each has its own forward pass, gradient, update and schedule, over the same window.
 
 A step of most trainers is one phase, which is nothing but the step. Of a GAN it is the discriminator's and then the
 generator's:
