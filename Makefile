@@ -57,7 +57,7 @@ gpu-check:  ## On a machine with a GPU: the tests marked gpu, then the GPU bench
 
 docs: install  ## Build the documentation into site/; a warning is an error
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/zensical build --clean --strict
 
 clean:  ## Remove what the other targets made
 	rm -rf .venv .venvs dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
