@@ -1,4 +1,4 @@
-"""Images as `log_images` is given them, nested and of several kinds, made into Pillow's."""
+"""Convert the images that `log_images` accepts, nested and of several kinds, to Pillow images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _HALF_LEVEL = 0.5 / 255
 
 
 def flatten_images(records: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """Flatten nested images. Call on every rank that has them: DTensors are made whole, which is a collective.
+    """Flatten nested images. Call on every rank that has them: gathering a DTensor is a collective.
 
     Args:
         records: Nested mappings of images; a list or tuple counts as a mapping from "0", "1", and so on.
 
     Returns:
-        The images, not yet looked at, by the keys on the way to each.
+        The images, not checked yet. Each key is the tuple of the keys that lead to the image.
 
     Raises:
         TypeError: `records` is not a mapping, or a key is not a string.
@@ -52,15 +52,15 @@ def flatten_images(records: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 
 
 def to_pil(key: str, value: Any) -> Image.Image:
-    """Make an image of Pillow's.
+    """Convert a value to a Pillow image.
 
     Args:
-        key: What errors call the image, "samples/ema".
-        value: A Pillow image, which comes back as it is; or a tensor or numpy array, uint8 or of floats in [0, 1]. A
-            tensor is H x W, C x H x W with C = 1 (grey), 3 (RGB) or 4 (RGBA), or N x C x H x W, which becomes a grid
-            that is nearly square, row by row, with 2 black pixels between its images. An array may have its channels
-            last as well, if its shape leaves no doubt. Any device; gradients are not followed. Floats are rounded to
-            the nearest of the 256 levels; beyond [0, 1] by less than half a level, they count as 0 and 1.
+        key: Name of the image in error messages, for example "samples/ema".
+        value: A Pillow image, which is returned as it is, or a tensor or numpy array, uint8 or floats in [0, 1], on any
+            device. A tensor is H x W, C x H x W with C = 1 (grey), 3 (RGB) or 4 (RGBA), or N x C x H x W, which becomes
+            a nearly square grid, row by row, with 2 black pixels between its images. In an array the channels may also
+            come last, if the shape leaves no doubt. Floats are rounded to the nearest of 256 levels; values that are
+            outside [0, 1] by less than half a level count as 0 and 1.
 
     Raises:
         TypeError: `value` is not an image, or has another dtype.
@@ -117,7 +117,7 @@ def _channels_last(key: str, array: np.ndarray[Any, Any], is_tensor: bool) -> np
 
 
 def _levels(key: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The same as uint8."""
+    """The same image as uint8."""
     if array.dtype == np.uint8:
         return array
     low, high = float(array.min()), float(array.max())
@@ -134,7 +134,7 @@ def _levels(key: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _grid(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """N x H x W x C as one image of rows and columns, as near to a square as can be."""
+    """N x H x W x C as one image of rows and columns, as close to a square as possible."""
     num_images, height, width, num_channels = images.shape
     num_columns = min(num_images, math.ceil(math.sqrt(num_images * height / width)))
     num_rows = math.ceil(num_images / num_columns)

@@ -1,4 +1,4 @@
-"""Paths that a user gives: "~" is expanded, and a URL is refused instead of becoming a local folder."""
+"""Paths that a user passes: "~" is expanded, and a URL is refused instead of becoming a local folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .errors import describe
 
 
 def parse_path(name: str, path: Path | str) -> Path:
-    """The argument `name` as a path; a relative one stays relative.
+    """The argument `name` as a path. A relative path stays relative.
 
     Raises:
-        TypeError: It is not a path.
-        ValueError: It is a URL, or names the home folder of an unknown user.
+        TypeError: `path` is not a path.
+        ValueError: `path` is a URL, or names the home folder of an unknown user.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`{name}` must be a path, but is {describe(path)}.")
-    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(path)):  # `Path("s3://bucket")` has one slash; "C:/" has one letter
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(path)):  # `Path("s3://bucket")` keeps one slash; "C:/" doesn't match
         raise ValueError(
             f"`{name}` must be a path of the local file system, but is {str(path)!r}. Mount the bucket or the server,"
             " or copy the files after the run."
@@ -30,5 +30,5 @@ def parse_path(name: str, path: Path | str) -> Path:
 
 
 def parse_absolute_path(name: str, path: Path | str) -> Path:
-    """As `parse_path`, and absolute, so that a later `os.chdir` changes nothing."""
+    """The same as `parse_path`, but absolute, so that a later `os.chdir` has no effect."""
     return parse_path(name, path).absolute()

@@ -1,4 +1,4 @@
-"""The trainer for scripts that have their model, optimizer and data already."""
+"""The trainer for scripts that already have their model, optimizer and data."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class Trainer(BaseTrainer):
-    """The same trainer from objects that a script already has, prepared by Accelerate or not.
+    """The same trainer, made from objects that a script already has. Accelerate may have prepared them or not.
 
     Args:
-        model: The model.
+        model: The model, or several by name, as `BaseTrainer.build_model` returns them.
         optimizer: Its optimizer, or several by name, as `BaseTrainer.build_optimizer` returns them.
         data_loader: The training data, as `BaseTrainer.build_data_loader` returns it.
-        forward: Called as `forward(model, batch)`, with the prepared model; returns what `BaseTrainer.forward` does.
-        lr_scheduler: Moves once per applied update, at any number of processes; a prepared one is unwrapped. Of
-            `ReduceLROnPlateau`, see `build_lr_scheduler`.
+        forward: Called as `forward(model, batch)`, with the prepared model. Returns the same as `BaseTrainer.forward`.
+        lr_scheduler: As `BaseTrainer.build_lr_scheduler` returns it. It moves once per applied update, at any number of
+            processes. A prepared scheduler is unwrapped.
         hooks: Called in this order.
-        batch_weight: As `BaseTrainer.batch_weight`.
+        batch_weight: Called like `BaseTrainer.batch_weight`.
         eval_data_loader: The evaluation data, as `BaseTrainer.build_eval_data_loader` returns it.
-        eval_forward: As `forward`, for the evaluation data. None: `forward`.
-        predict_forward: Called as `predict_forward(model, batch)`; returns what `BaseTrainer.predict_forward` does.
-        finish_evaluation: As `BaseTrainer.finish_evaluation`.
-        forward_methods: As `BaseTrainer.forward_methods`.
+        eval_forward: Called like `forward`, on the evaluation data. None: `forward`.
+        predict_forward: Called as `predict_forward(model, batch)`. Returns the same as `BaseTrainer.predict_forward`.
+        finish_evaluation: Called like `BaseTrainer.finish_evaluation`.
+        forward_methods: See `BaseTrainer.forward_methods`.
         **kwargs: Arguments of `BaseTrainer`.
 
     Example:

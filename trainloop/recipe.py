@@ -1,4 +1,4 @@
-"""What a subclass of `BaseTrainer` writes: the factories, `forward`, and what a micro-batch weighs."""
+"""The methods that a subclass of `BaseTrainer` writes: the factories, `forward`, and the weight of a micro-batch."""
 
 from __future__ import annotations
 
@@ -17,75 +17,89 @@ if TYPE_CHECKING:
 
 
 class Recipe:
-    """The part of `BaseTrainer` that a subclass overrides. The factories are called once, in the order of this class,
-    on every rank.
+    """The methods of `BaseTrainer` that a subclass overrides. The trainer calls each factory once, on every rank, in
+    the order of this class.
     """
 
     model: nn.Module
     forward_methods: Sequence[str] = ()
-    """Methods of the model, besides the model itself, that `forward` calls on `self.model`, as `self.model.encode(x)`.
-    The model may name them too, in an attribute `forward_methods`."""
+    """Methods of the model that `forward` calls on `self.model` besides the model itself, for example
+    `self.model.encode(x)`. The model may also name them, in an attribute `forward_methods`."""
 
     frozen: nn.Module | dict[str, nn.Module] | None = None
-    """What `build_frozen` returned, ready for use."""
+    """The modules that `build_frozen` returned, ready for use."""
 
     frozen_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
-    """The dtype of `build_frozen`'s modules, or of those that it names. None: that of the launch's mixed precision."""
+    """The dtype of `build_frozen`'s modules, or a mapping from their names to dtypes. None: that of the launch's mixed
+    precision."""
 
     shard_frozen: bool = False
-    """Whether FSDP2 shards `build_frozen`'s modules over all ranks too, which saves memory and costs communication."""
+    """Whether FSDP2 shards `build_frozen`'s modules over all ranks too. This saves memory and costs communication."""
 
     def build_data_loader(self) -> Iterable[Any]:
-        """Return the training data: a `DataLoader` for one process (it is sharded over the ranks), or any iterable of
-        batches. Required.
+        """Return the training data. Required.
+
+        Returns:
+            A `DataLoader` for one process (the trainer shards it over the ranks), or any iterable of batches.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `build_data_loader`.")
 
     def build_eval_data_loader(self) -> Any:
-        """Return the data that `evaluate` takes by default: a `DataLoader` for one process (it is sharded over the
-        ranks such that each sample counts once), any iterable of batches, a mapping from names to such; or None.
+        """Return the data that `evaluate` uses by default.
+
+        Returns:
+            A `DataLoader` for one process (the trainer shards it over the ranks, and each sample counts once), any
+            iterable of batches, a mapping from names to such data, or None.
         """
         return None
 
     def build_frozen(self) -> nn.Module | Mapping[str, nn.Module] | None:
-        """Return frozen modules that `forward` needs beside the model, as a VAE or a text encoder: one, or several by
-        name. Then `self.frozen` is that module, or a dict of them.
+        """Return frozen modules that `forward` needs beside the model, for example a VAE or a text encoder.
 
-        They are moved to the device, in eval mode, without gradients, the same on every rank, and in the launch's
-        precision: cast what you give them, `self.frozen["vae"].encode(images.to(self.frozen["vae"].dtype))`. They are
-        neither wrapped nor saved. A method other than `forward` of a sharded one must be named in its attribute
-        `forward_methods`.
+        The trainer moves them to the device, puts them into eval mode without gradients, makes them the same on every
+        rank, and casts them to the launch's precision. So cast their inputs:
+        `self.frozen["vae"].encode(images.to(self.frozen["vae"].dtype))`. They are neither wrapped nor saved. If a
+        sharded module is called by another method than `forward`, name that method in its attribute `forward_methods`.
+
+        Returns:
+            One module, or several by name. `self.frozen` is then that module, or a dict of them.
         """
         return None
 
     def build_model(self) -> nn.Module | Mapping[str, nn.Module]:
-        """Return the plain model; it is moved and wrapped by Accelerate. Or a mapping from names to modules, which are
-        wrapped each by itself: `self.model["generator"]`. Required.
+        """Return the plain model, which Accelerate moves and wraps. Required.
+
+        Returns:
+            One module, or a mapping from names to modules. Accelerate then wraps each of them by itself, and
+            `self.model["generator"]` is one of them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `build_model`.")
 
     def build_optimizer(self) -> Optimizer | Mapping[str, Optimizer]:
-        """Return the optimizer of `self.model`'s parameters, or a mapping from names to optimizers that step together,
-        for example Muon for the matrices and AdamW for the rest. `self.optimizer[name]` is one of them. Required.
+        """Return the optimizer of `self.model`'s parameters. Required.
+
+        Returns:
+            One optimizer, or a mapping from names to optimizers that step together, for example Muon for the matrices
+            and AdamW for the rest. `self.optimizer[name]` is then one of them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `build_optimizer`.")
 
     def build_lr_scheduler(self) -> LRScheduler | Mapping[str, Any] | None:
-        """Return a scheduler of `self.optimizer` that moves once per applied update, or None. Of several optimizers:
-        one scheduler for all, or a mapping from their names to schedulers.
+        """Return a scheduler of `self.optimizer`, which moves once per applied update, or None.
 
-        `ReduceLROnPlateau` moves with each evaluation. Return it with the metric that an `EvaluationHook` logs:
+        With several optimizers, return one scheduler for all, or a mapping from their names to schedulers.
+        `ReduceLROnPlateau` moves with each evaluation. Return it with a metric that an `EvaluationHook` logs:
         `{"scheduler": ReduceLROnPlateau(self.optimizer), "monitor": "val/loss"}`.
         """
         return None
 
     def phases(self) -> Sequence[str]:
         """Return the phases of the step that begins, in order, for example `("discriminator", "generator")`. They may
-        depend on `self.step`, alike on every rank. By default a step has only one, without a name.
+        depend on `self.step`, but must be the same on every rank. By default a step has a single phase without a name.
 
-        Each phase runs `forward` on the same window, where `self.phase` says whose loss it is, and then steps the
-        optimizer of its name. The parameters of other optimizers do not require grad meanwhile. `build_optimizer`
-        returns the optimizers by the names of the phases, and `build_lr_scheduler` the schedules, if there are any.
+        Each phase runs `forward` on the same window and then steps the optimizer of the same name. In `forward`,
+        `self.phase` is the current phase. Parameters of other optimizers don't require grad in that phase.
+        `build_optimizer` returns the optimizers by phase name; so does `build_lr_scheduler` with its schedules, if any.
         """
         return ()
 
@@ -94,79 +108,81 @@ class Recipe:
         return None
 
     def build_hooks(self) -> list[BaseHook]:
-        """Return the hooks, called in this order."""
+        """Return the hooks. They are called in this order."""
         return []
 
     def forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
         """Compute the loss of one micro-batch. Required.
 
         Args:
-            batch: What the data loader yields, on the device.
+            batch: A batch of the data loader, on the device.
 
         Returns:
-            The loss, a 0-dim tensor that requires grad, and nested records of numbers or 0-dim tensors to be averaged
-            and logged (pass tensors: reading them is left to the log interval). A loss of None skips the micro-batch
-            and draws another; on several ranks all must do so alike, without having called `self.model`. What one rank
-            alone wants to drop gets a `batch_weight` of 0 instead.
+            The loss and the records. The loss is a 0-dim tensor that requires grad. Records are nested numbers or 0-dim
+            tensors, which are averaged and logged; pass tensors, because they are read only once per log interval. A
+            loss of None skips the micro-batch and draws another one. Every rank must then do so for the same
+            micro-batch, without having called `self.model`. To drop a micro-batch on one rank only, return a
+            `batch_weight` of 0 instead.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `forward`.")
 
     def eval_forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
-        """Compute loss and records of one batch of the evaluation data; the model is in eval mode, without gradients.
-        By default `forward`.
+        """Compute loss and records of one evaluation batch. The model is in eval mode, without gradients. By default,
+        call `forward`.
 
         Args:
-            batch: What the evaluation's data loader yields, on the device.
+            batch: A batch of the evaluation's data loader, on the device.
 
         Returns:
-            As `forward`. The records may also hold objects with `update`, which was called with this batch, `compute`,
-            which reduces over the ranks, and `reset`, as torchmetrics has them; objects of Hugging Face's `evaluate`
-            whose `add_batch` was called with this batch (the same objects for every batch); and `trainloop.PerSample`,
-            whose values are collected over all samples.
+            The same as `forward`. The records may also hold: metric objects as of torchmetrics, with `update` (which
+            you have called with this batch), `compute` (which reduces over the ranks) and `reset`; metrics of Hugging
+            Face's `evaluate` (the same objects for every batch) whose `add_batch` you have called with this batch; and
+            `trainloop.PerSample`, whose values are collected over all samples.
         """
         return self.forward(batch)
 
     def finish_evaluation(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Derive metrics at the end of an evaluation of one data set, for example the perplexity from the mean loss. By
-        default, return them as they are. Every rank, with the same metrics.
+        """Derive metrics at the end of the evaluation of one data set, for example the perplexity from the mean loss.
+        By default, return them unchanged. Called on every rank, with the same metrics.
 
         Args:
             metrics: Nested numbers over all samples, and the values that each `trainloop.PerSample` has collected.
 
         Returns:
-            The metrics of the evaluation. Those that are no numbers are not logged.
+            The metrics of the evaluation. Only numbers are logged.
         """
         return metrics
 
     def predict_forward(self, batch: Any) -> Any:
-        """Compute what `predict` collects for one batch; the model is in eval mode, without gradients.
+        """Compute the output that `predict` collects for one batch. The model is in eval mode, without gradients.
 
-        By default, call `self.model`: with a mapping as keyword arguments, with the first element of a tuple or list
-        (the inputs of `inputs, targets`), or with the batch itself.
+        By default, call `self.model` with the batch: a mapping is passed as keyword arguments; of a tuple or list, the
+        first element is passed (the inputs of `inputs, targets`).
 
         Args:
-            batch: What the data loader yields, on the device.
+            batch: A batch of the data loader, on the device.
 
         Returns:
-            A tensor or a numpy array, batch x anything; a list with an item for each sample; or a mapping or tuple of
-            such.
+            A tensor or numpy array whose first dimension is the batch, a list with one item per sample, or a mapping or
+            tuple of these.
         """
         if isinstance(batch, Mapping):
             return self.model(**batch)
         return self.model(batch[0] if isinstance(batch, list | tuple) else batch)
 
     def batch_weight(self, batch: Any) -> float | torch.Tensor | None:
-        """How much this micro-batch weighs in the step's mean loss, for example its number of target tokens.
+        """Return the weight of this micro-batch in the step's mean loss, for example its number of target tokens.
 
-        With it the step's loss is the exact weighted mean over the window and all ranks, if `forward` returns the mean
-        over the micro-batch. A weight of 0 drops the micro-batch: it runs, and adds exactly nothing, NaN included.
+        If `forward` returns the mean over the micro-batch, the step's loss is then the exact weighted mean over the
+        window and all ranks. A weight of 0 drops the micro-batch: it runs, but contributes exactly nothing, even if its
+        loss is NaN.
 
         Args:
-            batch: What the data loader yields, on the device.
+            batch: A batch of the data loader, on the device.
 
         Returns:
-            A number >= 0 or a 0-dim tensor; None: all weigh the same. A number or a CPU tensor is best: of a weight on
-            an accelerator only the loss can be masked when it is 0, since reading it would cost a sync.
+            A number >= 0 or a 0-dim tensor. None: all micro-batches weigh the same. Prefer a number or a CPU tensor:
+            reading a weight on an accelerator would cost a sync, so a weight of 0 there only masks the loss.
         """
         return None
 

@@ -19,7 +19,7 @@ Records: TypeAlias = Mapping[str, Any]
 
 
 class ShownRecords(dict[str, Any]):
-    """Records that a line of the log has already shown, so it is no mistake if no hook writes them."""
+    """Records that a log line has already shown. No warning is needed if no hook writes them."""
 
 
 def map_nested_tensor(fn: Callable[[torch.Tensor], Any], nested: Any) -> Any:
@@ -27,17 +27,17 @@ def map_nested_tensor(fn: Callable[[torch.Tensor], Any], nested: Any) -> Any:
 
     Args:
         fn: Called with each tensor.
-        nested: Mappings, lists, tuples, named tuples, sets and dataclass objects keep their type; anything else that is
-            not a tensor comes back as it is.
+        nested: Mappings, lists, tuples, named tuples, sets and dataclass objects keep their type. Other values that are
+            not tensors are returned as they are.
 
     Returns:
-        New containers of the same shape; `nested` is unchanged.
+        New containers of the same structure; `nested` is unchanged.
     """
     return map_nested(fn, nested, lambda value: isinstance(value, torch.Tensor))
 
 
 def map_nested(fn: Callable[[Any], Any], nested: Any, is_leaf: Callable[[Any], bool]) -> Any:
-    """Apply `fn` to what `is_leaf` says in nested containers, as `map_nested_tensor`."""
+    """Apply `fn` to every value in nested containers for which `is_leaf` is true. Else as `map_nested_tensor`."""
 
     def walk(value: Any) -> Any:
         if is_leaf(value):
@@ -56,7 +56,7 @@ def map_nested(fn: Callable[[Any], Any], nested: Any, is_leaf: Callable[[Any], b
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             twin = copy.copy(value)
             for field in dataclasses.fields(value):
-                # Not `replace`: it runs `__init__` and `__post_init__` again, and refuses fields with init=False.
+                # Not `replace`: it would run `__init__` and `__post_init__` again, and refuses fields with init=False.
                 object.__setattr__(twin, field.name, walk(getattr(value, field.name)))
             return twin
         return value
@@ -65,10 +65,10 @@ def map_nested(fn: Callable[[Any], Any], nested: Any, is_leaf: Callable[[Any], b
 
 
 def flatten_nested_dict(nested: Mapping[Any, Any]) -> dict[tuple[Any, ...], Any]:
-    """Flatten nested mappings; a key of the result is the tuple of keys on the way to its value.
+    """Flatten nested mappings. Each key of the result is the tuple of the keys that lead to its value.
 
     Args:
-        nested: Mappings of mappings of anything; sequences are values.
+        nested: Nested mappings; sequences count as values.
 
     Example:
         >>> flatten_nested_dict({"loss": {"l1": 1.0, "l2": 2.0}})
@@ -84,7 +84,7 @@ def flatten_nested_dict(nested: Mapping[Any, Any]) -> dict[tuple[Any, ...], Any]
 
 
 def unflatten_nested_dict(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
-    """The inverse of `flatten_nested_dict` (an empty mapping, which has no key there, is lost)."""
+    """The inverse of `flatten_nested_dict`. Empty mappings are lost, because they have no key in `flat`."""
     nested: dict[Any, Any] = {}
     for path, value in flat.items():
         *parents, last = path
@@ -96,19 +96,19 @@ def unflatten_nested_dict(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]
 
 
 def key_average(records: Iterable[Records]) -> dict[str, Any]:
-    """Average records key by key; a key counts only the records that have it.
+    """Average records key by key. The mean of a key is over the records that have it.
 
     Args:
         records: Nested records of numbers and 0-dim tensors.
 
     Returns:
-        Nested records of means. Tensors are averaged where they are: reading them is left to the caller.
+        Nested records of means. Tensors are averaged on their device and not read.
     """
     return unflatten_nested_dict(flat_average(records))
 
 
 def flat_average(records: Iterable[Records]) -> dict[tuple[Any, ...], Any]:
-    """`key_average`, flattened."""
+    """The same as `key_average`, flattened."""
     sums: dict[tuple[Any, ...], Any] = {}
     counts: dict[tuple[Any, ...], int] = {}
     for record in records:
@@ -120,20 +120,20 @@ def flat_average(records: Iterable[Records]) -> dict[tuple[Any, ...], Any]:
 
 
 def _summable(value: Any) -> Any:
-    """A value in a type whose sums don't overflow: a bool saturates at True, uint8 wraps at 256, fp16 ends at 65504."""
+    """A value in a type whose sums don't overflow: bool saturates at True, uint8 wraps at 256, fp16 ends at 65504."""
     if isinstance(value, torch.Tensor):
         value = value.detach() if value.requires_grad else value
         if value.dtype in _WIDE:
             return value
-        is_whole = not value.is_floating_point() and value.device.type != "mps"  # which has no double precision
+        is_whole = not value.is_floating_point() and value.device.type != "mps"  # MPS has no double precision
         return value.to(torch.float64 if is_whole else torch.float32)
     return value if isinstance(value, int | float) else float(value)
 
 
 def read_rows(rows: Sequence[Mapping[K, Any]]) -> list[dict[K, float]]:
-    """The same with every tensor read, all of them in one device-to-host transfer."""
+    """Read every tensor in `rows`, with one device-to-host transfer per device."""
     tensors = [value for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
-    tensors = [value if value.dim() == 0 else value.reshape(()) for value in tensors]  # most are, and it isn't free
+    tensors = [value if value.dim() == 0 else value.reshape(()) for value in tensors]  # `reshape` isn't free
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -153,10 +153,10 @@ def read_rows(rows: Sequence[Mapping[K, Any]]) -> list[dict[K, float]]:
 
 
 def check_output(output: Any, function: str) -> tuple[torch.Tensor | None, Any]:
-    """What `forward` or `eval_forward` returned as a loss, 0-dim, and records.
+    """Check that `forward` or `eval_forward` returned a 0-dim loss and records, and return both.
 
     Raises:
-        TypeError: It is not a tuple of a tensor or None, and something else.
+        TypeError: The output is not a tuple of two, or the loss is neither a tensor nor None.
         ValueError: The loss has dimensions.
     """
     if type(output) is not tuple or len(output) != 2:
@@ -178,7 +178,7 @@ def check_output(output: Any, function: str) -> tuple[torch.Tensor | None, Any]:
 
 
 def _loss_inside(output: Any) -> str:
-    """What to return instead of `output`, for an error message; empty if no loss is seen in it."""
+    """What to return instead of `output`, for an error message. Empty if `output` contains no loss that we know."""
     if isinstance(output, torch.Tensor):
         return " Return `loss, {}` if there is nothing to log."
     if isinstance(output, Mapping) and "loss" in output:  # a dict, or a ModelOutput of transformers
@@ -189,11 +189,11 @@ def _loss_inside(output: Any) -> str:
 
 
 def check_records(records: Any, _path: str = "") -> None:
-    """Raise if `records` are not nested numbers, naming the key. Reads no tensor.
+    """Raise if `records` are not nested numbers. The error names the key. Reads no tensor.
 
     Raises:
-        TypeError: Not a mapping, or a value is neither a number nor a tensor nor a container of them.
-        ValueError: A tensor with more than one element.
+        TypeError: `records` is not a mapping, or a value is neither a number nor a tensor nor a container of them.
+        ValueError: A tensor has more than one element.
     """
     if not _path and not isinstance(records, Mapping):
         raise TypeError(
@@ -219,13 +219,13 @@ def check_records(records: Any, _path: str = "") -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, of Python or numpy, or a 0-dim tensor."""
-    # numpy's scalars register as numbers, but for numpy.bool and 0-dim arrays.
+    """Whether `value` is a number of Python or numpy, or a 0-dim tensor."""
+    # numpy registers its scalars as numbers, except numpy.bool and 0-dim arrays.
     return isinstance(value, numbers.Real) or (getattr(value, "shape", None) == () and hasattr(value, "item"))
 
 
 def without_sequences(nested: Any) -> Any:
-    """Sequences as mappings from "0", "1", …, so that every leaf has a key."""
+    """Replace sequences by mappings from "0", "1", …, so that every leaf has a key."""
     if isinstance(nested, Mapping):
         return {key: without_sequences(value) for key, value in nested.items()}
     if isinstance(nested, list | tuple):

@@ -1,4 +1,4 @@
-"""The random generators of a process: Python's, numpy's and torch's, read, put back and lent."""
+"""The random generators of a process (Python's, numpy's and torch's): seed them, save and restore their state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _CPU = torch.device("cpu")
 
 
 def derived_seed(*parts: Any) -> int:
-    """A seed in [0, 2^32), the same for the same `parts` in any process: torch, numpy and Python all take it."""
+    """A seed in [0, 2^32) that depends only on `parts`, in any process. torch, numpy and Python accept it."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
 def seed_all(seed: int) -> None:
-    """Seed the generators of this process that run on the CPU; those of a device are left alone."""
+    """Seed the CPU generators of this process. Generators of other devices don't change."""
     random.seed(seed)
     torch.default_generator.manual_seed(seed)
     if (numpy := _numpy()) is not None:
@@ -28,7 +28,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def lent_rng(seed: int) -> Iterator[None]:
-    """Seed the generators on the CPU for a while, and leave them as they were."""
+    """Seed the CPU generators inside this context, and restore them at its end."""
     before = rng_state(_CPU)
     seed_all(seed)
     try:
@@ -38,12 +38,12 @@ def lent_rng(seed: int) -> Iterator[None]:
 
 
 class OwnRng:
-    """Random generators that stand in for those of the process on the CPU: what runs within `lent` draws from them, and
-    goes on where it stood the next time. Costs 25 us each time, most of it for Python's.
+    """Separate random generators on the CPU. Code inside `lent` draws from them instead of from those of the process,
+    and each `lent` continues where the last one stopped. Each use costs 25 us, most of it for Python's generator.
 
     Args:
-        seed: Where they begin.
-        state: Where they go on instead, as `state` gave it.
+        seed: Seed of the generators.
+        state: A state from `state` to continue from, instead of the seed.
     """
 
     def __init__(self, seed: int, state: dict[str, Any] | None = None) -> None:
@@ -51,13 +51,13 @@ class OwnRng:
         self._states: tuple[Any, Any, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """As `rng_state` reads it."""
+        """The state, in the form of `rng_state`."""
         with self.lent():
             return rng_state(_CPU)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Within it, the process draws from these generators."""
+        """Inside this context, the process draws from these generators."""
         before = _exchange(self._states)
         if self._states is None:
             if self._begin is None:
@@ -71,7 +71,7 @@ class OwnRng:
 
 
 def _exchange(states: tuple[Any, Any, Any] | None) -> tuple[Any, Any, Any]:
-    """Put these states in place of those of the process, which are returned; None: they are to be set later."""
+    """Put `states` in place of the states of the process, and return the latter. None: the caller sets them later."""
     numpy = _numpy()
     bits = None if numpy is None else numpy.random.get_bit_generator()
     before = random.getstate(), torch.get_rng_state(), bits
@@ -84,7 +84,7 @@ def _exchange(states: tuple[Any, Any, Any] | None) -> tuple[Any, Any, Any]:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """State of this process's random generators: Python, numpy, torch on the CPU and on `device`."""
+    """State of this process's random generators: Python, numpy, and torch on the CPU and on `device`."""
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
@@ -100,7 +100,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` read."""
+    """Restore a state that `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"].cpu())
@@ -113,7 +113,7 @@ def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _numpy() -> Any:
-    """numpy, or None: torch and accelerate run without it."""
+    """numpy, or None if it is not installed: torch and accelerate run without it."""
     try:
         import numpy
     except ImportError:

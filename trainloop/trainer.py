@@ -5,8 +5,8 @@
                        ─► finite: clip ─► update ─► learning rate
                           not finite: window.discard, and a new window
 
-Accelerate owns devices, wrapping, mixed precision and the grad scaler. This file owns the order of things. What all
-ranks must do alike follows from the gradient norm or from the control message that they exchange once a window.
+Accelerate owns devices, wrapping, mixed precision and the grad scaler. This file owns the order of things. All ranks
+take the same decisions: they decide by the gradient norm and by the control message, which they exchange once a window.
 """
 
 from __future__ import annotations
@@ -55,40 +55,42 @@ if TYPE_CHECKING:
 
 
 class BaseTrainer(Evaluating, Recipe):
-    """Trains a model: subclass it, write the `build_*` factories and `forward`, and call `train`.
+    """Trains a model. Subclass it, write the `build_*` factories and `forward`, and call `train`.
 
-    The same script runs under any `accelerate launch` configuration. One step is one applied optimizer update from
-    exactly `gradient_accumulation_steps` micro-batches a process.
+    The same script runs under any `accelerate launch` configuration. One step is one applied optimizer update. Its
+    gradient comes from exactly `gradient_accumulation_steps` micro-batches on each process.
 
     Args:
-        max_steps: Optimizer steps to run in all; a resumed run goes on to it. None: `max_epochs` alone ends the run.
-        grad_clip: Limit of the gradient's 2-norm. None: nothing is clipped; the norm is taken all the same. With
-            `phases`, it is the limit of each, or a mapping from their names to limits.
-        max_non_finite_grad_retries: How often one step may be tried again with new data because its gradient was not
-            finite, before `NonFiniteGradientError`. None: until a whole epoch gave no finite gradient (100 windows, if
-            the data has no epochs); 0: raise at once. A loss scale that was too high doesn't count.
-        mixed_precision: "no", "fp16" or "bf16". None: what `accelerate launch` says.
-        gradient_accumulation_steps: Micro-batches a step. None: what the launch says, else 1.
-        workspace: Folder that hooks write to. A relative path is taken from the current folder, at construction.
-        device: None: Accelerate's choice. "cpu" forces the CPU.
-        no_sync_accumulate: False: gradients are reduced at each micro-batch: less memory (FSDP2), more communication.
-        state_dict_options: For `state_dict` and `load_state_dict`.
+        max_steps: Total number of optimizer steps. A resumed run continues up to it. None: only `max_epochs` ends the
+            run.
+        grad_clip: Limit of the gradient's 2-norm. None: the norm is measured, but nothing is clipped. With `phases`,
+            this is the limit of each phase, or a mapping from phase names to limits.
+        max_non_finite_grad_retries: How often a step with a non-finite gradient is tried again with new data before
+            `NonFiniteGradientError` is raised. None: until a whole epoch gave no finite gradient (100 windows if the
+            data has no epochs). 0: raise at once. An overflow that only needs a lower loss scale doesn't count.
+        mixed_precision: "no", "fp16" or "bf16". None: the choice of `accelerate launch`.
+        gradient_accumulation_steps: Micro-batches a step. None: the value of the launch, else 1.
+        workspace: Folder that hooks write to. A relative path is resolved when the trainer is constructed.
+        device: "cpu" forces the CPU. None: Accelerate chooses.
+        no_sync_accumulate: False: reduce gradients at each micro-batch. This needs less memory (FSDP2) and more
+            communication.
+        state_dict_options: Options for `state_dict` and `load_state_dict`.
         logger: None: the logger "trainloop", on rank 0; it gets a handler if logging is not configured.
-        accelerator: One that the script already has. None: `build_accelerator` makes it.
-        seed: In [0, 2^31): the initial model (same on all ranks), the order of the data, and each rank's random
-            generators. None: drawn from torch's global generator on rank 0.
+        accelerator: An accelerator that the script already has. None: `build_accelerator` makes one.
+        seed: In [0, 2^31). It determines the initial model (the same on all ranks), the order of the data, and each
+            rank's random generators. None: rank 0 draws it from torch's global generator.
         timeout: How long a collective waits for a rank that hangs, as a timedelta or in seconds. A rank that dies is
             noticed at once. None: Accelerate's default, 10 minutes with NCCL and 30 with gloo.
-        deterministic: True: the same bits again on a GPU, for some speed; what cannot give them raises. For the whole
-            process. False: switched off. None: torch's settings are left alone.
-        gc_interval: Steps between Python's garbage collections, on all ranks at once. None: left to Python.
-        max_epochs: Passes over the data in all. The run ends with the step whose window ends the last one, or at
-            `max_steps` if that comes first.
-        kwargs_handlers: Accelerate's options, as `DistributedDataParallelKwargs(find_unused_parameters=True)`.
+        deterministic: True: give bit-for-bit identical results on a GPU, at some cost in speed; an operation that
+            cannot do so raises. False: switch this off. Both act on the whole process. None: keep torch's settings.
+        gc_interval: Steps between Python's garbage collections, on all ranks at once. None: Python decides.
+        max_epochs: Total passes over the data. The run ends after the step whose window reaches the end of the last
+            pass, or at `max_steps` if that comes first.
+        kwargs_handlers: Accelerate's options, for example `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is out of range, or the launch configuration says otherwise.
+        ValueError: An argument is out of range, or contradicts the launch configuration.
 
     Example:
         ```python
@@ -122,7 +124,7 @@ class BaseTrainer(Evaluating, Recipe):
 
     # What the user gave.
     max_steps: int | None
-    """The last step; of `max_epochs` alone it is known when the data is built. None: the data has no length."""
+    """The last step. If only `max_epochs` is given, it is set when the data is built. None: the data has no length."""
     max_epochs: int | None
     grad_clip: float | Mapping[str, float | None] | None
     max_non_finite_grad_retries: int | None
@@ -140,7 +142,7 @@ class BaseTrainer(Evaluating, Recipe):
 
     # What was built.
     accelerator: Accelerator
-    """Accelerate's object of the run."""
+    """Accelerate's object for this run."""
     data_loader: Iterable[Any]
     eval_data_loader: Any
     model: nn.Module
@@ -149,28 +151,28 @@ class BaseTrainer(Evaluating, Recipe):
     """The optimizer as Accelerate prepared it."""
     lr_scheduler: LRScheduler | None
     """The schedule that `build_lr_scheduler` returned."""
-    lr_monitor: str | None  # the metric whose evaluations move the schedule; None: each update does
+    lr_monitor: str | None  # the metric that moves the schedule after each evaluation; None: each update moves it
     grad_scaler: torch.amp.GradScaler | None
-    """The grad scaler in force, Accelerate's own or `build_grad_scaler`'s; None: there is none."""
+    """The grad scaler in use: Accelerate's own or that of `build_grad_scaler`. None: there is none."""
     hooks: list[BaseHook]
-    checkpointers: list[CheckpointerHook]  # those among `hooks` that save the run
-    averagers: list[AveragingHook]  # those that average the weights
+    checkpointers: list[CheckpointerHook]  # the hooks that save the run
+    averagers: list[AveragingHook]  # the hooks that average the weights
 
     # Where the run stands.
     step: int
-    """The optimizer step last begun; the first is 1. An exception before the update takes the step back."""
-    phase: str | None  # that runs, of a step that has `phases`
+    """Number of the optimizer step that began last, from 1. An exception before the update takes the step back."""
+    phase: str | None  # the phase that is running, if the step has `phases`
     epoch: int
-    """Epochs of the data that are over; in a step, the epoch that its window began in, from 0."""
+    """Number of completed epochs. During a step: the epoch in which its window began, from 0."""
     steps_per_epoch: int | None
-    """Steps in which an epoch fits, rounded up, as soon as the data is built; None: the data has no length."""
+    """Steps in an epoch, rounded up. It is set when the data is built. None: the data has no length."""
     step_info: StepInfo
     """What this step has measured so far."""
     control: Control  # what hooks ask of all ranks, and what the ranks agreed on
     peers: Peers  # what the other ranks are doing, for the error if one is gone
 
     # Internal.
-    settings: dict[str, Any]  # in force, by flat name; the checkpoints record them
+    settings: dict[str, Any]  # the settings in force, by flat name; the checkpoints record them
     _asked_seed: int | None
     _forces_cpu: bool
     _kwargs_handlers: list[KwargsHandler]
@@ -233,13 +235,14 @@ class BaseTrainer(Evaluating, Recipe):
     def train(self) -> None:
         """Run until `max_steps`, `max_epochs` or an agreed stop. Call on every rank.
 
-        It may be called again after the limit was raised, and goes on where it stood.
+        You may raise the limit and call it again. The run then continues where it stopped.
 
         Raises:
             NonFiniteGradientError: See `max_non_finite_grad_retries`.
-            RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the ranks have come to train
-                different models.
-            TrainingError: `forward` returned no loss for a whole epoch. Or a rank is gone or hangs, and is named.
+            RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the ranks train different
+                models by now.
+            TrainingError: `forward` returned no loss for a whole epoch. Or a rank is gone or hangs; the message names
+                it.
         """
         with reported_failure(self):
             self._build()
@@ -249,7 +252,7 @@ class BaseTrainer(Evaluating, Recipe):
                 while not self.is_finished:
                     self._run_step()
                     self.peers.enter("saving a checkpoint")
-                    for checkpointer in self.checkpointers:  # after every hook, so that their order doesn't matter
+                    for checkpointer in self.checkpointers:  # after all hooks, so that their order doesn't matter
                         checkpointer.save_if_due(self)
                     garbage.collect_if_due(self.step)
                 self._agreement.check()
@@ -265,13 +268,13 @@ class BaseTrainer(Evaluating, Recipe):
             for hook in self.hooks:
                 hook.on_before_step(self)
             start = time.perf_counter()
-            for phase in self._phases.of_step():  # of most trainers one, of a GAN several
+            for phase in self._phases.of_step():  # usually one; a GAN has several
                 with phase:
                     self._run_phase(phase)
         except BaseException:
             self._window.take_back()
             raise
-        for averager in self.averagers:  # after every hook, so that their order doesn't matter
+        for averager in self.averagers:  # after all hooks, so that their order doesn't matter
             averager.update_average(self)
         self._window.is_in_step = False
         self.step_info.step_time = time.perf_counter() - start
@@ -293,13 +296,13 @@ class BaseTrainer(Evaluating, Recipe):
             hook.on_after_optimizer_step(self)
 
     def _run_window(self) -> bool:
-        """Run one window and clip its gradient; returns whether the gradient can be applied."""
+        """Run one window and clip its gradient. Return whether the gradient can be applied."""
         self.peers.enter("forward and backward")
         self._window.run()
         self.control.start(self._window.skipped, self._agreement.checksum(), self._feed.num_epochs_done)
         norm = self._gradients.norm()
         self.peers.enter("waiting for the other ranks' messages")
-        self.control.finish(self.step, self._agreement.explain)  # first: the device may wait for a rank that died
+        self.control.finish(self.step, self._agreement.explain)  # before the sync, which may wait for a dead rank
         self._window.tell_bad_samples()
         self.step_info.grad_norm = self._update.start(norm)  # the step's one device-to-host sync
         return self._window.can_be_applied()
@@ -312,7 +315,7 @@ class BaseTrainer(Evaluating, Recipe):
         return self.accelerator.device  # type: ignore[no-any-return]  # Accelerate ships no types
 
     def _build(self) -> None:
-        """Make everything, once; a later `train` goes on with it."""
+        """Build everything, once. A later `train` uses it again."""
         check_initialised(self, ["_is_built"], "BaseTrainer")
         if not self._is_built:
             build(self)
@@ -330,18 +333,18 @@ class BaseTrainer(Evaluating, Recipe):
         """The whole state of the run. Call on every rank, between steps.
 
         Returns:
-            `"model"`: tensors by parameter name; `"training_state"`: step, seed, optimizer, lr_scheduler, grad_scaler,
-            data position (the same on every rank); `"rank"`: random generators and what else belongs to this rank only;
-            and what the hooks add. Tensors are the live ones, unless `state_dict_options` says otherwise.
+            `"model"`: tensors by parameter name. `"training_state"`: step, seed, optimizer, lr_scheduler, grad_scaler
+            and data position, the same on every rank. `"rank"`: random generators and other state of this rank only.
+            The hooks add their own keys. Tensors are the live ones, unless `state_dict_options` says otherwise.
         """
         return run_state(self, self.live_model_state(self.state_dict_options))
 
     def live_state_dict(self) -> dict[str, Any]:
-        """`state_dict` with the live tensors, whatever `state_dict_options` says. Checkpoints are made of it."""
+        """As `state_dict`, but always with the live tensors. Checkpoints are made from it. Call on every rank."""
         return run_state(self, self.live_model_state())
 
     def live_model_state(self, options: StateDictOptions | None = None) -> dict[str, torch.Tensor]:
-        """The model's tensors by clean name, without `options` the live ones. Call on every rank."""
+        """The model's tensors by clean name; without `options`, the live ones. Call on every rank."""
         return model_state(self.model, options)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -349,18 +352,18 @@ class BaseTrainer(Evaluating, Recipe):
         return {clean_name(name): param for name, param in self.unwrapped_model.named_parameters()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave, the hooks' part included. Call on every rank, between steps.
+        """Restore what `state_dict` returned, including the hooks' part. Call on every rank, between steps.
 
-        Without `"rank"` (saved at another number of processes) the random generators of each rank are derived anew
-        from seed, step and rank. In a hook's `on_after_step` the run goes on from the loaded step, at its place in the
-        data.
+        A state from another number of processes has no `"rank"`. The random generators of each rank are then derived
+        from seed, step and rank. You may call this in a hook's `on_after_step`: the run continues from the loaded step
+        and its position in the data.
 
         Args:
             state_dict: As `state_dict` returned it, perhaps without `"rank"`.
 
         Raises:
             RuntimeError: A step is under way.
-            ValueError: The state is not that of this model and optimizer.
+            ValueError: The state belongs to another model or optimizer.
         """
         self._build()
         load_whole_state(self, state_dict)
@@ -369,27 +372,27 @@ class BaseTrainer(Evaluating, Recipe):
 
     @property
     def is_finished(self) -> bool:
-        """Whether no step follows: the run has reached its limit, or a stop was agreed. The same on every rank."""
+        """Whether the run is over: it has reached its limit, or the ranks agreed on a stop. The same on every rank."""
         return self._is_built and (self._length.is_reached or bool(self.control.agreed["stop"]))
 
     def is_due(self, interval: int | str) -> bool:
-        """Whether something that is done every `interval` steps is due after this one; "epoch": the step's window has
-        ended an epoch. For a hook's `on_after_step`; the same on every rank.
+        """Whether a task that is done every `interval` steps is due after this step. "epoch": due if the step's window
+        has ended an epoch. For a hook's `on_after_step`; the same on every rank.
         """
         return self.step_info.ends_epoch if interval == "epoch" else self.step % int(interval) == 0
 
     def log(self, records: Records, dry_run: bool = False) -> None:
-        """Hand numbers to every hook's `on_log`. Call on any rank; hooks that write do so on rank 0.
+        """Pass numbers to every hook's `on_log`. Call on any rank; hooks that write do so on rank 0.
 
         Args:
             records: Nested numbers or 0-dim tensors, for example `{"val": {"loss": 0.1}}`.
-            dry_run: The hooks say what they would write, and write nothing.
+            dry_run: The hooks only say what they would write.
         """
         for hook in listeners(self, "log", records):
             hook.on_log(self, records, dry_run)
 
     def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
-        """Hand images to every hook's `on_log_images`. Call on every rank if there are DTensors among them.
+        """Pass images to every hook's `on_log_images`. Call on every rank if there are DTensors among them.
 
         Args:
             records: Nested images: Pillow's, tensors or numpy arrays, H x W or C x H x W, or batches N x C x H x W.
@@ -399,21 +402,24 @@ class BaseTrainer(Evaluating, Recipe):
             hook.on_log_images(self, records, dry_run)
 
     def request_stop(self, reason: str | None = None) -> None:
-        """End the run early, on all ranks after the same step. Call on any rank.
+        """End the run early, after the same step on all ranks. Call on any rank.
 
         The ranks agree once a window, before the update. A request made in `forward` or earlier ends the run with this
-        step; a later one ends it with the next step. Started again, a run that was stopped ends at once, unless the
-        limit is raised (see `on_resume` of `CheckpointingHook`). It then shows the `reason`, by default who has asked.
+        step; a later request ends it with the next step. If you start a stopped run again, it ends at once, unless you
+        raise the limit (see `on_resume` of `CheckpointingHook`). It then shows the `reason`.
+
+        Args:
+            reason: By default the name of the function that asked.
         """
         self.control.ask_to_stop(reason)
 
     def request_checkpoint(self) -> None:
-        """Have the `CheckpointingHook`s save as soon as the ranks have agreed, as `request_stop`. Call on any rank."""
+        """Ask the `CheckpointingHook`s to save. As with `request_stop`, the ranks agree first. Call on any rank."""
         self.control.ask("checkpoint")
 
     @staticmethod
     def unwrap(module: nn.Module) -> nn.Module:
-        """The module inside `torch.compile`'s and DDP's wrappers, if `module` has any. Changes neither."""
+        """The module inside the wrappers of `torch.compile` and DDP, if there are any. Changes neither."""
         return unwrap(module)
 
     @property
