@@ -70,7 +70,7 @@ class BaseHook:
         """
 
     def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
-        """`trainer.log` was called. On the ranks that called it.
+        """`trainer.log` was called. Fires only on the ranks that called it.
 
         Args:
             trainer: The trainer.
@@ -79,7 +79,7 @@ class BaseHook:
         """
 
     def on_log_images(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
-        """`trainer.log_images` was called. On the ranks that called it.
+        """`trainer.log_images` was called. Fires only on the ranks that called it.
 
         Args:
             trainer: The trainer.

@@ -1,8 +1,8 @@
-"""Checks that the ranks still train the same model: numbers that must be equal travel as a checksum with each window.
+"""Checks that the ranks still train the same model. A checksum of numbers that must be equal travels with each window.
 
-DDP reduces the gradients of what went through its `forward`, and nothing else. If a part of the model is trained past
-it, or one rank changes a learning rate, the weights of the ranks drift apart and nothing fails. The gradient norm shows
-it, because every rank computes it from its own copy.
+DDP reduces only the gradients of parameters that went through its `forward`. If a part of the model is trained outside
+of it, or one rank changes a learning rate, the weights of the ranks drift apart, and nothing fails. The gradient norm
+shows the drift, because every rank computes it from its own copy.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _ADVICE = {
 
 
 class Agreement:
-    """What every rank must have the same of: step, order and position of the data, gradient norm, loss scale and
-    learning rates.
+    """Checks the numbers that must be the same on every rank: step, order and position of the data, gradient norm, loss
+    scale and learning rates.
 
-    Costs one CRC over a few dozen bytes a window, and no communication of its own.
+    Costs one CRC over a few dozen bytes per window, and no communication of its own.
 
     Args:
-        trainer: The trainer; it is built.
-        feed: Where the batches come from.
+        trainer: The trainer. It must be built.
+        feed: The source of the batches.
     """
 
     def __init__(self, trainer: BaseTrainer, feed: DataFeed) -> None:
@@ -59,7 +59,7 @@ class Agreement:
         self._norm = self._scale = 0.0
 
     def readable(self, norm: torch.Tensor) -> torch.Tensor:
-        """What the host reads with the gradient norm in one sync: the norm, and the loss scale if there is one."""
+        """The tensor that the host reads in one sync: the gradient norm, and the loss scale if there is one."""
         if self._trainer.grad_scaler is None:
             return norm
         # `get_scale` would be a sync of its own. Under FSDP2 the norm alone doesn't show that the scales differ.
@@ -73,7 +73,7 @@ class Agreement:
             value = readable.item()
         else:
             value, self._scale = readable.tolist()
-        self._norm = value if value == value else math.nan  # one NaN of the many that there are
+        self._norm = value if value == value else math.nan  # all NaNs become the same bits
         return value
 
     def checksum(self) -> int:
@@ -87,17 +87,17 @@ class Agreement:
         return zlib.crc32(numbers)
 
     def check(self) -> None:
-        """Compare the checksums at once, for the last window of a run. Call on every rank."""
+        """Compare the checksums now, after the last window of a run. Call on every rank."""
         by_rank = collectives.start_gather([self.checksum()])()
         if by_rank.count(by_rank[0]) != len(by_rank):
             self.explain()
 
     def explain(self) -> None:
-        """Find out what differs, and raise. Call on every rank.
+        """Find out which numbers differ, and raise. Call on every rank.
 
         Raises:
-            RankDisagreementError: On every rank. Names the quantity, its values by rank, and the first parameters whose
-                weights or gradients differ from rank 0's.
+            RankDisagreementError: On every rank. The message names the quantity, its values by rank, and the first
+                parameters whose weights or gradients differ from rank 0's.
         """
         step, epoch, position = self._position()
         own = {
@@ -128,13 +128,13 @@ class Agreement:
 
     def _learning_rates(self) -> list[float]:
         rates = [group.get("lr", 0.0) for group in self._optimizer.param_groups]
-        # One that is a tensor on an accelerator can't be read without a sync.
+        # Reading a rate that is a tensor on an accelerator would be a sync.
         return [0.0 if isinstance(rate, torch.Tensor) and rate.device.type != "cpu" else float(rate) for rate in rates]
 
     @torch.no_grad()
     def _differing_from_rank_zero(self) -> Mapping[str, list[str]]:
-        """Names of the replicated parameters whose weights or gradients are not those of rank 0. Call on every rank.
-        Shards of FSDP2 differ by nature.
+        """Names of replicated parameters whose weights or gradients differ from rank 0's. Call on every rank. FSDP2's
+        shards always differ, so they are left out.
         """
         own = {
             name: (collectives.checksum(param), None if param.grad is None else collectives.checksum(param.grad))

@@ -1,6 +1,6 @@
-"""What `forward` changes besides gradients: buffers of every kind, and frozen parameters such as a codebook.
+"""The state that `forward` changes besides gradients: all buffers, and frozen parameters such as a codebook.
 
-A discarded window, an evaluation and a micro-batch of weight 0 must leave none of it behind.
+A discarded window, an evaluation and a micro-batch of weight 0 must not leave any such change behind.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 class BufferKeeper:
-    """Keeps a model's buffers, and the frozen parameters that `forward` changes, as they were before a window.
+    """Remembers a model's buffers, and the frozen parameters that `forward` changes, and restores them.
 
-    Costs one copy of the buffers a step. Which of them `forward` changes can't be told more cheaply: BatchNorm updates
-    its statistics without counting up the tensor's version.
+    Costs one copy of the buffers a step. There is no cheaper way to find the buffers that `forward` changes: BatchNorm
+    updates its statistics without increasing the tensor's version.
 
     Args:
         model: The model without its wrappers.
-        frozen: What is known of the model's frozen parameters. None: nothing yet.
+        frozen: A keeper that already knows the model's frozen parameters. None: make one.
     """
 
     def __init__(self, model: nn.Module, frozen: FrozenKeeper | None = None) -> None:
@@ -41,11 +41,11 @@ class BufferKeeper:
         self._values: list[torch.Tensor] = []
 
     def fork(self, model: nn.Module) -> BufferKeeper:
-        """Another keeper of the same model, for use within a window or between two."""
+        """Another keeper of the same model, for use within a window or between two windows."""
         return BufferKeeper(model, self._frozen.fork())
 
     def remember(self) -> None:
-        """Take note of every buffer's present value."""
+        """Remember the current value of every buffer."""
         if self._is_first or self._before or any(self._dicts):
             self._remember_buffers()
         if self._frozen.is_needed:
@@ -53,7 +53,7 @@ class BufferKeeper:
 
     @torch.no_grad()
     def _remember_buffers(self) -> None:
-        # The first `forward` may register the first buffer of a module; from then on it is one that has buffers.
+        # The first `forward` may register a module's first buffer. So the first time, all modules are included.
         pairs = zip(self._modules, self._dicts, strict=True)
         self._before = [_Before(module) for module, buffers in pairs if buffers or self._is_first]
         self._is_first = False
@@ -67,13 +67,13 @@ class BufferKeeper:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what `remember` saw, also where `forward` has put another tensor in a buffer's place, has grown it,
-        or has registered a new one.
+        """Restore the values of the last `remember`. This also works if `forward` has replaced, enlarged or registered
+        a buffer.
         """
         put_back: dict[int, torch.Tensor] = {}
         for buffer, form, value in zip(self._live, self._forms, self._values, strict=False):
             if form is None:
-                put_back[id(buffer)] = value.clone()  # not to be written into: the module gets another one
+                put_back[id(buffer)] = value.clone()  # this buffer can't be written to, so the module gets a new tensor
             elif form_of(buffer) == form:
                 memory_of(buffer).copy_(value)
             else:
@@ -88,7 +88,7 @@ class BufferKeeper:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within it, whatever happens to the buffers is undone at the end."""
+        """Inside this context, all changes of the buffers are temporary: they are undone at its end."""
         self.remember()
         try:
             yield
@@ -99,7 +99,7 @@ class BufferKeeper:
 def share_rank_zero_buffers(model: nn.Module) -> None:
     """Give every rank the buffers of rank 0, on the device. Call on every rank.
 
-    Left out are those that have not the same shape everywhere, as a cache that grows with each rank's own data.
+    Buffers whose shape differs between ranks are left out, for example a cache that grows with each rank's own data.
     """
     if collectives.world_size() == 1:
         return
@@ -113,7 +113,7 @@ def share_rank_zero_buffers(model: nn.Module) -> None:
 
 
 class _Before:
-    """A module's buffers, and the plain attributes that say what they hold (`self.max_seq_len_cached = 128`)."""
+    """A module's buffers, and the plain attributes that describe them (`self.max_seq_len_cached = 128`)."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -121,7 +121,7 @@ class _Before:
         self._attributes = dict(vars(module))
 
     def restore(self, put_back: dict[int, torch.Tensor]) -> None:
-        """The same tensors in the same slots."""
+        """Put the same tensors back into the same slots."""
         live = self.module._buffers
         if live.keys() != self.buffers.keys() or any(live[key] is not self.buffers[key] for key in live):
             self._restore_attributes()
@@ -138,14 +138,14 @@ class _Before:
 
 
 def form_of(tensor: torch.Tensor) -> Any:
-    """What must be the same for one tensor to be copied into the other; None: it cannot be written into."""
+    """The properties that two tensors must share for a copy in place. None: the tensor can't be written to."""
     if tensor.layout is not torch.strided or tensor.is_inference() or tensor.is_quantized:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or, where several of its elements are the same memory (`expand`), that memory once."""
+    """The tensor. If several of its elements share memory (`expand`): a view of that memory without repetition."""
     if tensor.layout is not torch.strided or tensor.is_contiguous():
         return tensor
     end = 1
@@ -159,7 +159,7 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def write_into(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a value of the same shape, also where several elements are the same memory."""
+    """Copy a value of the same shape into a tensor, even if several elements of the tensor share memory."""
     memory = memory_of(tensor)
     if memory is tensor:
         tensor.copy_(value)

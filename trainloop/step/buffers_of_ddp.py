@@ -1,4 +1,4 @@
-"""When DDP shares the buffers of rank 0: once a micro-batch."""
+"""Makes DDP share the buffers of rank 0 only once a micro-batch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .gradient_checks import ddp_modules
 
 
 class SharedBuffers:
-    """Has DDP share buffers before the first forward pass of a micro-batch only.
+    """Lets DDP share buffers only before the first forward pass of a micro-batch.
 
-    DDP does so before each one, which changes BatchNorm's statistics between two forward passes. A backward pass
-    through both, as that of a discriminator, then fails: "modified by an inplace operation".
+    By default DDP does so before each forward pass, which changes BatchNorm's statistics between two of them. A
+    backward pass through both, as in a discriminator, then fails: "modified by an inplace operation".
 
     Args:
         model: The prepared model.
@@ -23,7 +23,7 @@ class SharedBuffers:
             ddp.register_forward_hook(_share_no_more)
 
     def begin(self) -> None:
-        """A micro-batch begins."""
+        """Call this when a micro-batch begins."""
         for ddp in self._ddps:
             ddp.broadcast_buffers = True
 

@@ -1,4 +1,4 @@
-"""What a model's buffers and frozen parameters were when the model was built, before anything was trained or loaded."""
+"""The buffers and frozen parameters of a model as it was built, before anything was trained or loaded."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from .non_finite import clean_name, non_finite_tensors, untrained_tensors
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """Tells what the code says from what `forward` has made of it. Costs one pass over buffers and frozen parameters.
+    """Distinguishes what the code of the model defines from what `forward` has changed.
+
+    Costs one pass over buffers and frozen parameters.
 
     Attributes:
-        buffers: Shape and dtype of each buffer by clean name; None: it was None.
-        sums: Of the bytes of the buffers that are not persistent.
-        non_finite: Clean names of buffers and frozen parameters with infinities or NaN. They are meant to be so, as
-            masks are, and say nothing about the health of the run.
-        frozen_sums: Of the bytes of what this rank holds of the frozen parameters; empty: nobody needs them.
-        fingerprints: Of the frozen parameters as they were built, as far as they were computed.
+        buffers: Shape and dtype of each buffer, by clean name. None: the buffer was None.
+        sums: Checksums of the buffers that are not persistent.
+        non_finite: Clean names of buffers and frozen parameters that contain infinities or NaN on purpose, as masks do.
+            They say nothing about the health of the run.
+        frozen_sums: Checksums of this rank's part of the frozen parameters. Empty if nobody needs them.
+        fingerprints: Fingerprints of the frozen parameters as they were built, as far as they have been computed.
     """
 
     buffers: dict[str, Any]
@@ -37,16 +39,16 @@ class BuiltModel:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, *, sums_frozen: bool = False) -> BuiltModel:
-        """Look at a model, without its wrappers. Call on every rank.
+        """Examine a model, without its wrappers. Call on every rank.
 
         Args:
             model: The model.
-            sums_frozen: Whether to fill `frozen_sums`, which takes a pass over the frozen parameters.
+            sums_frozen: Whether to fill `frozen_sums`, which costs a pass over the frozen parameters.
         """
         slots = buffer_slots(model)
         volatile = {n: b for n, (module, key, b) in slots.items() if key in module._non_persistent_buffers_set}
         present = {name: memory_of(b) for name, b in volatile.items() if b is not None and form_of(b) is not None}
-        non_finite = non_finite_tensors(untrained_tensors(model))  # of shards another rank may hold the infinities
+        non_finite = non_finite_tensors(untrained_tensors(model))  # infinities may be in another rank's shard only
         return cls(
             {name: buffer_form(buffer) for name, (_, _, buffer) in slots.items()},
             dict(zip(present, sums_of_bytes(list(present.values())), strict=True)),
@@ -56,8 +58,8 @@ class BuiltModel:
 
 
 def frozen_entries(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The entries of a model's `state_dict` that belong to frozen parameters, by clean name: the parameters themselves,
-    and what a module saves beside one, as "fc.weight.absmax" of a quantized "fc.weight".
+    """The entries of a model's `state_dict` that belong to frozen parameters, by clean name. These are the parameters
+    and what a module saves beside one, for example "fc.weight.absmax" of a quantized "fc.weight".
     """
     named = model.named_parameters(remove_duplicate=False)
     frozen = {clean_name(name) for name, param in named if not param.requires_grad}
@@ -72,12 +74,12 @@ def frozen_entries(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def sums_of_held(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """For each tensor, by name, the sum of the bytes that this rank holds of it."""
+    """A checksum of this rank's part of each tensor, by name."""
     return dict(zip(tensors, sums_of_bytes([local_tensor(tensor) for tensor in tensors.values()]), strict=True))
 
 
 def buffer_slots(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor | None]]:
-    """Every place of a buffer by clean name: module, name in it, and the buffer, which may be None."""
+    """Every slot of a buffer, by clean name: the module, the name in it, and the buffer, which may be None."""
     return {
         clean_name(f"{prefix}.{key}" if prefix else key): (module, key, buffer)
         for prefix, module in model.named_modules()
@@ -86,5 +88,5 @@ def buffer_slots(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tens
 
 
 def buffer_form(buffer: torch.Tensor | None) -> list[Any] | None:
-    """Shape and dtype, as they are saved."""
+    """Shape and dtype of a buffer, in the form that checkpoints save."""
     return None if buffer is None else [list(buffer.shape), str(buffer.dtype).removeprefix("torch.")]

@@ -1,7 +1,7 @@
-"""Frozen parameters that `forward` changes itself: a codebook, the teacher of a student.
+"""Frozen parameters that `forward` changes itself: a codebook, or the teacher of a student.
 
-Most frozen parameters never change, and copying a large backbone at each step would cost as much memory again, and
-time. So only those are copied that were seen to change.
+Most frozen parameters never change. Copying a large backbone at each step would double its memory and cost time. So
+only parameters that have been seen to change are copied.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..errors import TrainloopWarning
 from .non_finite import clean_name
 
 _SMALL_BYTES = 2**26
-"""Copied through the first window in any case, when nobody knows yet which of them change."""
+"""Frozen parameters up to this size are always copied for the first window: nobody knows yet which of them change."""
 _NUM_TOLD = 5
 
 
 class FrozenKeeper:
-    """Keeps those frozen parameters that change as they were before a window.
+    """Remembers the frozen parameters that change, and restores them.
 
-    Which of them change is found out from checksums before and after the first window, and later from the versions of
-    the tensors, which all changes count up but those by way of `.data`. Through the first window the smallest ones are
-    kept, up to the size of the trained parameters.
+    Checksums before and after the first window show which of them change. Later the versions of the tensors show it;
+    every change increases the version, except one through `.data`. For the first window the smallest parameters are
+    copied, up to the size of the trained parameters.
 
     Args:
         model: The model without its wrappers.
@@ -38,7 +38,7 @@ class FrozenKeeper:
         self._watched = {clean_name(name): p for name, p in params.items() if not p.requires_grad}
         self._changing: dict[str, nn.Parameter] = {}
         self._smallest: dict[str, nn.Parameter] = {}
-        """Through the first window."""
+        """Copied for the first window only."""
         self._kept: list[torch.Tensor] = []
         self._kept_names: list[str] = []
         self._values: list[torch.Tensor] = []
@@ -50,7 +50,7 @@ class FrozenKeeper:
         self._first_bytes = max(trained, _SMALL_BYTES)
 
     def fork(self) -> FrozenKeeper:
-        """Another keeper of those that are known to change, for use within a window or between two."""
+        """Another keeper of the parameters that are known to change, for use within a window or between two."""
         other = copy.copy(self)
         other._watched, other._versioned, other._versions = {}, [], []
         other._smallest, other._kept_names = {}, []
@@ -64,7 +64,7 @@ class FrozenKeeper:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Take note of the values before a window."""
+        """Remember the values before a window."""
         self._num_windows += 1
         if self._num_windows == 1:
             self._sums = self._checksums()
@@ -83,7 +83,7 @@ class FrozenKeeper:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the values back."""
+        """Restore the values."""
         protected = self._smallest.keys() | self._changing.keys()
         lost = sorted(self._note_changes() - protected) if self._watched else []
         if self._kept:
@@ -106,17 +106,17 @@ class FrozenKeeper:
         return found
 
     def _note_changes(self) -> set[str]:
-        """Find those that have changed since the last time; from now on they are kept."""
+        """Find the parameters that have changed since the last check. They are copied from now on."""
         sums = self._checksums()
         changed = {name for name, value in sums.items() if self._sums[name] != value}
         self._changing |= {name: self._watched.pop(name) for name in sorted(changed)}
-        # A version that counts up without a change says nothing.
+        # If a version increased although nothing changed, it can't be used as a sign of change.
         before = {id(p): version for p, version in zip(self._versioned, self._versions, strict=True)}
         self._versioned = [p for p in self._watched.values() if before.get(id(p), p._version) == p._version]
         self._versions = [p._version for p in self._versioned]
         return changed
 
     def _checksums(self) -> dict[str, int]:
-        """Of those that are watched: one pass over their memory, and one read for each device."""
+        """Checksums of the watched parameters. Costs one pass over their memory and one read per device."""
         tensors = [local_tensor(p) for p in self._watched.values()]
         return dict(zip(self._watched, sums_of_bytes(tensors), strict=True))

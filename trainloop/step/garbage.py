@@ -1,7 +1,7 @@
-"""Python's garbage collection in step: in a distributed run all ranks collect after the same steps.
+"""Python's garbage collection, synchronized: in a distributed run all ranks collect after the same steps.
 
-A collection stops its process, and a rank that stops makes all others wait. Left to Python, each rank collects at its
-own time, so the run waits for each of them in turn.
+A collection pauses its process, and a rank that pauses makes all others wait. If Python decides, each rank collects at
+another time, so the run waits for each of them in turn.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from types import TracebackType
 from ..ranks import collectives
 
 _FROZEN_BY_PYTHON = 1000
-"""More objects than Python freezes by itself at its start (3.12: 375), and far fewer than torch alone makes."""
+"""More objects than Python freezes itself at its start (3.12: 375), and far fewer than torch alone creates."""
 
 
 class GarbageCollection:
-    """Within it, what exists at its beginning is never looked at again by a collection (a full one over all imported
-    modules takes about 100 ms), and the ranks of a distributed run collect in step. At its end Python's own settings
-    are put back, also after an exception.
+    """Makes garbage collections cheap and synchronized inside this context.
+
+    Objects that exist when it begins are not examined again (a full collection over all imported modules takes about
+    100 ms). The ranks of a distributed run collect after the same steps. At the end, and after an exception, Python's
+    own settings are restored.
 
     Args:
-        interval: Steps from one collection to the next. None: everything is left to Python.
+        interval: Steps from one collection to the next. None: Python decides.
     """
 
     def __init__(self, interval: int | None) -> None:
@@ -32,10 +34,10 @@ class GarbageCollection:
     def __enter__(self) -> GarbageCollection:
         if self._interval is not None:
             self._was_enabled = gc.isenabled()
-            # If the script has frozen anything itself, `unfreeze` would thaw that as well.
+            # If the script has frozen objects itself, `unfreeze` would release them too.
             self._freezes = gc.get_freeze_count() < _FROZEN_BY_PYTHON
             if self._freezes:
-                gc.collect(1)  # garbage of the build would stay till the end
+                gc.collect(1)  # otherwise garbage of the build would stay until the end
                 gc.freeze()
             if self._in_step:
                 gc.disable()
@@ -48,6 +50,6 @@ class GarbageCollection:
             gc.unfreeze()
 
     def collect_if_due(self, step: int) -> None:
-        """Collect, if it is time to. Call on every rank, after each step."""
+        """Collect if a collection is due. Call on every rank, after each step."""
         if self._in_step and self._interval is not None and step % self._interval == 0:
             gc.collect()

@@ -1,4 +1,4 @@
-"""What a window relies on: who computes gradients, and of which parameters. Told at the first step without it."""
+"""Checks who computes gradients, and of which parameters. A violation raises at the first step where it happens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GradientChecks:
         self._trainable = {name: param for name, param in named if param.requires_grad}
         self._frozen = {name: param for name, param in named if not param.requires_grad}
         self._is_first = True
-        # With these options DDP accepts that a parameter gets no gradient.
+        # With these options DDP accepts parameters without a gradient.
         strict = [ddp for ddp in ddp_modules(model) if not (ddp.find_unused_parameters or ddp.static_graph)]
         reduced = {
             param
@@ -37,7 +37,7 @@ class GradientChecks:
         self._needed = {name: param for name, param in self._trainable.items() if param in reduced}
 
     def before_forward(self) -> None:
-        """Raise if a parameter that was frozen when the model was built is not any more."""
+        """Raise if a parameter requires grad now but was frozen when the model was built."""
         thawed = [name for name, param in self._frozen.items() if param.requires_grad]
         if thawed:
             raise ValueError(
@@ -47,7 +47,7 @@ class GradientChecks:
             )
 
     def after_forward(self) -> None:
-        """Raise if `forward` has left gradients behind. Looks in the first window of the run only."""
+        """Raise if `forward` has left gradients behind. Checks only the first window of the run."""
         if not self._is_first:
             return
         self._is_first = False
@@ -60,7 +60,7 @@ class GradientChecks:
             )
 
     def after_backward(self) -> None:
-        """Raise if DDP still waits for gradients, which it would tell in the next step only, in terms of its own."""
+        """Raise if DDP still waits for gradients. DDP itself would report it only in the next step, less clearly."""
         missing = [name for name, param in self._needed.items() if param.grad is None and param.requires_grad]
         if missing:
             raise ValueError(
@@ -72,7 +72,7 @@ class GradientChecks:
 
 
 def explain_backward(error: RuntimeError) -> None:
-    """Raise with the remedy, if FSDP2 had let go of weights that the backward pass still needs."""
+    """Raise with a remedy if FSDP2 has freed weights that the backward pass still needs."""
     if any(text in str(error) for text in _LET_GO):
         raise RuntimeError(
             "The backward pass needs weights that FSDP2 has let go of: `forward` has called `torch.autograd.grad` on"

@@ -1,7 +1,7 @@
-"""The gradient of the whole model, or of a phase's parameters: its norm, its clipping, and how it is dropped.
+"""The gradient of the whole model, or of the parameters of a phase: compute its norm, clip it, and drop it.
 
-The same numbers, bit for bit, as `accelerator.clip_grad_norm_` gives, which cannot be used as it is: it clips before
-anybody has looked at the norm, so a norm that overflowed would already have destroyed gradients that are finite.
+The results are bit-for-bit those of `accelerator.clip_grad_norm_`, which can't be used itself: it clips before anybody
+has looked at the norm. If only the norm overflowed, it would destroy gradients that are finite.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_ divides by norm + 1e-6
 
 
 class Gradients:
-    """The gradients of parameters, which are already reduced over the ranks.
+    """The gradients of some parameters. They are already reduced over the ranks.
 
-    Which way to the norm is open is decided once, here: one fused call where all parameters are plain tensors of one
-    dtype on one device, torch's own functions otherwise.
+    How the norm is computed is decided once, in the constructor: by one fused call if all parameters are plain tensors
+    of one dtype on one device, and by torch's own functions otherwise.
 
     Args:
-        params: Of the prepared model.
-        max_norm: Limit of the 2-norm; `None`: nothing is clipped.
-        scaler: An enabled grad scaler, whose scale `norm` takes out of the gradients first; or `None`.
+        params: Parameters of the prepared model.
+        max_norm: Limit of the 2-norm. `None`: nothing is clipped.
+        scaler: An enabled grad scaler; `norm` first unscales the gradients. `None`: there is none.
         optimizer: The raw optimizer, for the scaler.
     """
 
@@ -42,18 +42,18 @@ class Gradients:
         self._scaler = scaler
         self._optimizer = optimizer
         self._params = list(params)
-        self._grads: list[torch.Tensor] = []  # of the plain way: read out once a step, for norm and clipping
+        self._grads: list[torch.Tensor] = []  # if plain: read once a step, for the norm and for clipping
         meshes = [getattr(p, "device_mesh", None) for p in self._params]
         self._groups: list[list[nn.Parameter]] = [
             [p for p, own in zip(self._params, meshes, strict=True) if own == mesh] for mesh in dict.fromkeys(meshes)
         ]
         self.can_clip_unread = max_norm is None or max_norm >= 2 * _EPS
-        """Whether a norm of 0 is below the limit, with torch's `_EPS` added to it."""
+        """Whether a norm of 0 plus torch's `_EPS` is below the limit."""
         self._is_plain = not any(meshes) and len({(p.dtype, p.device) for p in self._params}) <= 1
 
     def norm(self) -> torch.Tensor:
-        """2-norm over all parameters and all shards: 0-dim plain tensor on the device, the same on every rank. Call on
-        every rank (FSDP2 reduces it), once a window.
+        """The 2-norm over all parameters and all shards: a 0-dim plain tensor on the device, the same on every rank.
+        Call once a window, on every rank, because FSDP2 reduces it.
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
@@ -66,9 +66,9 @@ class Gradients:
         return self._norm()
 
     def _largest(self) -> float:
-        """Largest magnitude of any element, read by the host; not finite if any element isn't. Call on every rank.
+        """Largest absolute value of any element, read by the host. Not finite if any element isn't. Call on every rank.
 
-        Not from torch's infinity norm, which refuses the empty shards that small parameters have on some ranks.
+        torch's infinity norm can't be used: it refuses the empty shards that small parameters have on some ranks.
         """
         grads = [p.grad for p in self._params if p.grad is not None]
         local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
@@ -78,23 +78,26 @@ class Gradients:
         return math.nan if any(map(math.isnan, by_rank)) else max(by_rank)
 
     def clip(self, norm: torch.Tensor, norm_value: float) -> None:
-        """Scale the gradient that `norm` was taken of down to the limit, if it is above. `norm_value` is `norm`, read
-        by the host.
+        """Scale the gradient down to the limit if its norm is above the limit.
+
+        Args:
+            norm: The norm that `norm` returned.
+            norm_value: The same norm, read by the host.
         """
         if self._max_norm is None or norm_value < self._max_norm * 0.999 - _EPS:
-            return  # torch would multiply by exactly 1; the margin leaves the rounding at the limit to it
+            return  # torch would multiply by exactly 1; the margin leaves rounding at the limit to torch
         self._scale_down(norm, self._max_norm)
 
     def clip_unread(self, norm: torch.Tensor) -> None:
-        """As `clip`, to the bit, before the host has read `norm`. If it is not finite, the gradient is multiplied by
-        exactly 1. Needs `can_clip_unread`.
+        """Clip with the same bits as `clip`, before the host has read `norm`. If `norm` is not finite, the gradient is
+        multiplied by exactly 1. Needs `can_clip_unread`.
         """
         if self._max_norm is not None:
             self._scale_down(torch.nan_to_num(norm, nan=0.0, posinf=0.0, neginf=0.0), self._max_norm)
 
     def _scale_down(self, norm: torch.Tensor, max_norm: float) -> None:
         if self._is_plain and self._grads:
-            # torch's own clamp(max_norm / (norm + eps), max=1), to the bit, without the detours of its operators.
+            # The same bits as torch's clamp(max_norm / (norm + eps), max=1), without the overhead of its operators.
             coefficient = (norm + _EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
             torch._foreach_mul_(self._grads, coefficient)
             return
@@ -108,10 +111,12 @@ class Gradients:
                 torch.nn.utils.clip_grads_with_norm_(group, max_norm, DTensor.from_local(norm, mesh))
 
     def clip_overflown(self) -> float | None:
-        """Clip a gradient whose norm is not finite, if only the sum of the squares overflowed. Call on every rank.
+        """Clip a gradient whose norm is not finite although each element is: the sum of squares has overflowed.
+
+        Call on every rank.
 
         Returns:
-            The 2-norm, in double precision. None: some gradient is not finite, and none was changed.
+            The 2-norm, in double precision. None: some element is not finite, and nothing was changed.
         """
         largest = self._largest()
         if not math.isfinite(largest):
@@ -125,7 +130,7 @@ class Gradients:
         return norm
 
     def drop(self) -> None:
-        """Forget all gradients, as `zero_grad(set_to_none=True)` does, also of parameters that no optimizer has."""
+        """Drop all gradients, as `zero_grad(set_to_none=True)` does, also of parameters that no optimizer has."""
         self._grads = []
         for param in self._params:
             param.grad = None
@@ -152,11 +157,11 @@ class Gradients:
 
 @contextmanager
 def no_contribution(model: nn.Module) -> Iterator[None]:
-    """Within it, forward and backward run with all their collectives, and add exactly zero to every gradient.
+    """Inside this context, forward and backward run with all their collectives, but add exactly zero to each gradient.
 
-    Multiplying the loss by 0 isn't enough: 0 * inf and 0 * NaN are NaN. Each parameter's incoming gradient is replaced
-    by zeros before it is accumulated and reduced. FSDP2's parameters exist only while they are gathered, so there the
-    replacement is put in place after each unit's gathering.
+    Multiplying the loss by 0 isn't enough: 0 * inf and 0 * NaN are NaN. So each parameter's incoming gradient is
+    replaced by zeros before it is accumulated and reduced. FSDP2's parameters exist only while they are gathered, so
+    there the replacement is installed after each unit is gathered.
     """
     with ExitStack() as stack:
         seen: set[int] = set()

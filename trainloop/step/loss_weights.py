@@ -1,4 +1,4 @@
-"""What each micro-batch weighs in the step's mean loss, exact over the window and all ranks."""
+"""The weight of each micro-batch in the step's mean loss, exact over the window and all ranks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from ..ranks import collectives
 
 
 def loss_factors(weights: Sequence[Any], device: torch.device) -> tuple[list[float] | list[torch.Tensor] | None, Any]:
-    """Turn a window's weights into the factors that its losses get before `backward`, which divides by their number.
+    """Convert a window's weights into factors for its losses. Call on every rank.
 
-    Factor i is `w_i * N * world_size / total`: Accelerate's division by N and DDP's mean over the ranks then leave
-    `sum(w_i * loss_i) / total`. Call on every rank.
+    Factor i is `w_i * N * world_size / total`. Accelerate's `backward` divides by N, and DDP takes the mean over the
+    ranks, so the result is `sum(w_i * loss_i) / total`.
 
     Args:
         weights: What `batch_weight` returned for the window's N micro-batches.
         device: The device of this rank.
 
     Returns:
-        The factors: N floats, or N 0-dim fp64 tensors where the weights are tensors on an accelerator (they are not
-        read; NaN where the total is 0); an empty list: all weights of all ranks are 0; None: `batch_weight` gave None
-        for all. And the total over the window and all ranks, a number or a 0-dim fp64 tensor.
+            The factors: N floats, or N 0-dim fp64 tensors if all weights are tensors on an accelerator (they are not
+            read; the factors are NaN if the total is 0). An empty list: all weights of all ranks are 0. None:
+            `batch_weight` returned None for all. And the total weight over the window and all ranks, a number or a
+            0-dim fp64 tensor.
 
     Raises:
-        ValueError: On every rank, if a weight of any rank is not a number >= 0, or only some micro-batches have one.
+        ValueError: On every rank, if any rank's weight is not a number >= 0, or only some micro-batches have one.
     """
     on_device = [isinstance(w, torch.Tensor) and w.device.type != "cpu" for w in weights]
     scale = len(weights) * collectives.world_size()
@@ -57,11 +58,11 @@ def loss_factors(weights: Sequence[Any], device: torch.device) -> tuple[list[flo
 
 
 def host_weight(weight: Any) -> float | None:
-    """A weight on the host; NaN if it cannot be meant."""
+    """Convert a weight to a float. NaN: it is not a valid weight."""
     if weight is None:
         return None
     if isinstance(weight, torch.Tensor):
-        weight = weight.tolist()  # of a CPU tensor: reads memory, no sync
+        weight = weight.tolist()  # on a CPU tensor: no sync
     if not isinstance(weight, bool):
         try:
             number = float(weight)
@@ -73,8 +74,8 @@ def host_weight(weight: Any) -> float | None:
 
 
 def weighted_loss(loss: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
-    """`loss * factor`, both 0-dim; 0 where the factor is 0, also of a non-finite loss. Keeps the graph, because the
-    collectives of a dropped micro-batch's backward have to run.
+    """`loss * factor`, both 0-dim; 0 if the factor is 0, even for a non-finite loss. Keeps the graph, because the
+    collectives in the backward pass of a dropped micro-batch have to run.
     """
     finite = loss.nan_to_num(0, 0, 0)
     if isinstance(factor, float):

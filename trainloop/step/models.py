@@ -1,4 +1,4 @@
-"""Several modules as one model: what `build_model` returned as a mapping."""
+"""Several modules as one model, for a mapping that `build_model` returned."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 
 
 class Models(nn.ModuleDict):
-    """The modules by name: `self.model["generator"](z)`. Each is wrapped by itself, the mapping is not.
+    """The modules by name: `self.model["generator"](z)`. Each module is wrapped by itself; the mapping is not wrapped.
 
     Args:
-        modules: As `build_model` returned them, or as Accelerate prepared them.
-        unwrapped: With the same modules without their wrappers. None: these are.
+        modules: The modules as `build_model` returned them, or as Accelerate prepared them.
+        unwrapped: The same modules without wrappers. None: `modules` has none.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], unwrapped: Models | None = None) -> None:
         super().__init__(dict(modules))
-        self._unwrapped = (unwrapped,)  # in a tuple, so that it is no part of this module
+        self._unwrapped = (unwrapped,)  # the tuple keeps it from becoming a submodule
 
     @property
     def unwrapped(self) -> Models:
@@ -26,5 +26,5 @@ class Models(nn.ModuleDict):
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that Accelerate wraps, each by itself: the model, or those of a mapping."""
+    """The modules that Accelerate wraps, each by itself: the model, or the modules of a mapping."""
     return list(model.values()) if isinstance(model, Models) else [model]

@@ -1,7 +1,7 @@
-"""Training mode and eval mode, of the model's parts and of optimizers that have them (schedule-free ones).
+"""Training mode and eval mode of the model's parts, and of optimizers that have these modes (schedule-free ones).
 
-A schedule-free optimizer trains other weights than the ones to evaluate: `optimizer.eval()` puts the averaged weights
-into the model, and `optimizer.train()` puts the others back, up to rounding.
+A schedule-free optimizer trains one set of weights, and another set is evaluated: `optimizer.eval()` puts the averaged
+weights into the model, and `optimizer.train()` puts the trained ones back, up to rounding.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Modes:
-    """The modes that `build_model` has chosen, and those of the optimizer.
+    """The modes that `build_model` has set, and those of the optimizer.
 
-    A part in eval mode below a model in training mode stays so, as a frozen backbone whose running statistics must not
-    move. A model that comes whole in eval mode (`from_pretrained`) trains whole.
+    In a model that is in training mode, a part in eval mode stays in eval mode, for example a frozen backbone whose
+    running statistics must not change. If the whole model is in eval mode (`from_pretrained`), all of it is trained.
 
     Args:
-        trainer: The trainer; it is built.
+        trainer: The trainer. It must be built.
     """
 
     def __init__(self, trainer: BaseTrainer) -> None:
@@ -40,11 +40,11 @@ class Modes:
 
     @property
     def names_in_eval_mode(self) -> list[str]:
-        """The parts that `build_model` has put into eval mode, without the parts of these."""
+        """The outermost parts that `build_model` has put into eval mode."""
         return [name for name in self._in_eval_mode if name.rpartition(".")[0] not in self._in_eval_mode]
 
     def begin(self) -> None:
-        """Begin to train. A part that a hook has put into eval mode stays so."""
+        """Switch to training mode. A part that a hook has put into eval mode stays in eval mode."""
         if not (self._prepared.training and self._model.training):
             self._prepared.train()
             for part in self._in_eval_mode.values():
@@ -54,14 +54,14 @@ class Modes:
         self._is_training = True
 
     def end(self) -> None:
-        """The run is over: the model is left with the weights that a schedule-free optimizer has averaged."""
+        """End the training: leave the averaged weights of a schedule-free optimizer in the model."""
         for optimizer in self._with_modes:
             optimizer.eval()
         self._is_training = False
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Within it the model's weights are not those of the optimizer, which must not turn them into others."""
+        """Inside this context the model has other weights than the optimizer's, and `averaged` must not touch them."""
         before, self._is_replaced = self._is_replaced, True
         try:
             yield
@@ -70,15 +70,18 @@ class Modes:
 
     @contextmanager
     def averaged(self) -> Iterator[bool]:
-        """Within it the model has the weights that a schedule-free optimizer has averaged; at the end its own are back,
-        bit for bit. Gives whether it has put them there. Costs a copy of the weights, with such an optimizer only.
+        """Inside this context the model has the averaged weights of a schedule-free optimizer. At its end the trained
+        weights are back, bit for bit. Costs a copy of the weights if there is such an optimizer.
+
+        Yields:
+            Whether it has put averaged weights into the model.
         """
         if not (self._with_modes and self._is_training) or self._is_replaced:
             yield False
             return
         groups = [group for optimizer in self._with_modes for group in optimizer.param_groups]
         weights = [local_tensor(p.detach()) for group in groups for p in group["params"]]
-        reshard(self._prepared)  # what FSDP2 still has gathered would go on being used
+        reshard(self._prepared)  # otherwise FSDP2 would go on using gathered weights
         backup = torch._foreach_clone(weights)
         for optimizer in self._with_modes:
             optimizer.eval()
@@ -88,4 +91,4 @@ class Modes:
             reshard(self._prepared)
             for optimizer in self._with_modes:
                 optimizer.train()
-            torch._foreach_copy_(weights, backup)  # `train` brings them back up to rounding
+            torch._foreach_copy_(weights, backup)  # `train` restores them only up to rounding

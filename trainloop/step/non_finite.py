@@ -1,6 +1,6 @@
-"""Finds out what is not finite, and reports it such that one can act on it.
+"""Finds what is not finite, and reports it in a way that a user can act on.
 
-All of it runs on the retry path only, but for `non_finite_tensors`, which also runs once when the model is built.
+All of it runs only for a retry. The exception is `non_finite_tensors`, which also runs once when the model is built.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _SHOWN = 5  # names in a report: enough to see the pattern
 
 @dataclass(frozen=True)
 class NonFiniteReport:
-    """What the ranks found when a window's gradient was not finite; the same on every rank."""
+    """The findings of all ranks when a window's gradient was not finite. The same on every rank."""
 
     losses: list[list[float]]
     """Losses of the window's micro-batches, by rank."""
     gradients: dict[str, list[int]]
-    """The first parameters with a non-finite gradient, by clean name, with the ranks where it is so."""
+    """The first parameters with a non-finite gradient, by clean name, each with the ranks where this is so."""
     gradient_count: int
     """How many parameters have a non-finite gradient on any rank."""
     parameter_count: int
     """How many parameters have a gradient."""
     parameters: list[str]
-    """Parameters that are trained and are themselves non-finite, on any rank."""
+    """Trained parameters that are themselves non-finite, on any rank."""
     buffers: list[str]
-    """Buffers and frozen parameters that were non-finite before the window, on any rank, but not when the model was
-    built."""
+    """Buffers and frozen parameters that were non-finite before the window, on any rank, but were finite when the model
+    was built."""
 
     @property
     def non_finite_loss_ranks(self) -> list[int]:
@@ -42,7 +42,7 @@ class NonFiniteReport:
 
     @property
     def advice(self) -> str:
-        """What to try."""
+        """A remedy to try."""
         if self.parameters:
             return "Resume from a healthy checkpoint, with a lower learning rate or `grad_clip`."
         if self.buffers:
@@ -77,14 +77,13 @@ class NonFiniteReport:
 def diagnose(
     model: nn.Module, losses: Sequence[torch.Tensor], non_finite_when_built: Collection[str] = ()
 ) -> NonFiniteReport:
-    """Find out what is not finite, while the window's gradient is still there and the buffers are put back.
-
-    Call on every rank.
+    """Find what is not finite. Call on every rank, while the window's gradient is still there and after the buffers are
+    restored.
 
     Args:
         model: The model without its wrappers.
         losses: This rank's losses of the window, 0-dim.
-        non_finite_when_built: Clean names of buffers and frozen parameters that are meant to be so, as masks are.
+        non_finite_when_built: Clean names of buffers and frozen parameters that are non-finite on purpose, as masks.
     """
     named = [(clean_name(name), param) for name, param in model.named_parameters()]
     own = (
@@ -106,19 +105,19 @@ def diagnose(
 
 
 def untrained_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Buffers and frozen parameters, by clean name."""
+    """Buffers and frozen parameters, with clean names."""
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     return [(clean_name(name), tensor) for name, tensor in [*model.named_buffers(), *frozen]]
 
 
 @torch.no_grad()
 def non_finite_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of those that hold infinities or NaN on this rank. Reads each with the host."""
+    """Names of tensors that contain infinities or NaN on this rank. Costs one host read per tensor."""
     return [name for name, tensor in named if not _is_finite(tensor)]
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what compilation and activation checkpointing put into it."""
+    """A parameter's name without the parts that compilation and activation checkpointing add."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
@@ -128,7 +127,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
         local = local.coalesce().values()
     if not (local.is_floating_point() or local.is_complex()) or local.is_meta:
         return True
-    wide = local.float() if local.element_size() == 1 else local  # `isfinite` knows no fp8
+    wide = local.float() if local.element_size() == 1 else local  # `isfinite` doesn't support fp8
     return bool(torch.isfinite(wide).all())
 
 

@@ -1,7 +1,7 @@
 """Several optimizers of one model, and their schedules, by name.
 
-They step together, as one: one window, one norm, one decision. So the rest of the package sees one optimizer of all
-their parameters and one schedule, and looks at the parts only where it has to.
+They step together: one window, one norm, one decision. So the rest of the package sees one optimizer with all
+parameters and one schedule. It looks at the single optimizers only where it has to.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 
 class Optimizers(Optimizer):
-    """What `build_optimizer` returned as a mapping: an optimizer of all the parameters, and the mapping.
+    """One optimizer of all parameters, made from the mapping that `build_optimizer` returned.
 
     Args:
-        by_name: The raw optimizers, which share no parameter.
+        by_name: The raw optimizers. They must not share parameters.
     """
 
     def __init__(self, by_name: Mapping[str, Optimizer]) -> None:
-        # Not `super().__init__`, which would make parameter groups of its own.
+        # Not `super().__init__`, which would create its own parameter groups.
         self.by_name = dict(by_name)
         self.defaults: dict[str, Any] = {}
 
@@ -35,7 +35,7 @@ class Optimizers(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of all optimizers, the very ones."""
+        """The groups of all optimizers: the same objects, not copies."""
         return [group for optimizer in self.by_name.values() for group in optimizer.param_groups]
 
     @property
@@ -54,17 +54,17 @@ class Optimizers(Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizers' own, by name."""
+        """The state dict of each optimizer, by name."""
         return {name: optimizer.state_dict() for name, optimizer in self.by_name.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         for name, optimizer in self.by_name.items():
             optimizer.load_state_dict(state_dict[name])
 
 
 class LRSchedulers:
-    """What `build_lr_scheduler` returned as a mapping from the names of optimizers.
+    """The schedulers of the mapping that `build_lr_scheduler` returned, by the names of the optimizers.
 
     Args:
         by_name: The raw schedulers.
@@ -77,19 +77,19 @@ class LRSchedulers:
         return self.by_name[name]
 
     def step(self) -> None:
-        """Move every schedule on."""
+        """Move every schedule by one step."""
         for scheduler in self.by_name.values():
             scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedulers' own, by name."""
+        """The state dict of each scheduler, by name."""
         return {name: scheduler.state_dict() for name, scheduler in self.by_name.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave.
+        """Load what `state_dict` returned.
 
         Raises:
-            ValueError: It is of other schedules.
+            ValueError: The state belongs to other schedules.
         """
         if state_dict.keys() != self.by_name.keys():
             raise ValueError(
@@ -101,20 +101,20 @@ class LRSchedulers:
 
 
 def optimizers_of(optimizer: Optimizer) -> dict[str, Optimizer]:
-    """The optimizers by name; of a single one the name is ""."""
+    """The optimizers by name. A single optimizer has the name ""."""
     return optimizer.by_name if isinstance(optimizer, Optimizers) else {"": optimizer}
 
 
 def schedulers_of(lr_scheduler: Any) -> dict[str, Any]:
-    """The schedulers by the name of their optimizer; "": a single one, of all optimizers. Empty if there is none."""
+    """The schedulers by the name of their optimizer. A single one for all has the name "". Empty: there is none."""
     if lr_scheduler is None:
         return {}
     return lr_scheduler.by_name if isinstance(lr_scheduler, LRSchedulers) else {"": lr_scheduler}
 
 
 def group_names(optimizer: Optimizer) -> list[str]:
-    """A name for each parameter group: its "name", else its number. Of several optimizers it is the optimizer's name,
-    with that of the group if there are several: "muon", "adamw/0".
+    """A name for each parameter group: its "name", else its number. With several optimizers it is the optimizer's name,
+    followed by that of the group if the optimizer has several: "muon", "adamw/0".
     """
     names = []
     for name, part in optimizers_of(getattr(optimizer, "optimizer", optimizer)).items():

@@ -1,10 +1,10 @@
 """The phases of a step: each has its own forward pass, gradient, update and schedule, over the same window.
 
-A step of most trainers is one phase, which is nothing but the step. Of a GAN it is the discriminator's and then the
-generator's:
+In most trainers a step has one phase, which is the whole step. A GAN has a phase for the discriminator, and then one
+for the generator:
 
-begin ─► phase 1: window ─► norm ─► update     the parameters of phase 2 do not require grad meanwhile
-         phase 2: the same batches ─► …        if its gradient is not finite, it alone is tried again with new ones
+begin ─► phase 1: window ─► norm ─► update     parameters of phase 2 don't require grad in phase 1
+         phase 2: the same batches ─► …        if its gradient is not finite, only phase 2 is repeated, with new batches
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class Phase:
-    """The only phase of a step: all parameters, all optimizers, all schedules. Use it as a context manager.
+    """The only phase of a step, with all parameters, all optimizers and all schedules. Use it as a context manager.
 
     Args:
-        trainer: The trainer; it is built.
+        trainer: The trainer. It must be built.
     """
 
     name: str | None = None
@@ -47,7 +47,7 @@ class Phase:
         pass
 
     def finish(self) -> None:
-        """Move the learning rate, after the update. The last phase of a step ends the step's updates."""
+        """Move the learning rate, after the update. The last phase also ends the update of the step."""
         if self._schedule is not None:
             self._schedule.step()
         if self.is_last:
@@ -55,12 +55,12 @@ class Phase:
 
 
 class NamedPhase(Phase):
-    """One of several phases: the parameters, optimizer and schedule of its name. Within it they are the trainer's, and
-    no other parameter requires grad.
+    """One of several phases, with the parameters, optimizer and schedule of its name. Inside this context the trainer
+    uses them, and no other parameter requires grad.
 
     Args:
-        trainer: The trainer; it is built.
-        name: Of the phase and its optimizer.
+        trainer: The trainer. It must be built.
+        name: Name of the phase and of its optimizer.
     """
 
     def __init__(self, trainer: BaseTrainer, name: str) -> None:
@@ -85,7 +85,8 @@ class NamedPhase(Phase):
         self._others = [p for p in trainer.model.parameters() if p.requires_grad and p not in own]
         for param in self._others:
             param.requires_grad = False
-        # A forward pass makes DDP wait for gradients, and these get none. It would reduce too early in the next phase.
+        # A forward pass makes DDP wait for gradients, which these modules don't get here. In the next phase DDP would
+        # then reduce too early.
         for ddp in self._idle:
             ddp.require_backward_grad_sync = False
         trainer.phase, trainer._gradients, trainer._update = self.name, self._gradients, self._update
@@ -113,10 +114,10 @@ class Phases:
     """The phases of a trainer's steps.
 
     Args:
-        trainer: The trainer; it is built.
+        trainer: The trainer. It must be built.
 
     Raises:
-        ValueError: Optimizers, schedules or `grad_clip` are not by the names of phases.
+        ValueError: Optimizers, schedules or `grad_clip` don't match the names of the phases.
     """
 
     def __init__(self, trainer: BaseTrainer) -> None:
@@ -132,7 +133,7 @@ class Phases:
         """The phases of the step that has begun, in order.
 
         Raises:
-            ValueError: `phases` returned something else than different names of optimizers.
+            ValueError: `phases` did not return distinct names of optimizers.
         """
         if self._only:
             return self._only
@@ -150,10 +151,10 @@ class Phases:
 
 
 def check_phases(trainer: BaseTrainer) -> None:
-    """Raise for what does not go together with phases, when optimizers and schedules are built.
+    """Check the optimizers, the schedules and `grad_clip` against the phases, when they have been built.
 
     Raises:
-        ValueError: Optimizers, schedules or `grad_clip` are not by the names of phases.
+        ValueError: Optimizers, schedules or `grad_clip` don't match the names of the phases.
     """
     names = optimizers_of(trainer._raw_optimizer).keys()
     if not trainer._has_phases():
@@ -175,8 +176,8 @@ def check_phases(trainer: BaseTrainer) -> None:
 
 
 def follow_requires_grad(model: nn.Module) -> None:
-    """Have the whole parameters that FSDP2 gathers require grad if their shards do. FSDP2 makes them once, and would
-    not see that a phase has frozen them.
+    """Make the parameters that FSDP2 gathers require grad exactly if their shards do. FSDP2 creates the gathered
+    parameters once, so it would not notice that a phase has frozen the shards.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -196,7 +197,7 @@ def follow_requires_grad(model: nn.Module) -> None:
 
 
 def _without_units(module: nn.Module, unit: type) -> Iterator[nn.Module]:
-    """A module and its parts, without those that are gathered by themselves."""
+    """A module and its parts, without the parts that FSDP2 gathers by themselves."""
     yield module
     for child in module.children():
         if not isinstance(child, unit):

@@ -1,4 +1,4 @@
-"""What is done about a window whose gradient is not finite: another one, a lower loss scale, or an error."""
+"""What happens after a window with a non-finite gradient: a new window, a lower loss scale, or an error."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _MAX_RETRIES_WITHOUT_EPOCHS = 100
-_MIN_LOSS_SCALE = 2.0**-14  # thirty halvings of the initial 2^16: no loss needs less, the gradient is broken
+_MIN_LOSS_SCALE = 2.0**-14  # 30 halvings of the initial 2^16; if the loss scale must be lower, the gradient is broken
 
 
 class Retries:
-    """Counts the discarded windows of a step, and ends a run that has no use for another.
+    """Counts the discarded windows of a step, and raises when another try is pointless.
 
     Args:
-        trainer: The trainer; it is built.
-        feed: Where the batches come from.
+        trainer: The trainer. It must be built.
+        feed: The source of the batches.
     """
 
     def __init__(self, trainer: BaseTrainer, feed: DataFeed) -> None:
@@ -31,10 +31,10 @@ class Retries:
         self._first_epoch = 0
 
     def count(self) -> bool:
-        """Drop the gradient, and count and report a retry. Call on every rank, when the buffers are put back.
+        """Drop the gradient, then count and report a retry. Call on every rank, after the buffers are restored.
 
         Returns:
-            Whether it counts as a retry. A loss scale that was too high doesn't.
+            Whether it counts as a retry. A window with a too high loss scale doesn't.
 
         Raises:
             NonFiniteGradientError: The parameters are not finite, the retries are used up, or a whole epoch gave no
@@ -62,10 +62,10 @@ class Retries:
         return True
 
     def _has_tried_enough(self, retry: int) -> str:
-        """Whether the gradient has been non-finite for so long that another try is no use. Call on every rank.
+        """Whether the gradient has been non-finite for so long that another try is pointless. Call on every rank.
 
         Returns:
-            What has been tried; "": not enough.
+            The tries so far, in words. "": not enough yet.
         """
         if retry == 1:
             self._first_epoch = self._feed.epoch
@@ -74,11 +74,11 @@ class Retries:
             tried = "a whole epoch"
         elif retry >= _MAX_RETRIES_WITHOUT_EPOCHS and not self._feed.has_epochs:
             tried = f"{retry} windows"
-        return max(gather_objects(tried))  # with data of their own, the ranks may be in different epochs
+        return max(gather_objects(tried))  # if each rank has its own data, the ranks may be in different epochs
 
     def _lower_loss_scale(self, scaler: torch.amp.GradScaler, report: NonFiniteReport) -> None:
         trainer = self._trainer
-        scaler.update()  # what unscaling found lowers the scale
+        scaler.update()  # `unscale_` has found an overflow, so this lowers the scale
         trainer.step_info.overflow_count += 1
         scale = scaler.get_scale()
         if scale < _MIN_LOSS_SCALE:
@@ -94,5 +94,5 @@ class Retries:
 
 
 def where(trainer: BaseTrainer) -> str:
-    """The step, and its phase if it has several, for messages."""
+    """The step, and the phase if there are several, for messages."""
     return f"Step {trainer.step}" + (f", phase {trainer.phase!r}" if trainer.phase is not None else "")

@@ -1,4 +1,4 @@
-"""How long a run is: until a number of steps, until a number of epochs, or whichever comes first."""
+"""The length of a run: a number of steps, a number of epochs, or whichever comes first."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class RunLength:
-    """Knows where a run ends, and says it in steps where the data has a length.
+    """Knows where a run ends, and converts epochs to steps if the data has a length.
 
-    A run that has `max_epochs` and no `max_steps` gets a `max_steps`: the number of steps in which it will have seen
-    that many epochs. Schedules and progress bars go by it. The run itself ends by the epoch, because a window that was
-    discarded or another number of micro-batches a step moves the last step.
+    A run with `max_epochs` and without `max_steps` gets a computed `max_steps`: the number of steps for that many
+    epochs. Schedules and progress bars use it. The run itself ends by the epoch, because the last step can move: after
+    a discarded window, or with another number of micro-batches a step.
 
     Args:
-        trainer: The trainer. Its data is built and at the beginning.
-        feed: Where the batches come from.
+        trainer: The trainer. Its data is built and at its beginning.
+        feed: The source of the batches.
     """
 
     def __init__(self, trainer: BaseTrainer, feed: DataFeed) -> None:
@@ -30,7 +30,7 @@ class RunLength:
 
     @property
     def max_steps(self) -> int | None:
-        """The limit that the user has set; None: the epochs alone decide."""
+        """The limit that the user has set. None: only the epochs decide."""
         trainer = self._trainer
         is_limit = trainer.max_epochs is None or trainer.max_steps != self._expected_steps
         return trainer.max_steps if is_limit else None
@@ -44,8 +44,8 @@ class RunLength:
         return trainer.max_epochs is not None and trainer.epoch >= trainer.max_epochs
 
     def update(self, num_done: int) -> None:
-        """Count the steps anew after `num_done` steps, because the run was restored, a window was discarded, or a step
-        now has another number of micro-batches. Call on every rank.
+        """Compute the number of steps again, after `num_done` steps. Needed when the run was restored, when a window
+        was discarded, and when the number of micro-batches a step has changed. Call on every rank.
         """
         trainer, num_micro_steps = self._trainer, self._trainer.gradient_accumulation_steps
         if self._batches_per_epoch is not None:
@@ -56,7 +56,7 @@ class RunLength:
             trainer.max_steps = self._expected_steps
 
     def is_raised(self, saved: Mapping[str, Any]) -> bool:
-        """Whether a limit is higher than in the settings of a checkpoint."""
+        """Whether a limit is higher than in the saved settings of a checkpoint."""
         return any(saved.get(name) is not None and limit > saved[name] for name, limit in self.limits.items())
 
     @property

@@ -1,7 +1,7 @@
-"""The update of a step: clipping, the optimizer's step, and the one number that the host reads.
+"""The update of a step: clipping, the optimizer's step, and the one device-to-host read.
 
 read first   norm ─► the host reads it ─► clip ─► hooks ─► optimizer step     the device waits for the host
-read last    norm ─► clip ─► optimizer step ─► the host reads the norm        the device has work meanwhile
+read last    norm ─► clip ─► optimizer step ─► the host reads the norm        the device works in the meantime
 
 Both give the same bits. Reading last needs an optimizer that skips its step on the device if the norm is not finite.
 """
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 DEVICES = {"cuda"}
-"""Types of devices on which the host reads last. On the CPU nothing waits, and clipping without a decision of the host
-costs a multiplication that is often not needed."""
+"""Types of devices on which the host reads last. On the CPU reading costs no wait, and clipping before the host has
+decided costs a multiplication that is often not needed."""
 
 
 class Update:
     """Applies the gradients of a trainer's windows, one after another.
 
     Args:
-        trainer: The trainer; it is built.
-        gradients: Of the optimizer's parameters.
-        agreement: Takes note of the norm.
-        optimizer: The raw optimizer, of the step or of a phase.
+        trainer: The trainer. It must be built.
+        gradients: The gradients of the optimizer's parameters.
+        agreement: It records the norm for the checksum.
+        optimizer: The raw optimizer of the step or of a phase.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Update:
         self._parts: list[Any] = list(optimizers_of(self._optimizer).values())
         self._scaler = trainer.grad_scaler
         self._is_queued = False
-        self._pinned: torch.Tensor | None = None  # where the norm arrives on the host
+        self._pinned: torch.Tensor | None = None  # host memory for the norm
         self._stream: Any = None
         self._event: Any = None
-        # A hook that looks at the gradient before the update must be called with one that is known to be finite.
+        # These hooks may look at the gradient before the update, so it must be known to be finite then.
         calls_hooks = any(overrides(hook, "on_before_optimizer_step") for hook in trainer.hooks)
         self.reads_last = not calls_hooks and gradients.can_clip_unread and all(map(skips_on_device, self._parts))
         """Whether the update is queued before the host reads the norm."""
 
     def start(self, norm: torch.Tensor) -> float:
-        """Clip the gradient and read its norm: the step's one device-to-host sync. If the norm is not finite, the
-        gradient is as it was.
+        """Clip the gradient and read its norm, in the step's one device-to-host sync. If the norm is not finite, the
+        gradient is unchanged.
 
         Args:
-            norm: Of the gradient, as `Gradients.norm` returned it.
+            norm: Norm of the gradient, from `Gradients.norm`.
 
         Returns:
             The norm, the same on every rank.
@@ -83,12 +83,12 @@ class Update:
         if not self._is_queued:
             window.is_updating = was_updating
             for part, num in zip(self._parts, nums_with_state, strict=True):
-                for param in list(part.state)[num:]:  # SGD's new momentum would be uninitialised memory
+                for param in list(part.state)[num:]:  # skipped, SGD leaves its new momentum uninitialised
                     del part.state[param]
         return value
 
     def finish(self) -> None:
-        """Apply the gradient, unless `start` has queued it."""
+        """Apply the gradient, unless `start` has already queued the update."""
         self._trainer._window.is_updating = True
         if not self._is_queued:
             self._step()
@@ -97,8 +97,8 @@ class Update:
             self._scaler.update()
 
     def _step_if_finite(self, norm: torch.Tensor) -> None:
-        """Queue the optimizer's step; the device skips it, counters included, if `norm` is not finite."""
-        # As `torch.amp.GradScaler.step` passes them. NaN, which inf * 0 is as well, differs from 0.
+        """Queue the optimizer's step. The device skips it, including its counters, if `norm` is not finite."""
+        # Passed in the same way as by `torch.amp.GradScaler.step`. NaN != 0, and inf * 0 is NaN too.
         found_inf = (norm * 0.0).ne_(0.0).float()
         for part in self._parts:
             part.found_inf, part.grad_scale = found_inf, None
@@ -110,7 +110,7 @@ class Update:
 
     def _step(self) -> None:
         rates = [group.get("lr", math.nan) for group in self._optimizer.param_groups]
-        # A schedule changes a rate that is a tensor in place.
+        # A schedule changes a rate in place if the rate is a tensor.
         self._trainer.step_info.lr = [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
         self._optimizer.step()
 
@@ -118,7 +118,7 @@ class Update:
         """Start a copy to the host.
 
         Returns:
-            Waits for the copy, and for no work that was queued after it, and returns it.
+            A function that waits for this copy only, not for work queued later, and returns the copy.
         """
         if not readable.is_cuda:
             return lambda: readable
@@ -127,7 +127,7 @@ class Update:
             pinned = self._pinned = torch.empty(readable.shape, dtype=readable.dtype, pin_memory=True)
             self._stream = torch.cuda.Stream(readable.device)  # type: ignore[no-untyped-call]
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # On a stream of its own: between two kernels of the compute stream a copy would leave the device idle.
+        # On a separate stream: between two kernels of the compute stream, a copy would leave the device idle.
         self._stream.wait_stream(torch.cuda.current_stream(readable.device))
         with torch.cuda.stream(self._stream):
             pinned.copy_(readable, non_blocking=True)
@@ -141,14 +141,14 @@ class Update:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's step is torch's own fused one, which heeds `found_inf`, and nothing else."""
+    """Whether the optimizer's step is exactly torch's own fused step, which respects `found_inf`."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if {param.device.type for param in params} - DEVICES or len({param.device for param in params}) != 1:
         return False
     step: Any = optimizer.step
     if inspect.unwrap(step) not in {inspect.unwrap(cls.step) for cls in (Adam, AdamW, SGD, Adagrad)}:
         return False
-    if hasattr(step, "_torchdynamo_orig_callable"):  # torch's compiled steps take no `found_inf`
+    if hasattr(step, "_torchdynamo_orig_callable"):  # torch's compiled steps don't accept `found_inf`
         return False
     has_hooks = (
         optimizer._optimizer_step_pre_hooks

@@ -1,7 +1,7 @@
 """One window: N micro-batches forward and backward on every rank, and how a window is discarded.
 
-run ─► draw ─► forward ─► backward     x N   (the gradient is reduced with the last one)
-discard                                      gradients dropped, buffers put back, the batches stay consumed
+run ─► draw ─► forward ─► backward     x N   (the last one reduces the gradient)
+discard                                      drops gradients and restores buffers; the batches stay consumed
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _NOTHING = nullcontext()
 class Window:
     """Runs the windows of a trainer, one after another.
 
-    Every rank runs a window to its end, whatever it finds: a rank that left early would leave the others waiting, and
-    under FSDP2 a backward pass that is missing corrupts the next window.
+    Every rank runs a window to its end, even if it finds an error. If a rank left early, the others would wait for it,
+    and under FSDP2 a missing backward pass would corrupt the next window.
 
-    The phases of a step run the same window one after another. Its batches are kept until the step is over.
+    The phases of a step run the same window one after another. Its batches are kept until the end of the step.
 
     Args:
-        trainer: The trainer; it is built.
-        feed: Where the batches come from.
+        trainer: The trainer. It must be built.
+        feed: The source of the batches.
     """
 
     def __init__(self, trainer: BaseTrainer, feed: DataFeed) -> None:
         self.skipped: list[int] = []
-        """Which draws of the window gave no loss, counted from 0."""
+        """Numbers of the draws in this window that gave no loss, from 0."""
         accelerator = trainer.accelerator
         self._trainer = trainer
         self._feed = feed
@@ -60,21 +60,21 @@ class Window:
         self._is_weighted = trainer._has_batch_weight()
         self._has_phases = trainer._has_phases()
         self._buffers_of_ddp = SharedBuffers(trainer.model) if self._has_phases else None
-        self._kept: list[Any] = []  # the window's batches that were drawn ahead or will be used again
+        self._kept: list[Any] = []  # batches of the window that were drawn early or will be used again
         self._factors: tuple[Any, Any] = (None, None)
         self._defers_reduction = trainer.no_sync_accumulate and accelerator.num_processes > 1
         self.is_updating = False
         """Whether the step's first update has begun and its last one is not complete."""
         self._is_updated = False
         self.is_in_step = False
-        """From a step's first hook until its update is complete."""
+        """True from a step's first hook until its update is complete."""
         self._has_run = False
         self._checked_step = -1
         self._first_epoch = 0
         self._retries = Retries(trainer, feed)
 
     def begin_step(self) -> None:
-        """Count the step that begins now."""
+        """Begin a step: increase the step number."""
         self.is_in_step = True
         self._trainer.step += 1
         self._trainer.peers.step = self._trainer.step
@@ -82,8 +82,8 @@ class Window:
         self._kept = []
 
     def take_back(self) -> None:
-        """After an exception: uncount a step whose update has not begun, so that a later `train` begins it anew. The
-        buffers get their values from before its window. Its batches stay consumed, as those of a discarded window.
+        """After an exception: take the step back if its update has not begun, so that a later `train` repeats it. The
+        buffers get their values from before the window. Its batches stay consumed, as in a discarded window.
         """
         if self.is_updating or self._is_updated:
             return  # see `check_whole`
@@ -92,7 +92,7 @@ class Window:
             self.buffers.restore()
 
     def finish_update(self) -> None:
-        """The step's update is complete: take note of the epochs that are over."""
+        """The step's update is complete: record which epochs have ended."""
         self.is_updating, self._is_updated = False, True
         self._kept = []
         trainer = self._trainer
@@ -118,8 +118,8 @@ class Window:
 
         Raises:
             TrainingError: A whole epoch gave no loss.
-            TypeError: `forward` returned something else than a loss and records.
-            ValueError: The loss does not require grad, or it is None although the window's weights are agreed on.
+            TypeError: `forward` did not return a loss and records.
+            ValueError: The loss does not require grad, or it is None although `batch_weight` is overridden.
         """
         trainer, info = self._trainer, self._trainer.step_info
         num_micro_steps = self._take_accumulation()
@@ -164,22 +164,22 @@ class Window:
             trainer.control.ask("bad_samples")
 
     def tell_bad_samples(self) -> None:
-        """Log the samples that the window could not read. Call on every rank, when the ranks have agreed.
+        """Log the samples that the window could not read. Call on every rank, after the ranks have agreed.
 
         Raises:
-            TrainingError: They are too many.
+            TrainingError: There are too many such samples.
         """
         if self._trainer.control.take("bad_samples") and self._feed.bad_samples is not None:
             self._feed.bad_samples.exchange(self._trainer.logger, self._trainer.step)
 
     def discard(self) -> bool:
-        """Undo the window, which every rank has run to its end. Call on every rank.
+        """Undo the window after every rank has run it to its end. Call on every rank.
 
         Returns:
-            Whether it counts as a retry. A loss scale that was too high doesn't.
+            Whether it counts as a retry. A window with a too high loss scale doesn't.
 
         Raises:
-            NonFiniteGradientError: Another window is no use.
+            NonFiniteGradientError: Another window would be pointless.
         """
         self.buffers.restore()
         self._kept = []
@@ -187,7 +187,7 @@ class Window:
 
     def can_be_applied(self) -> bool:
         """Whether the window's gradient can be applied: its norm is finite, or only the norm has overflowed. In the
-        second case the gradient is clipped here. Call on every rank.
+        second case this clips the gradient. Call on every rank.
         """
         trainer = self._trainer
         if math.isfinite(trainer.step_info.grad_norm):
@@ -202,8 +202,8 @@ class Window:
         return True
 
     def _take_accumulation(self) -> int:
-        """Micro-batches of this window. A hook may change `gradient_accumulation_steps` between two steps, alike on
-        every rank; Accelerate divides each loss by a number of its own.
+        """Number of micro-batches of this window. A hook may change `gradient_accumulation_steps` between two steps, in
+        the same way on every rank. Accelerate has its own copy of the number, so it is updated here.
         """
         trainer = self._trainer
         num_micro_steps = trainer.gradient_accumulation_steps
@@ -224,7 +224,7 @@ class Window:
         return batch
 
     def _draw_weighted(self, num_micro_steps: int) -> None:
-        """Draw the window before its first backward, because each micro-batch's factor depends on all the weights."""
+        """Draw the window before its first backward, because each micro-batch's factor depends on all weights."""
         trainer, info = self._trainer, self._trainer.step_info
         while True:
             batches = [self._next_batch() for _ in range(num_micro_steps)]
@@ -232,7 +232,7 @@ class Window:
             if factors != []:
                 self._kept, self._factors = batches, (factors, total)
                 return
-            info.skipped_micro_batch_count += len(batches)  # every weight is 0 on every rank: draw another window
+            info.skipped_micro_batch_count += len(batches)  # all weights are 0 on all ranks: draw another window
             self._check_progress()
 
     def _skip(self, draw: int) -> None:
@@ -253,7 +253,7 @@ class Window:
         self._check_progress()
 
     def _check_progress(self) -> None:
-        """End a run whose data gives no loss: it would draw for ever."""
+        """Raise if a whole epoch gave no loss. Otherwise the run would draw forever."""
         if not self._trainer.step_info.losses and self._feed.epoch > self._first_epoch + 1:
             raise TrainingError(
                 f"{where(self._trainer)}: no micro-batch of a whole epoch gave a loss. `forward` returned None, or"
@@ -263,9 +263,9 @@ class Window:
     # ------------------------------------------------------------------ forward and backward
 
     def _micro_batch_context(self, is_last: bool, factor: Any) -> AbstractContextManager[Any]:
-        """The context of one micro-batch. Before the last one nothing is reduced. A micro-batch of weight 0 leaves
-        neither a gradient nor a change in the buffers. A weight on the device isn't read by the host: there only
-        `weighted_loss` masks the loss.
+        """The context of one micro-batch. Only the last one reduces gradients. A micro-batch of weight 0 leaves neither
+        a gradient nor a change in the buffers. The host doesn't read a weight on the device; then only `weighted_loss`
+        masks the loss.
         """
         is_deferred = self._defers_reduction and not is_last
         is_dropped = isinstance(factor, float) and factor == 0.0
@@ -287,13 +287,13 @@ class Window:
                 "The loss that `forward` returns does not require grad: it was detached, computed under"
                 " `torch.no_grad()`, or doesn't depend on the model."
             )
-        if self._trainer.step != self._checked_step:  # once a step is enough to catch it early, and costs nothing
+        if self._trainer.step != self._checked_step:  # once a step catches mistakes early, and costs almost nothing
             self._checked_step = self._trainer.step
             check_records(records)
         return loss, records
 
     def _backward(self, loss: torch.Tensor, num_micro_steps: int) -> None:
-        if self._is_plain:  # what `accelerator.backward` does here, without its detours
+        if self._is_plain:  # the same as `accelerator.backward` here, without its overhead
             share = loss if num_micro_steps == 1 else loss / num_micro_steps
             share.backward()  # type: ignore[no-untyped-call]
             return
