@@ -16,13 +16,14 @@ import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainloop import BaseHook
 from trainloop.state.optimizer import load_optimizer_state, optimizer_state
 from trainloop.step.gradients import Gradients
 
-from .launching import REPOSITORY, launch
+from .launching import REPOSITORY, launch, on_ranks
 from .small import SmallTrainer
 from .workers.canaries import is_torchs_state
 
@@ -48,6 +49,84 @@ def test_clipping_is_accelerates(max_norm: Any) -> None:
     assert torch.equal(norm, wanted)
     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(own.grad, other.grad)  # type: ignore[arg-type]
+
+
+def test_norm_and_clip_of_shards_are_torchs(tmp_path: Path) -> None:
+    """On four ranks, for DTensors that are sharded over one or two dimensions of a mesh, with empty shards, of mixed
+    dtypes, and for plain tensors beside them: torch's bits, by one all-reduce for each dimension, whatever the number
+    of parameters, and no operation on a DTensor. Where sharded and replicated ones meet, the last bits may differ.
+    """
+
+    def work(rank: int) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+        from torch.distributed.tensor.debug import CommDebugMode
+
+        hsdp, flat = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,))
+        shapes = [(7, 5), (1,), (64, 3), (2, 2, 2)] * 25
+
+        def params(mesh: Any, placements: Any, dtypes: Any = (torch.float32,), shapes: Any = shapes) -> list[Any]:
+            generator, made = torch.Generator().manual_seed(0), []
+            for i, shape in enumerate(shapes):
+                whole = torch.randn(shape, generator=generator).to(dtypes[i % len(dtypes)])
+                if mesh is not None:
+                    whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+                param = nn.Parameter(torch.zeros_like(whole))
+                param.grad = whole
+                made.append(param)
+            return made
+
+        def local(tensor: Any) -> torch.Tensor:
+            return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+        class NoDTensors(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                assert not any(issubclass(kind, DTensor) for kind in types), func
+                return func(*args, **(kwargs or {}))
+
+        def compare(make: Any, num_reductions: int, *, tolerance: float = 0.0) -> None:
+            theirs, ours = make(), make()
+            by_mesh: dict[Any, list[Any]] = {}
+            for param in theirs:
+                by_mesh.setdefault(getattr(param, "device_mesh", None), []).append(param)
+            norms = [torch.nn.utils.get_total_norm([param.grad for param in part]) for part in by_mesh.values()]
+            whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+            wanted = whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole), 2.0)
+            for mesh, part in by_mesh.items():
+                total = wanted if mesh is None else DTensor.from_local(wanted, mesh)
+                torch.nn.utils.clip_grads_with_norm_(part, 0.5, total)
+            gradients = Gradients(ours, 0.5, None, torch.optim.SGD(ours))
+            with CommDebugMode() as communication, NoDTensors():
+                norm = gradients.norm()
+                gradients.clip(norm, norm.item())
+            assert communication.get_total_counts() == num_reductions, communication.get_comm_counts()
+            assert not isinstance(norm, DTensor)
+            torch.testing.assert_close(norm, wanted, rtol=tolerance, atol=0.0)
+            for own, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(local(own.grad), local(other.grad), rtol=2 * tolerance, atol=0.0)
+
+        both = (torch.float32, torch.bfloat16)
+        compare(lambda: params(flat, [Shard(0)]), 1)
+        compare(lambda: params(flat, [Shard(0)], shapes=shapes[:4]), 1)
+        compare(lambda: params(flat, [Shard(0)], both), 1)
+        compare(lambda: params(hsdp, [Replicate(), Shard(0)]), 1)
+        compare(lambda: params(hsdp, [Replicate(), Replicate()]), 0)
+        compare(lambda: params(hsdp, [Shard(0), Shard(0)]), 2)
+        compare(lambda: [*params(None, None), *params(flat, [Shard(0)])], 1)
+        compare(lambda: [*params(flat, [Replicate()]), *params(flat, [Shard(0)])], 1, tolerance=3e-7)
+
+        summands = params(flat, [Replicate()], shapes=[(5, 3), (4,)])
+        wanted = torch.nn.utils.get_total_norm([param.grad for param in summands]).full_tensor()
+        for param in summands:
+            param.grad = DTensor.from_local(param.grad.to_local() / 4, flat, [Partial()])
+        gradients = Gradients(summands, 0.5, None, torch.optim.SGD(summands))
+        norm = gradients.norm()
+        torch.testing.assert_close(norm, wanted)
+        gradients.clip(norm, norm.item())
+        clipped = torch.nn.utils.get_total_norm([param.grad.full_tensor() for param in summands])
+        torch.testing.assert_close(clipped, torch.tensor(0.5))
+
+    assert on_ranks(4, tmp_path, work) == [0] * 4
 
 
 def test_launched_canaries(tmp_path: Path) -> None:
@@ -105,7 +184,7 @@ def test_the_plain_way_is_accelerates(num_micro: int, grad_clip: float | None) -
 
     class ByAccelerate(BaseHook):
         def on_before_train(self, trainer: Any) -> None:
-            trainer._window._is_plain = trainer._gradients._is_plain = False
+            trainer._window._is_plain = trainer._gradients._is_uniform = False
             trainer._raw_optimizer = trainer.optimizer
 
     class Norms(BaseHook):

@@ -9,20 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from ..ranks import collectives
 
 _EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_ divides by norm + 1e-6
 
 
+_Axes: TypeAlias = "tuple[tuple[Any, int], ...]"
+"""Dimensions of device meshes, each as mesh and number: those over which a tensor is sharded."""
+
+
 class Gradients:
     """The gradients of some parameters. They are already reduced over the ranks.
 
-    How the norm is computed is decided once, in the constructor: by one fused call if all parameters are plain tensors
-    of one dtype on one device, and by torch's own functions otherwise.
+    Norm and clipping work on the local shards of DTensors. torch's own functions take 26 + 12 us a DTensor on the host,
+    and these 1 us. The norm needs one all-reduce, with a number for each parameter. It has the bits of torch's norm;
+    only where some DTensors of a mesh are sharded and others replicated, the last bit may differ, because torch then
+    divides the replicated norms over the ranks before it sums them.
 
     Args:
         params: Parameters of the prepared model.
@@ -42,14 +51,12 @@ class Gradients:
         self._scaler = scaler
         self._optimizer = optimizer
         self._params = list(params)
-        self._grads: list[torch.Tensor] = []  # if plain: read once a step, for the norm and for clipping
-        meshes = [getattr(p, "device_mesh", None) for p in self._params]
-        self._groups: list[list[nn.Parameter]] = [
-            [p for p, own in zip(self._params, meshes, strict=True) if own == mesh] for mesh in dict.fromkeys(meshes)
-        ]
+        self._is_sharded = any(hasattr(param, "device_mesh") for param in self._params)
+        self._placed = [(param, getattr(param, "placements", None), _sharded_axes(param)) for param in self._params]
+        self._grads: list[torch.Tensor] = []  # local parts, read out once a step, for norm and clipping
         self.can_clip_unread = max_norm is None or max_norm >= 2 * _EPS
         """Whether a norm of 0 plus torch's `_EPS` is below the limit."""
-        self._is_plain = not any(meshes) and len({(p.dtype, p.device) for p in self._params}) <= 1
+        self._is_uniform = len({(p.dtype, p.device) for p in self._params}) <= 1
 
     def norm(self) -> torch.Tensor:
         """The 2-norm over all parameters and all shards: a 0-dim plain tensor on the device, the same on every rank.
@@ -57,25 +64,53 @@ class Gradients:
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        if self._is_plain:
-            self._grads = [grad for p in self._params if (grad := p.grad) is not None]
-            if self._grads:
-                norms = torch._foreach_norm(self._grads, 2.0)
-                norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
-                return norm
-        return self._norm()
+        self._grads, for_norm = self._local_grads()
+        return self._norm(for_norm)
 
-    def _largest(self) -> float:
-        """Largest absolute value of any element, read by the host. Not finite if any element isn't. Call on every rank.
+    def _local_grads(self) -> tuple[list[torch.Tensor], dict[_Axes, list[torch.Tensor]]]:
+        """The local part of each gradient, and the same by the axes over which their squares are to be summed."""
+        if self._is_sharded:
+            return self._local_shards()
+        grads = [grad for param in self._params if (grad := param.grad) is not None]
+        return grads, {(): grads} if grads else {}
 
-        torch's infinity norm can't be used: it refuses the empty shards that small parameters have on some ranks.
-        """
-        grads = [p.grad for p in self._params if p.grad is not None]
-        local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        peaks = [grad.abs().max().double() for grad in local if grad.numel()]
-        own = torch.stack(peaks).max().item() if peaks else 0.0
-        by_rank = collectives.gather_objects(own)
-        return math.nan if any(map(math.isnan, by_rank)) else max(by_rank)
+    @torch.no_grad()  # `to_local` is ten times as fast
+    def _local_shards(self) -> tuple[list[torch.Tensor], dict[_Axes, list[torch.Tensor]]]:
+        grads: list[torch.Tensor] = []
+        by_axes: dict[_Axes, list[torch.Tensor]] = {}
+        for param, placements, axes in self._placed:
+            grad: Any = param.grad
+            if grad is None:
+                continue
+            if placements is None:
+                grads.append(grad)
+                by_axes.setdefault((), []).append(grad)
+                continue
+            local = grad.to_local()
+            grads.append(local)
+            if grad.placements != placements:  # tensor parallelism leaves summands
+                whole = _without_summands(grad)
+                local, axes = whole.to_local(), _sharded_axes(whole)
+            by_axes.setdefault(axes, []).append(local)
+        return grads, by_axes
+
+    def _norm(self, by_axes: dict[_Axes, list[torch.Tensor]]) -> torch.Tensor:
+        totals: list[torch.Tensor] = []
+        for axes, grads in by_axes.items():
+            if self._is_uniform:
+                of_each = torch.stack(torch._foreach_norm(grads, 2.0))
+            else:
+                norms = [norm for part in _by_device_and_dtype(grads) for norm in torch._foreach_norm(part, 2.0)]
+                of_each = torch.stack([norm.to(grads[0].device) for norm in norms])
+            for mesh, dim in axes:  # as DTensor sums norms
+                of_each = of_each**2
+                dist.all_reduce(of_each, group=mesh.get_group(dim))
+                of_each = of_each**0.5
+            total = torch.linalg.vector_norm(of_each, 2.0)
+            totals.append(total.to(totals[0].device) if totals else total)
+        if not totals:
+            return torch.tensor(0.0)
+        return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals), 2.0)
 
     def clip(self, norm: torch.Tensor, norm_value: float) -> None:
         """Scale the gradient down to the limit if its norm is above the limit.
@@ -96,19 +131,14 @@ class Gradients:
             self._scale_down(torch.nan_to_num(norm, nan=0.0, posinf=0.0, neginf=0.0), self._max_norm)
 
     def _scale_down(self, norm: torch.Tensor, max_norm: float) -> None:
-        if self._is_plain and self._grads:
-            # The same bits as torch's clamp(max_norm / (norm + eps), max=1), without the overhead of its operators.
-            coefficient = (norm + _EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
-            torch._foreach_mul_(self._grads, coefficient)
-            return
-        for group in self._groups:
-            mesh = getattr(group[0], "device_mesh", None)
-            if mesh is None:
-                torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
-            else:
-                from torch.distributed.tensor import DTensor
+        # The same bits as torch's clamp(max_norm / (norm + eps), max=1), without the overhead of its operators.
+        self._multiply((norm + _EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0))
 
-                torch.nn.utils.clip_grads_with_norm_(group, max_norm, DTensor.from_local(norm, mesh))
+    def _multiply(self, coefficient: torch.Tensor) -> None:
+        """Multiply the gradients in place by a 0-dim tensor."""
+        by_kind = [self._grads] if self._is_uniform else _by_device_and_dtype(self._grads)
+        for grads in filter(None, by_kind):
+            torch._foreach_mul_(grads, coefficient.to(grads[0].device))
 
     def clip_overflown(self) -> float | None:
         """Clip a gradient whose norm is not finite although each element is: the sum of squares has overflowed.
@@ -118,15 +148,15 @@ class Gradients:
         Returns:
             The 2-norm, in double precision. None: some element is not finite, and nothing was changed.
         """
-        largest = self._largest()
+        self._grads, by_axes = self._local_grads()
+        largest = _largest(self._grads)
         if not math.isfinite(largest):
             return None
         scale = 2.0 ** math.frexp(largest)[1]  # a power of two, so that the division is exact
-        grads = [p.grad for p in self._params if p.grad is not None]
-        with self._replaced(torch._foreach_div(grads, scale)):
-            norm = self._norm().double().item() * scale
+        scaled = {axes: list(torch._foreach_div(grads, scale)) for axes, grads in by_axes.items()}
+        norm = self._norm(scaled).double().item() * scale
         if self._max_norm is not None and norm > self._max_norm:
-            torch._foreach_mul_(grads, self._max_norm / norm)
+            torch._foreach_mul_(self._grads, self._max_norm / norm)
         return norm
 
     def drop(self) -> None:
@@ -135,24 +165,36 @@ class Gradients:
         for param in self._params:
             param.grad = None
 
-    def _norm(self) -> torch.Tensor:
-        norms = []
-        for group in self._groups:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), 2.0)
 
-    @contextmanager
-    def _replaced(self, grads: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> Iterator[None]:
-        holders = [p for p in self._params if p.grad is not None]
-        originals = [p.grad for p in holders]
-        try:
-            for param, grad in zip(holders, grads, strict=True):
-                param.grad = grad
-            yield
-        finally:
-            for param, original in zip(holders, originals, strict=True):
-                param.grad = original
+def _by_device_and_dtype(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """In the order in which torch's own functions take them."""
+    grouped: Any = _group_tensors_by_device_and_dtype([tensors])  # type: ignore[list-item]
+    return [part for (part,), _ in grouped.values()]
+
+
+def _sharded_axes(tensor: Any) -> _Axes:
+    """The axes over which a tensor is sharded; none, if it is whole on each rank."""
+    placements = getattr(tensor, "placements", ())
+    return tuple((tensor.device_mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def _without_summands(tensor: Any) -> Any:
+    """A DTensor with its summands added up."""
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+    return tensor.redistribute(placements=placements)
+
+
+def _largest(grads: Iterable[torch.Tensor]) -> float:
+    """Largest absolute value of any element on any rank. Not finite if any element isn't. Call on every rank.
+
+    torch's infinity norm can't be used: it refuses the empty shards that small parameters have on some ranks.
+    """
+    peaks = [grad.abs().max().double() for grad in grads if grad.numel()]
+    own = torch.stack(peaks).max().item() if peaks else 0.0
+    by_rank = collectives.gather_objects(own)
+    return math.nan if any(map(math.isnan, by_rank)) else max(by_rank)
 
 
 @contextmanager
