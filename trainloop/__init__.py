@@ -1,4 +1,4 @@
-"""Accelerate runs the devices, you write `forward`, trainloop makes the run survive."""
+"""Accelerate runs the devices, you write `forward`, and trainloop makes the run survive."""
 
 from .errors import (
     CheckpointError,

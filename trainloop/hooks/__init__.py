@@ -1,4 +1,4 @@
-"""The hooks that come with trainloop, one concern a file.
+"""The hooks that come with trainloop, one concern per file.
 
-In: the trainer, at each event of the run. Out: what goes beside training: checkpoints, averages, evaluations, logs.
+In: the trainer, at each event of the run. Out: everything beside training: checkpoints, averages, evaluations, logs.
 """

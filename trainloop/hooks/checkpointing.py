@@ -1,4 +1,4 @@
-"""When the run is saved, and how it comes back: between the trainer's state and the checkpoint store."""
+"""Decides when the run is saved, and restores it. Connects the trainer's state with the checkpoint store."""
 
 from __future__ import annotations
 
@@ -34,43 +34,43 @@ if TYPE_CHECKING:
 class CheckpointingHook(CheckpointerHook):
     """Saves the whole run every `interval` steps and at its end, and resumes it exactly.
 
-    A checkpoint is committed by one rename, after every file is on the disk; until then the ones before stay. The
-    newest and the newest healthy one (all parameters finite) are never removed. The numbers that were logged since the
-    commit before, those of an evaluation at the same step among them, are a checkpoint's metrics, which `BestK` and
-    `python -m trainloop checkpoints ls` go by.
+    A checkpoint is committed by one rename, after all its files are on the disk. Until then the older ones stay. The
+    newest checkpoint and the newest healthy one (all parameters finite) are never removed. The metrics of a checkpoint
+    are the numbers that were logged since the last commit, including those of an evaluation at the same step. `BestK`
+    and `python -m trainloop checkpoints ls` use them.
 
     Args:
-        interval: Optimizer steps between two saves; "epoch": saved with the step that ends an epoch of the data.
-        keep_previous: How many commits before the newest stay.
-        keep_interval: Steps that are multiples of it stay. 0: none.
+        interval: Optimizer steps between two saves. "epoch": save at the step that ends an epoch of the data.
+        keep_previous: How many commits before the newest to keep.
+        keep_interval: Keep steps that are multiples of this. 0: none.
         path: Folder, relative to the trainer's `workspace`.
-        load: "latest": resume from the newest healthy one, of all `CheckpointingHook`s of the run that look for it;
-            start fresh only if there is none at all; "best:val/loss" or "best:val/accuracy:max": the one in this hook's
-            folder with the best value of a metric, at every start again; a step; a path; None: start fresh. A path may
-            be of what another tool has saved (`accelerator.save_state` or `save_model`, the trainer's origin, weights):
-            the log says what cannot be taken from it. Pickles are read with `weights_only=True`.
+        load: "latest": resume from the newest healthy checkpoint of all `CheckpointingHook`s with this setting, and
+            start fresh only if there is none. "best:val/loss" or "best:val/accuracy:max": load the checkpoint in this
+            hook's folder with the best value of a metric, again at every start. A step. A path, also of a checkpoint of
+            another tool (`accelerator.save_state` or `save_model`, the trainer's origin, weights); the log says what
+            can't be loaded from it. Pickles are read with `weights_only=True`. None: start fresh.
         exit_signals: Signals, by number or name, at which all ranks save after the same step and exit.
-        exit_code: Of that exit; "128+signal" follows the shell.
-        exit_wait: Seconds to wait before that exit.
-        keep_steps: These steps stay.
+        exit_code: Exit code after such a signal. "128+signal": as a shell does.
+        exit_wait: Seconds to wait before this exit.
+        keep_steps: Keep these steps.
         keep: More policies, from `trainloop.checkpoint`.
-        save_every: Save also when this time has passed since the last save, by rank 0's clock. "auto": the time that
-            loses least, from what saves cost and how often the run has failed.
-        deadline: When the run must be over: a timedelta from the start of the process, a datetime, or "slurm", which
-            takes the end of the job. All ranks save early enough to be done before it, and exit as after SIGTERM.
-        async_save: Only the copy of the tensors blocks; a thread writes. Final saves always finish.
+        save_every: Also save when this time has passed since the last save, by rank 0's clock. "auto": the interval
+            that loses the least time, computed from the cost of saves and the frequency of failures.
+        deadline: When the run must be over: a timedelta from the start of the process, a datetime, or "slurm" for the
+            end of the Slurm job. All ranks save early enough to finish before it, and exit as after SIGTERM.
+        async_save: True: only the copy of the tensors blocks; a thread writes. Final saves always finish.
         verify: How a checkpoint is checked before it is loaded: "full", "size" or "off".
-        on_busy: An async save is due and the last one still runs: "wait" for it, or "skip".
-        max_failures: Saves in a row that may fail before the run ends.
-        on_resume: What the script wins over the checkpoint, by name. "hyperparameters": the learning rate, the weight
-            decay and whatever else the optimizer's groups hold. "lr_scheduler": the schedule, moved to the run's step.
-            "optimizer": both, with a fresh optimizer state. "data": the data begins at its first epoch. "stop": a run
-            that was stopped goes on. By default the checkpoint wins, and a table in the log shows what differs. A name
-            applies once: when it is new, or when its settings have changed again. So the command can be repeated.
-        ledger: Record the bits of each step in the workspace, and compare the steps that a resumed run does again.
-        trainable_only: Leave out the frozen parameters, which `build_model` must give again. The manifest has their
-            names, shapes and fingerprints, and a resume raises if `build_model` gives others. Buffers are saved, and so
-            are frozen parameters that have changed since the model was built.
+        on_busy: If a save is due while an async save still runs: "wait" for that one, or "skip" the new one.
+        max_failures: How many saves in a row may fail before the run ends.
+        on_resume: Names of what the script overrides in the checkpoint. "hyperparameters": the optimizer's learning
+            rate, weight decay and other group settings. "lr_scheduler": the schedule, moved to the run's step.
+            "optimizer": both, with a fresh optimizer state. "data": the data starts at its first epoch. "stop": a
+            stopped run continues. By default the checkpoint wins, and a table in the log shows the differences. A name
+            applies once: when it is new, or when its settings have changed again. So you can repeat the command.
+        ledger: Record the bits of each step in the workspace, and compare the steps that a resumed run repeats.
+        trainable_only: Leave out the frozen parameters, which `build_model` must provide again. The manifest has their
+            names, shapes and fingerprints, and a resume raises if `build_model` provides others. Buffers are saved, and
+            so are frozen parameters that have changed since the model was built.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -153,7 +153,7 @@ class CheckpointingHook(CheckpointerHook):
     def restore(self, trainer: BaseTrainer) -> dict[str, Any] | None:
         hooks = [hook for hook in trainer.checkpointers if isinstance(hook, CheckpointingHook)]
         if self is not hooks[0]:
-            return None  # the first one has looked for all
+            return None  # the first hook has looked for all of them
         for hook in hooks:
             hook._open(trainer)
         self._begin_account(trainer)
@@ -173,13 +173,13 @@ class CheckpointingHook(CheckpointerHook):
         if self.exit_signals:
             check_main_thread("exit_signals")
         for number in self.exit_signals:
-            # Only a note is made here: all ranks agree on it within the next window.
+            # The handler only records the signal. All ranks agree on it within the next window.
             previous = signal.signal(number, lambda received, frame: trainer.control.ask("exit_signal", received))
             self._previous_handlers.setdefault(number, previous)
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
         if self._store is not None and self._store.failed():
-            trainer.control.ask("save_failed")  # heard by all ranks at the end of this step
+            trainer.control.ask("save_failed")  # all ranks learn of it at the end of this step
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
         """What only one hook of a run in `workspace` may do."""
@@ -275,7 +275,7 @@ class CheckpointingHook(CheckpointerHook):
                 self._num_failures = 0
 
     def _settle(self, trainer: BaseTrainer, is_final: bool = False) -> None:
-        """Hear what has become of the last async save. Its failure is not a reason to leave out a final one."""
+        """Wait for the last async save and learn its result. Even if it has failed, a final save must still happen."""
         try:
             self._opened.wait()
         except CheckpointError as ex:
@@ -298,7 +298,7 @@ class CheckpointingHook(CheckpointerHook):
         )
 
     def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
-        """What was logged since the last commit is what the next one is judged by."""
+        """Keep the numbers that are logged: they become the metrics of the next checkpoint."""
         if not dry_run and collectives.rank() == 0:
             for key, value in flatten_nested_dict(records).items():
                 if is_number(value):
@@ -313,7 +313,7 @@ class CheckpointingHook(CheckpointerHook):
         time.sleep(self.exit_wait)
         end = SystemExit(code)
         end.add_note(text)  # for the launcher's summary
-        raise end  # `on_exception` closes; until then another signal is only noted
+        raise end  # `on_exception` closes; until then the handler stays, and another signal is only recorded
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
         stopped_by = trainer.control.who_stopped()
@@ -323,8 +323,8 @@ class CheckpointingHook(CheckpointerHook):
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
         store, is_latest = self._store, self.load == "latest"
         try:
-            self._close()  # waits for the save in flight, which the threads of all ranks finish without this one
-        except CheckpointError as ex:  # told, and not raised in place of what ended the run
+            self._close()  # waits for the save in flight; the threads of all ranks finish it without this one
+        except CheckpointError as ex:  # logged, because it must not replace the exception that ended the run
             trainer.logger.error(f"Step {trainer.step}: {ex}")
         if store is not None and is_latest and not isinstance(exception, SystemExit):
             folders = [step_name(info.step) for info in store.checkpoints() if info.health]

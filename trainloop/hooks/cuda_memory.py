@@ -1,4 +1,4 @@
-"""How much CUDA memory a step needs at its peak."""
+"""Measures the peak CUDA memory of each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class CudaMaxMemoryHook(BaseHook):
     """Writes each step's peak of allocated CUDA memory, in GiB, into `step_info.max_memory`.
 
-    It resets torch's peak counter at every step. On a run without CUDA it says so once and does nothing.
+    It resets torch's peak counter at every step. On a run without CUDA it does nothing, and says so once.
     """
 
     def on_before_train(self, trainer: BaseTrainer) -> None:

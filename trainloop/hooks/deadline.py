@@ -1,4 +1,4 @@
-"""When a run has to be over, and whether it is time for its last save."""
+"""When a run must be over, and whether its last save must begin."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..account.process import own_start
 from ..errors import describe
 
 _SCONTROL_SECONDS = 60.0
-_FADING = 0.98  # of the longest time between two looks, a look: the first step is slow, and not typical
+_FADING = 0.98  # decay of the longest time between two checks, per check: the first step is slow, but not typical
 
 
 def parse_deadline(given: Any) -> timedelta | datetime | str | None:
-    """The argument `deadline`.
+    """Check the argument `deadline`.
 
     Raises:
-        TypeError: It is of another kind.
-        ValueError: It is "slurm", and this is no job of Slurm's.
+        TypeError: It has the wrong type.
+        ValueError: It is not positive, or it is "slurm" and this process is not part of a Slurm job.
     """
     if isinstance(given, timedelta) and given <= timedelta(0):
         raise ValueError(f"`deadline` must be after the start of the process, but is {given!r}.")
@@ -37,10 +37,10 @@ def parse_deadline(given: Any) -> timedelta | datetime | str | None:
 
 
 def end_time(deadline: timedelta | datetime | str) -> float:
-    """When the run has to be over, in seconds since 1970. Call on one rank: it may ask Slurm.
+    """The time when the run must be over, in seconds since 1970. Call on one rank, because it may ask Slurm.
 
     Raises:
-        ValueError: Slurm does not tell.
+        ValueError: Slurm doesn't tell the end of the job.
     """
     if isinstance(deadline, timedelta):
         return own_start() + deadline.total_seconds()
@@ -63,37 +63,37 @@ def _ask_slurm(job: str) -> float:
             '`deadline` is "slurm", but Slurm does not tell when the job ends: `SLURM_JOB_END_TIME` is not set, and'
             f" `{' '.join(command)}` gives no EndTime. Give a timedelta. It says: {output.strip()[:200]}"
         )
-    return datetime.fromisoformat(found[1]).timestamp()  # of this host's time zone
+    return datetime.fromisoformat(found[1]).timestamp()  # in this host's time zone
 
 
 class Deadline:
-    """Looked at about once a step, on rank 0; the other ranks learn of it with the control message.
+    """The deadline of a run. Rank 0 checks it about once a step; the other ranks learn of it by the control message.
 
     Args:
-        end: When the run has to be over, in seconds since 1970.
-        save_seconds: How long the last save will take, from its start until it is durable.
+        end: When the run must be over, in seconds since 1970.
+        save_seconds: Returns how long the last save will take, from its start until it is durable.
     """
 
     def __init__(self, end: float, save_seconds: Callable[[], float]) -> None:
         self.end = end
-        self._end = time.monotonic() + end - time.time()  # the system's clock may be set meanwhile
+        self._end = time.monotonic() + end - time.time()  # monotonic, because the system's clock may be changed
         self._save_seconds = save_seconds
         self._looked_at: float | None = None
         self._longest = 0.0
 
     def seconds_left(self) -> float:
-        """Until the deadline."""
+        """Seconds until the deadline."""
         return self._end - time.monotonic()
 
     def is_near(self) -> bool:
-        """Whether the last save must begin after the step that is under way."""
+        """Whether the last save must begin after the current step."""
         now = time.monotonic()
         if self._looked_at is not None:
             self._longest = max(now - self._looked_at, self._longest * _FADING)
         self._looked_at = now
-        # The next look may come so much later, and the end of that step again.
+        # One interval until the next check, and one more until the end of that step.
         return now + 2 * self._longest + self._save_seconds() >= self._end
 
     def skip(self) -> None:
-        """What has happened since the last look does not count: it was a save."""
+        """Don't count the time since the last check: it was a save."""
         self._looked_at = None

@@ -1,4 +1,4 @@
-"""Ends a run that no longer gets better."""
+"""Stops a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class EarlyStoppingHook(BaseHook):
     """Stops the run when a logged metric has not improved `patience` times in a row.
 
-    All ranks stop after the same step, with a last checkpoint, as `BaseTrainer.request_stop` says. A NaN is no
-    improvement. What is the best so far, and how often it was missed, survives a resume.
+    All ranks stop after the same step, with a last checkpoint; see `BaseTrainer.request_stop`. NaN counts as no
+    improvement. The best value and the number of misses survive a resume.
 
     Args:
-        metric: As it was logged, nested keys joined: "val/loss".
-        patience: How many values in a row may be no better than the best.
-        mode: Whether less is better ("min") or more ("max").
-        min_delta: What a value must be better by.
+        metric: Name of the logged metric, with nested keys joined: "val/loss".
+        patience: The run stops after this many values in a row without improvement.
+        mode: Whether lower ("min") or higher ("max") values are better.
+        min_delta: An improvement must be larger than this.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -50,7 +50,7 @@ class EarlyStoppingHook(BaseHook):
         self.min_delta = min_delta
         self.best: float | None = None
         self.num_bad = 0
-        """Values in a row that were no better than `best`."""
+        """Number of values in a row that did not improve on `best`."""
         self._is_stopping = self._has_warned = False
         self._others: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept on each rank's own shards."""
+"""An exponential moving average of the weights. Each rank averages its own shards."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ _WARMUPS: dict[str, Callable[[int], float]] = {
     "power": lambda t: 1 - (1 + t) ** (-2 / 3),
 }
 _COARSE = (torch.float16, torch.bfloat16)
-"""Their steps are wider than what one update adds, so their average is kept in fp32."""
+"""The steps of these formats are larger than most updates of an average, so the average is kept in fp32."""
 
 
 class EmaHook(AveragingHook):
     """Averages the weights over the steps: `average = decay * average + (1 - decay) * weights` after each update.
 
-    Each rank averages the shards that it holds: no communication, no host sync, no copy of the module. Frozen
-    parameters are not averaged, and buffers are those of the model. As torch's `AveragedModel`, the first update copies
-    the weights. A window that was discarded is not an update. Of fp16 and bf16 parameters the average is kept in fp32.
+    Each rank averages its own shards, without communication, host sync, or a copy of the module. Frozen parameters are
+    not averaged, and buffers are those of the model. As in torch's `AveragedModel`, the first update copies the
+    weights. A discarded window is not an update. For fp16 and bf16 parameters the average is kept in fp32.
 
-    In a checkpoint the average is the folder `name`, in the form of `model/`: a resume reads it at any number of
-    processes, and `python -m trainloop checkpoints export --group ema` writes it as a model.
+    In a checkpoint the average is in the folder `name`, in the same format as `model/`. It can be resumed at any number
+    of processes, and `python -m trainloop checkpoints export --group ema` exports it as a model.
 
     Args:
-        decay: In [0, 1]; what the average keeps of itself at an update, once the warm-up has come to it.
-        warmup: What `decay` is at most at update t (the first, which copies, is t = 0): "ratio", (1 + t) / (10 + t), as
-            diffusers' `EMAModel` has it by default; "power", 1 - (1 + t)^(-2/3), as it has it with `use_ema_warmup`; a
-            function of t; None: no warm-up.
+        decay: Weight of the old average at an update, in [0, 1].
+        warmup: Limits `decay` at update t (the first one, which copies, is t = 0). "ratio": (1 + t) / (10 + t), the
+            default of diffusers' `EMAModel`. "power": 1 - (1 + t)^(-2/3), its `use_ema_warmup`. Or a function of t.
+            None: no warm-up.
         update_interval: Optimizer steps between two updates, or "epoch".
         start_step: Until this step the average is a copy of the weights.
         module: Name of the part of the model whose weights are averaged, for example "generator". None: all of it.
-        device: Where the average lies, for example "cpu", which costs a transfer an update. None: beside the weights.
-        name: Of the average in `state_dict` and checkpoints; several hooks must differ in it.
+        device: Device of the average. "cpu" costs a transfer per update. None: the device of the weights.
+        name: Name of the average in `state_dict` and checkpoints. Several hooks need different names.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -92,7 +92,7 @@ class EmaHook(AveragingHook):
         self.name = name
         self.module = module
         self.num_updates = 0
-        """Updates of the average so far, the copy at its begin included."""
+        """Number of updates of the average so far, including the initial copy."""
         self._warmup = _WARMUPS[warmup] if isinstance(warmup, str) else warmup
         self._device = torch.device(device) if device is not None else None
         self._model: nn.Module | None = None
@@ -100,7 +100,7 @@ class EmaHook(AveragingHook):
         self._is_swapped = False
 
     def _bind(self, trainer: BaseTrainer) -> None:
-        """Begin with the weights that the model has now."""
+        """Start the average from the current weights of the model."""
         if self._model is trainer.model:
             return
         self._model, self._copy, self.num_updates = trainer.model, None, 0
@@ -117,7 +117,7 @@ class EmaHook(AveragingHook):
         first_names = {p: name for name, p in named.items()}
         tied = self._unwrapped.named_parameters(remove_duplicate=False)
         self._first_names = {clean_name(name): first_names[p] for name, p in tied}
-        # Lists that are made once: on many small tensors making them costs more than the update.
+        # These lists are made once: for many small tensors, making them costs more than the update.
         self._weights = [local_tensor(param) for param in self._params.values()]
         self._averages = [
             weight.to(self._device or weight.device, torch.float32 if weight.dtype in _COARSE else None, copy=True)
@@ -156,18 +156,18 @@ class EmaHook(AveragingHook):
 
     @contextmanager
     def swapped(self, trainer: BaseTrainer) -> Iterator[None]:
-        """Within it the model has the averaged weights, for evaluation, sampling or export; at the end its own are
-        back, bit for bit, also after an exception. Call on every rank, between steps.
+        """Inside this context the model has the averaged weights, for evaluation, sampling or export. At its end, and
+        after an exception, the model's own weights are back, bit for bit. Call on every rank, between steps.
 
-        Costs a copy of this rank's shards while it lasts. A checkpoint inside it is refused.
+        Costs a copy of this rank's shards while it is active. Inside it, no checkpoint can be saved.
 
         Raises:
-            RuntimeError: It is entered twice, or the state is saved or the model trained inside it.
+            RuntimeError: The context is already active, or the state is saved or the model trained inside it.
         """
         self._bind(trainer)
         if self._is_swapped:
             raise RuntimeError("`EmaHook.swapped` must be left before it is entered again.")
-        # What FSDP2 still has gathered would go on being used in place of the shards.
+        # Otherwise FSDP2 would go on using gathered weights instead of the shards.
         reshard(trainer.model)
         with torch.no_grad():
             backup = torch._foreach_clone(self._weights)
@@ -185,12 +185,12 @@ class EmaHook(AveragingHook):
 
     @property
     def ema_model(self) -> nn.Module:
-        """A copy of the model with the averaged weights, in eval mode: the same object at each call, brought up to
-        date. In a single process and under DDP; call it on any rank.
+        """A copy of the model with the averaged weights, in eval mode. Each access updates and returns the same object.
+        For a single process and DDP; call it on any rank.
 
         Raises:
-            RuntimeError: The run has not begun, or the weights are sharded (FSDP2). Or a copy would compute with the
-                model's own weights: `forward` was replaced by a closure on the instance, or keeps what it computed.
+            RuntimeError: The run has not begun, or the weights are sharded (FSDP2). Or the copy would use the model's
+                own weights, because `forward` was replaced by a closure on the instance, or caches what it computed.
         """
         if self._model is None:
             raise RuntimeError("`ema_model` is there as soon as the run has begun, and it has not.")
@@ -223,8 +223,8 @@ class EmaHook(AveragingHook):
         self._bind(trainer)
         pairs = zip(self._averages, self._params.values(), strict=True)
         averages = dict(zip(self._params, (_sharded_like(param, average) for average, param in pairs), strict=True))
-        # Frozen parameters, buffers and the second names of tied ones too, so that it is a model's whole state. But not
-        # what a module makes of its weights for `state_dict`: it would be made of the weights that are not averaged.
+        # A model's whole state: also frozen parameters, buffers and the second names of tied parameters. But without
+        # entries that a module derives from its weights for `state_dict`: they would come from weights without average.
         live = trainer.live_model_state()
         made = made_entries(self._unwrapped, live)
         state_dict[self.name] = averages | {
@@ -252,7 +252,7 @@ class EmaHook(AveragingHook):
 
 
 def _sharded_like(param: Any, local: torch.Tensor) -> torch.Tensor:
-    """This rank's shard as a part of the whole, where `param` is one. No communication."""
+    """This rank's shard of the average as a DTensor, if `param` is one. No communication."""
     if not is_dtensor(param):
         return local
     from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""When the run is evaluated, with which weights, and where the result goes."""
+"""Decides when the run is evaluated and with which weights, and logs the result."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ if TYPE_CHECKING:
 class EvaluationHook(BaseHook):
     """Evaluates every `interval` steps, and logs `{prefix: {"loss": …, <records>}}`, exact over all samples and ranks.
 
-    See `BaseTrainer.evaluate` for what is computed. The numbers go to every hook's `on_log` and into the next
-    checkpoint's metrics, by which `BestK` judges it: those of a step into the checkpoint of that step, if one is due.
-    The training run goes on as if it had not been evaluated, bit for bit. An exit signal ends an evaluation early; the
-    resumed run makes up for it at its first step, under whose number it is logged: trackers that have the step before
-    already would take it for a repetition.
+    See `BaseTrainer.evaluate` for the computation. The numbers go to every hook's `on_log` and into the metrics of the
+    next checkpoint, which `BestK` uses. If a checkpoint is due at the same step, it gets the numbers of that step.
+    Evaluation doesn't change training: the run continues bit for bit as without it. An exit signal ends an evaluation
+    early. The resumed run then repeats it at its first step, and logs it under the number of that step.
 
     Args:
-        interval: Optimizer steps between two evaluations; "epoch": with the step that ends an epoch of the data.
-        data_loader: The data, as `BaseTrainer.build_eval_data_loader` returns it. None: what that returns.
-        ema: Evaluate with the averaged weights of this hook, which must be one of the run's.
-        prefix: Under which the numbers are logged; several hooks must differ in it.
-        reduce: How a record is reduced over batches and ranks, by its name ("a/b"): "mean" (the default of each),
-            "sum", "max" or "min".
-        limit_batches: Evaluate on the first batches only, so many of each data set, counted over all ranks.
-        at_start: Evaluate before the first step as well; it is logged as step 0.
-        at_end: Evaluate after the last step as well.
+        interval: Optimizer steps between two evaluations. "epoch": evaluate at the step that ends an epoch of the data.
+        data_loader: The data, as `BaseTrainer.build_eval_data_loader` returns it. None: the data of that method.
+        ema: Evaluate with the averaged weights of this hook, which must be one of the run's hooks.
+        prefix: Name under which the numbers are logged. Several hooks need different prefixes.
+        reduce: How each record is reduced over batches and ranks, by its name ("a/b"): "mean" (the default), "sum",
+            "max" or "min".
+        limit_batches: Evaluate only this many batches of each data set, counted over all ranks.
+        at_start: Also evaluate before the first step. The result is logged as step 0.
+        at_end: Also evaluate after the last step.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -91,7 +90,7 @@ class EvaluationHook(BaseHook):
         if self._is_pending:
             step = trainer.step
             if step == 1:
-                trainer.step = 0  # so that it is not taken for what the first step has made of the weights
+                trainer.step = 0  # the weights are the initial ones, not those of step 1
             try:
                 self._evaluate(trainer)
             finally:
@@ -121,7 +120,7 @@ class EvaluationHook(BaseHook):
             self._move_schedule(trainer, trainer.lr_monitor, {"/".join(map(str, key)): n for key, n in flat.items()})
 
     def _move_schedule(self, trainer: BaseTrainer, monitor: str, numbers: Mapping[str, Any]) -> None:
-        """Step ReduceLROnPlateau with the metric that it monitors, which is the same on every rank."""
+        """Step ReduceLROnPlateau with the metric that it monitors. The metric is the same on every rank."""
         scheduler: Any = trainer.lr_scheduler
         if monitor in numbers:
             scheduler.step(numbers[monitor])

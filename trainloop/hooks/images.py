@@ -1,4 +1,4 @@
-"""Images as files of the workspace, whole or not there."""
+"""Writes images as files into the workspace. Each file is complete or doesn't exist."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _TEMPORARY = ".tmp-"
-_MAX_NAME_BYTES = 255  # what the usual file systems take
+_MAX_NAME_BYTES = 255  # limit of the usual file systems
 
 
 class ImageFileLoggerHook(BaseHook):
-    """Writes what `trainer.log_images` is given as files, on rank 0: `images/step_0001000/<key>/<subkey>.png`.
+    """Writes the images of `trainer.log_images` as files, on rank 0: `images/step_0001000/<key>/<subkey>.png`.
 
-    Images may be Pillow's, tensors or numpy arrays (H x W or C x H x W, floats in [0, 1] or uint8); a batch of them,
-    N x C x H x W, becomes one grid. All are checked before the first is written. Each file is whole or not there,
-    whenever the run is killed, and a step that is done again after a resume overwrites its files. What the disk
-    refuses is logged, and training goes on.
+    Images may be Pillow's, tensors or numpy arrays (H x W or C x H x W, floats in [0, 1] or uint8). A batch of them,
+    N x C x H x W, becomes one grid. All images are checked before the first one is written. Each file is complete or
+    doesn't exist, even if the run is killed. A step that is repeated after a resume overwrites its files. If the disk
+    raises an error, it is logged, and training continues.
 
     If there are DTensors among the images, call `log_images` on every rank.
 
     Args:
-        image_format: Extension of a format that Pillow writes, for example "png", "jpeg" or "webp"; or what returns it
-            for the key of an image, "samples/ema".
+        image_format: File extension of a format that Pillow can write, for example "png", "jpeg" or "webp". Or a
+            function that returns it for the key of an image, "samples/ema".
         path: Folder, relative to the trainer's `workspace`.
 
     Raises:
@@ -62,7 +62,7 @@ class ImageFileLoggerHook(BaseHook):
     def on_before_train(self, trainer: BaseTrainer) -> None:
         if trainer.accelerator.is_main_process:
             root = self._root(trainer)
-            root.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before the first step
+            root.mkdir(parents=True, exist_ok=True)  # fails before the first step if the folder can't be made
             for leftover in root.glob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
 
@@ -90,7 +90,7 @@ class ImageFileLoggerHook(BaseHook):
         return self.path if trainer.workspace is None else trainer.workspace / self.path
 
     def _checked_extension(self, path: tuple[str, ...]) -> str:
-        """The extension of an image's file. Raises unless its keys may be names of folders and of a file."""
+        """The extension of an image's file. Raises unless its keys are valid names of folders and of a file."""
         key, extension = "/".join(path), self.image_format
         if not isinstance(extension, str):
             extension = _check_format(extension(key), f"`image_format` of `{key}`")
@@ -110,7 +110,7 @@ class ImageFileLoggerHook(BaseHook):
 
 
 def _check_format(extension: Any, name: str) -> str:
-    """`extension`, if Pillow can write it; `name` is what an error calls it."""
+    """Return `extension` if Pillow can write it, else raise. `name` is for the error message."""
     if not isinstance(extension, str):
         raise TypeError(f"{name} must be a string, but is {describe(extension)}.")
     from PIL import Image
@@ -145,7 +145,7 @@ def _checked_encoding(key: str, image: Image.Image, extension: str) -> bytes:
 
 
 def _write_whole(file: Path, content: bytes, temporary: Path) -> None:
-    """Write beside, then rename: under `file` there is all of it or nothing, also after a loss of power."""
+    """Write to a temporary file, then rename: `file` is complete or doesn't exist, even after a loss of power."""
     disk = FileSystem()
     disk.make_dir(file.parent)
     try:

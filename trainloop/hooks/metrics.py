@@ -1,4 +1,4 @@
-"""Metrics that a hook waits for by name: whether the name is one that is logged."""
+"""Checks the names of metrics that a hook waits for: whether such a metric is logged at all."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def is_misnamed(trainer: BaseTrainer, metric: str, logged: Collection[str]) -> bool:
-    """Whether `metric` will probably never be logged: each evaluation of the run was, and it was not among the numbers.
-    Where there is no evaluation, whether another name is nearly the same.
+    """Whether `metric` will probably never be logged. If there are `EvaluationHook`s: all of them have logged their
+    numbers, and `metric` is not among them. If there are none: another logged name is almost the same.
     """
     if metric in logged:
         return False
@@ -25,15 +25,15 @@ def is_misnamed(trainer: BaseTrainer, metric: str, logged: Collection[str]) -> b
 
 
 def list_names(logged: Collection[str]) -> str:
-    """Names of metrics, for a message."""
+    """The names of metrics, for a message."""
     return ", ".join(sorted(logged)) or "nothing"
 
 
 def tell_missing_metrics(trainer: BaseTrainer, policies: Iterable[RetentionPolicy], logged: Collection[str]) -> bool:
-    """Warn of each `BestK` that judges by a metric that nothing has logged. Call on rank 0, after a commit.
+    """Warn about each `BestK` whose metric was never logged. Call on rank 0, after a commit.
 
     Returns:
-        Whether it was time to look: each evaluation of the run has logged its numbers.
+        Whether it has checked. It waits until each evaluation of the run has logged its numbers.
     """
     if _is_waiting_for_evaluation(trainer, logged):
         return False

@@ -1,4 +1,4 @@
-"""When a run is saved besides its interval of steps: after a time, and before its deadline. And what a save costs."""
+"""Saves by time: after a time interval and before the deadline. Also measures what saves cost."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _PRIOR_SECONDS = 24 * 3600.0
-"""A run of which no failure was seen is taken to fail as often as one that has failed once in so much more time."""
-_NUM_REMEMBERED = 5  # saves
+"""Added to the observed time when failures are counted, so that a run without failures has a finite failure rate."""
+_NUM_REMEMBERED = 5  # saves whose cost is remembered
 _PROBE_BYTES = 2**25
-_RETELL = 1.25  # the interval is told again if it has changed by this factor
+_RETELL = 1.25  # the interval is logged again if it has changed by this factor
 
 
 def parse_save_every(given: Any) -> timedelta | str | None:
-    """The argument `save_every`.
+    """Check the argument `save_every`.
 
     Raises:
         TypeError: It is neither a positive timedelta nor "auto" nor None.
@@ -42,18 +42,18 @@ def parse_save_every(given: Any) -> timedelta | str | None:
 
 
 def best_interval(save_seconds: float, seconds_between_failures: float) -> float:
-    """Seconds between two saves that lose least: saves cost time, and a failure costs half of an interval on average
-    (Young 1974, "A first order approximation to the optimum checkpoint interval"; Daly 2006 refines it).
+    """The seconds between two saves that lose the least time. Saves cost time, and a failure loses half an interval on
+    average (Young 1974, "A first order approximation to the optimum checkpoint interval"; Daly 2006 refines it).
 
     Args:
-        save_seconds: For which a save blocks the run.
-        seconds_between_failures: On average.
+        save_seconds: How long a save blocks the run.
+        seconds_between_failures: Mean time between two failures.
     """
     return math.sqrt(2 * save_seconds * seconds_between_failures)
 
 
 class SaveTiming:
-    """Decides on rank 0, by its clock. The other ranks follow what the control message says.
+    """Decides on rank 0, by its clock, when to save. The other ranks follow by the control message.
 
     Args:
         save_every: The argument of `CheckpointingHook`.
@@ -73,11 +73,11 @@ class SaveTiming:
         self._told = 0.0
 
     def begin(self, trainer: BaseTrainer, store: CheckpointStore) -> None:
-        """The run begins, or goes on. Call on every rank.
+        """Start when the run begins or resumes. Call on every rank.
 
         Args:
-            trainer: The trainer, which is restored.
-            store: Where it is saved.
+            trainer: The trainer. It must be restored.
+            store: The store that the run is saved to.
         """
         self._last_save, self._begun, self._store = time.monotonic(), time.monotonic(), store
         if collectives.rank() != 0 or (self._given is None and self.save_every != "auto"):
@@ -93,7 +93,7 @@ class SaveTiming:
             )
 
     def _learn(self, trainer: BaseTrainer, folder: Path) -> None:
-        """What saves have cost in the lives before; or what the first one may cost."""
+        """Learn the cost of saves from earlier processes of the run, or estimate the cost of the first save."""
         lives: list[Life] = []
         if trainer.workspace is not None:
             with suppress(OSError):
@@ -112,19 +112,19 @@ class SaveTiming:
     # ------------------------------------------------------------------ what saves cost
 
     def save_begins(self) -> None:
-        """Call on every rank."""
+        """Note that a save begins. Call on every rank."""
         if self._store is not None and self._store.last_seconds:
-            self._whole.append(self._store.last_seconds)  # of the save before
+            self._whole.append(self._store.last_seconds)  # of the previous save
         self._last_save = time.monotonic()
 
     def save_returned(self, *, is_durable: bool) -> float:
-        """Call on every rank.
+        """Note that a save has returned. Call on every rank.
 
         Args:
-            is_durable: False: a thread still writes.
+            is_durable: False: a thread is still writing.
 
         Returns:
-            The seconds for which the save has blocked the run.
+            How many seconds the save has blocked the run.
         """
         seconds = time.monotonic() - self._last_save
         self._blocked.append(seconds)
@@ -135,7 +135,7 @@ class SaveTiming:
         return seconds
 
     def _save_seconds(self) -> float:
-        """How long the next save may take until it is durable. It first waits for one that is in flight."""
+        """Seconds until the next save is durable, at most. It first waits for a save that is in flight."""
         assert self._store is not None
         longest = max(*self._whole, self._store.last_seconds, 0.0)
         one = 1.25 * longest if longest else max(self._first_guess, *self._blocked, 0.0)
@@ -144,7 +144,7 @@ class SaveTiming:
     # ------------------------------------------------------------------ when to save
 
     def is_due(self, trainer: BaseTrainer) -> bool:
-        """Whether it is time for a save, by the clock of rank 0; False on the others."""
+        """Whether a save is due, by the clock of rank 0. False on the other ranks."""
         if self.save_every is None or collectives.rank() != 0:
             return False
         if isinstance(self.save_every, timedelta):
@@ -165,7 +165,7 @@ class SaveTiming:
 
 
 def num_bytes(trainer: BaseTrainer) -> int:
-    """About how much this rank saves: weights and optimizer state. Before the first step, that of Adam is assumed."""
+    """About how many bytes this rank saves: weights and optimizer state. At least the state of Adam is assumed."""
     weights = sum(map(_local_bytes, trainer.model.parameters()))
     state = [value for param in trainer.optimizer.state.values() for value in param.values()]
     return weights + max(2 * weights, sum(_local_bytes(value) for value in state if isinstance(value, torch.Tensor)))
@@ -177,7 +177,7 @@ def _local_bytes(tensor: torch.Tensor) -> int:
 
 
 def seconds_per_byte(folder: Path) -> float:
-    """How long the disk takes, from one small file."""
+    """How long the disk takes per byte, measured with one small file."""
     path, start = folder / f".speed-{os.getpid()}", time.monotonic()
     try:
         with path.open("wb") as file:
@@ -185,7 +185,7 @@ def seconds_per_byte(folder: Path) -> float:
             file.flush()
             os.fsync(file.fileno())
         return (time.monotonic() - start) / _PROBE_BYTES
-    except OSError:  # the first save will tell why
+    except OSError:  # the first save will report the cause
         return 0.0
     finally:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a log interval makes of its steps: a line and a bar for people, records for trackers."""
+"""Means over a log interval: a line and a bar for people, records for trackers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Key = tuple[Any, ...]
 
 
 class _StatsHook(BaseHook):
-    """Collects the steps of an interval, and gives their means to `process`.
+    """Collects the steps of an interval, and passes their means to `process`.
 
-    Tensors stay on the device until the interval ends; then they are read in one transfer. An interval that a
-    checkpoint cuts in two is logged by the resumed run as if nothing had happened (at the same number of processes).
+    Tensors stay on the device until the interval ends; then they are read in one transfer. If a checkpoint falls into
+    an interval, the resumed run logs the whole interval as usual (at the same number of processes).
     """
 
     def __init__(self, interval: int | str, sync: bool) -> None:
@@ -49,7 +49,7 @@ class _StatsHook(BaseHook):
     def _start_interval(self) -> None:
         self._steps: list[StepInfo] = []
         self._last_step = 0
-        self._sums: dict[Key, list[float]] = {}  # of the steps that were read already: [sum, count]
+        self._sums: dict[Key, list[float]] = {}  # of the steps that have been read: [sum, count]
         self._retries = 0
         self._max_memory = -math.inf
 
@@ -65,7 +65,12 @@ class _StatsHook(BaseHook):
             self.process(trainer, stats)
 
     def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
-        """The interval is over, `stats` are its means. Every rank."""
+        """Handle the end of an interval. Every rank.
+
+        Args:
+            trainer: The trainer.
+            stats: The means of the interval.
+        """
         raise NotImplementedError
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
@@ -88,7 +93,7 @@ class _StatsHook(BaseHook):
         return f"{type(self).__name__}_{self.interval}"
 
     def _read_steps(self, trainer: BaseTrainer) -> None:
-        """Add the steps that were collected to the sums: one device-to-host sync."""
+        """Add the collected steps to the sums. Costs one device-to-host sync."""
         if not self._steps:
             return
         rows: list[dict[Key, Any]] = []
@@ -112,14 +117,14 @@ class _StatsHook(BaseHook):
         for checkpointer in trainer.checkpointers:
             checkpointer.note_losses(first_step, [row["loss",] for row in read])
         for row in read:
-            for key, value in row.items():  # one after the other: the sum is the same wherever a checkpoint cuts
+            for key, value in row.items():  # step by step, so that the sum doesn't depend on where a checkpoint was
                 entry = self._sums.setdefault(key, [0.0, 0])
                 entry[0] += value
                 entry[1] += 1
 
     def _stats(self, data_records: dict[str, Any]) -> TrainingStats:
-        """Means, over the ranks too with `sync`: one exchange of host values, which also joins keys that only some
-        ranks have.
+        """The means; with `sync`, over the ranks too. This is one exchange of host values. It also includes keys that
+        only some ranks have.
         """
         mine = (self._sums, self._retries, self._max_memory)
         parts = collectives.gather_objects(mine) if self.sync else [mine]
@@ -144,11 +149,11 @@ class _StatsHook(BaseHook):
 
 
 class LoggingHook(_StatsHook):
-    """Hands the means of every interval to `trainer.log`, as `{"train": {"loss": …, "lr": {…}, …, <records>}}`.
+    """Passes the means of every interval to `trainer.log`, as `{"train": {"loss": …, "lr": {…}, …, <records>}}`.
 
     Args:
         interval: Optimizer steps, or "epoch".
-        sync: Average over the ranks as well; a record that only some ranks have is averaged over those.
+        sync: Also average over the ranks. A record that only some ranks have is averaged over these.
     """
 
     def __init__(self, interval: int | str = 10, sync: bool = True) -> None:
@@ -170,13 +175,14 @@ class LoggingHook(_StatsHook):
 
 
 class ProgressHook(_StatsHook):
-    """A log line every interval, and on a terminal a live bar; on rank 0.
+    """Writes a log line every interval, and shows a live bar on a terminal. On rank 0.
 
     Args:
         interval: Optimizer steps, or "epoch".
         with_records: Show the records of `forward` too.
         sync: Show means over the ranks instead of rank 0's.
-        eta_warmup: Steps of this run that the estimate of the remaining time leaves out; it is shown after them.
+        eta_warmup: Number of steps of this process that the estimate of the remaining time ignores. It is shown after
+            them.
         show_units: Write units.
     """
 

@@ -1,4 +1,4 @@
-"""How fast the run is: samples, tokens and operations a second, and what holds it up."""
+"""Measures the speed of a run (samples, tokens and operations per second) and what slows it down."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-"""Dense operations a second of one device in the format that its matrix units train in (bf16, fp16 on V100 and T4), by
-the words of its name that tell it apart; the first that fits counts. From NVIDIA's data sheets."""
+"""Dense operations per second of one device, in the format of its matrix units for training (bf16; fp16 on V100 and
+T4). The keys are words of the device's name; the first match counts. From NVIDIA's data sheets."""
 
 
 class ThroughputHook(BaseHook):
-    """Logs how fast the run was in every interval: `{"throughput": {…}}` to `trainer.log`, and a line on rank 0.
+    """Logs the speed of the run in every interval: `{"throughput": {…}}` to `trainer.log`, and a line on rank 0.
 
     | key | what |
     | --- | --- |
-    | `samples_per_second` | samples that went into updates, all ranks together |
-    | `weight_per_second` | the same of what `batch_weight` counts (tokens, say), if it is overridden |
-    | `mfu` | `flops_per_step` as a share of what all devices could do at their peak |
-    | `data_share` | share of the step's time spent waiting for batches, on the rank where it is largest |
-    | `slowest_rank` | the rank that needs longest until its last backward pass, see `StepInfo.own_time` |
-    | `slowest_rank_ratio` | its time to the mean over the ranks; 1: all alike |
+    | `samples_per_second` | samples that went into updates, over all ranks |
+    | `weight_per_second` | the same for `batch_weight` (for example tokens), if it is overridden |
+    | `mfu` | `flops_per_step` as a share of the peak of all devices |
+    | `data_share` | share of the step time spent waiting for batches, on the rank where it is largest |
+    | `slowest_rank` | the rank that takes longest until its last backward pass, see `StepInfo.own_time` |
+    | `slowest_rank_ratio` | the time of that rank divided by the mean over the ranks; 1: all are equally fast |
 
-    The time is that of the steps, retries and waiting for data included, and other hooks' work (evaluation,
-    checkpoints) left out. Windows that were discarded cost time and count for nothing. Between the intervals nothing is
-    read from the device; at their end the ranks exchange a few host values. A resumed run begins a new interval.
+    The time is that of the steps. It includes retries and waiting for data, but not the work of other hooks
+    (evaluation, checkpoints). Discarded windows cost time and contribute no samples. Nothing is read from the device
+    within an interval; at its end the ranks exchange a few host values. A resumed run begins a new interval.
 
     Args:
-        batch_size: Samples of one micro-batch of one rank. None: the data loader's; if it has none, samples are not
-            shown.
-        flops_per_step: Floating-point operations of one optimizer step, of all micro-batches and ranks together: of a
+        batch_size: Samples in one micro-batch of one rank. None: the data loader's batch size; if it has none, samples
+            are not shown.
+        flops_per_step: Floating-point operations of one optimizer step, over all micro-batches and ranks. For a
             transformer about 6 x parameters x tokens. None: `mfu` is not shown.
         interval: Optimizer steps, or "epoch".
-        peak_flops: Operations a second of one device. None: known for some NVIDIA GPUs, in bf16.
+        peak_flops: Operations per second of one device. None: looked up for some NVIDIA GPUs, in bf16.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -132,7 +132,7 @@ class ThroughputHook(BaseHook):
 
 
 def _sum(weights: list[Any]) -> float:
-    """Of numbers or of 0-dim tensors on one device, which costs a device-to-host sync."""
+    """Sum of numbers, or of 0-dim tensors on one device, which costs a device-to-host sync."""
     if isinstance(weights[0], torch.Tensor):
         return float(torch.stack(weights).sum())
     return float(sum(weights))

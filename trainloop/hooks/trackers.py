@@ -1,4 +1,4 @@
-"""Accelerate's experiment trackers: tensorboard, mlflow, trackio and the others that it knows, or one of your own."""
+"""Accelerate's experiment trackers: TensorBoard, MLflow, trackio and the others that it supports, or your own."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _EXTRAS = {"tensorboard": "trackers", "wandb": "wandb"}
-_ONE_IMAGE_A_KEY = {"aim", "clearml"}  # Accelerate hands them what it gets; the others take a list
+_ONE_IMAGE_A_KEY = {"aim", "clearml"}  # for these, Accelerate needs one image per key; the others take a list
 
 
 class TrackerHook(BaseHook):
     """Logs to trackers through Accelerate, on rank 0: numbers under names like "train/loss", images, and the config.
 
-    TensorBoard shows each step once, also after a resume: what a killed process logged beyond the checkpoint is purged.
-    The other trackers begin a run of their own with each process, unless `init_kwargs` tell them which one to go on
-    with; for Weights & Biases, `WandbHook` does more.
+    TensorBoard shows each step once, also after a resume: steps that a killed process logged after the checkpoint are
+    purged. Each process starts a new run in the other trackers, unless `init_kwargs` name a run to continue. For
+    Weights & Biases, `WandbHook` does more.
 
-    While the run is on, `trainer.accelerator.get_tracker(name)` gives what Accelerate documents there. What fails at a
-    tracker then is logged and left out, and training goes on.
+    During the run, `trainer.accelerator.get_tracker(name)` works as Accelerate documents. If a tracker fails then, the
+    error is logged, the data is left out, and training continues.
 
     Args:
-        log_with: One or a list: a name that Accelerate knows ("tensorboard", "wandb", "trackio", "comet_ml", "aim",
-            "mlflow", "clearml", "dvclive", "swanlab", or a class's of `accelerate.tracking.register_tracker_class`), or
-            an object of `accelerate.tracking.GeneralTracker`.
-        project: The name of the project, experiment or run, whatever the tracker calls what Accelerate hands it.
+        log_with: One tracker or a list. Each is a name that Accelerate knows ("tensorboard", "wandb", "trackio",
+            "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", or the name of a class registered with
+            `accelerate.tracking.register_tracker_class`), or an `accelerate.tracking.GeneralTracker` object.
+        project: Name of the project, experiment or run, depending on the tracker.
         config: A mapping, or the path of a JSON file. None: the trainer's own arguments, world size, strategy, device
             and versions. Nested keys are joined with "/"; lists are written as JSON.
-        logging_dir: Folder of those that write files, relative to the trainer's `workspace`.
-        init_kwargs: More arguments of a tracker, by its name, as for `Accelerator.init_trackers`.
+        logging_dir: Folder for trackers that write files, relative to the trainer's `workspace`.
+        init_kwargs: More arguments, by the name of the tracker, as for `Accelerator.init_trackers`.
 
     Raises:
         ImportError: A tracker is not installed.
@@ -112,7 +112,7 @@ class TrackerHook(BaseHook):
             guard = Guard(tracker.name, "What is logged meanwhile is left out.")
             self._trackers.append((tracker, guard))
             trainer.accelerator.trackers.append(tracker)
-            if tracker.name != "tensorboard" or trainer.step == 0:  # it would show one more set of hyperparameters
+            if tracker.name != "tensorboard" or trainer.step == 0:  # TensorBoard would show the config again
                 guard.attempt(trainer, partial(tracker.store_init_configuration, config))
         waiting, self._waiting = self._waiting, []
         for write in waiting:
@@ -122,7 +122,7 @@ class TrackerHook(BaseHook):
         kind = LOGGER_TYPE_TO_CLASS[name]
         kwargs = dict(self.init_kwargs.get(name, {}))
         if name == "tensorboard" and any(isinstance(hook, CheckpointerHook) for hook in trainer.hooks):
-            # What a killed process logged after the checkpoint will be logged again; without one, all of it.
+            # Steps that a killed process logged after the checkpoint are logged again; without a checkpoint, all steps.
             kwargs.setdefault("purge_step", trainer.step + 1 if trainer.step else 0)
         if not kind.requires_logging_directory:
             return kind(self.project, **kwargs)
@@ -168,7 +168,7 @@ class TrackerHook(BaseHook):
 
     def _write(self, trainer: BaseTrainer, write: Callable[[Any], None]) -> None:
         if not self._trackers:
-            self._waiting.append(write)  # perhaps of a hook before this one
+            self._waiting.append(write)  # perhaps from a hook that comes before this one
             if self._is_over:
                 self._tell_once(trainer, f"What is logged to {self._names()} after `train` waits for the next `train`.")
         for tracker, guard in self._trackers:
@@ -184,11 +184,11 @@ class TrackerHook(BaseHook):
 
 
 def _log_images(tracker: Any, pictures: Mapping[str, Image.Image], step: int) -> None:
-    """In the form that Accelerate's wrapper of the tracker takes them."""
+    """Log images in the form that Accelerate's wrapper of the tracker expects."""
     if tracker.name == "tensorboard":
         batches = {key: np.asarray(picture.convert("RGB"))[None] for key, picture in pictures.items()}
         tracker.log_images(batches, step=step, dataformats="NHWC")
-        tracker.tracker.flush()  # Accelerate does so for numbers only
+        tracker.tracker.flush()  # Accelerate flushes only after numbers
     elif tracker.name in _ONE_IMAGE_A_KEY:
         tracker.log_images(dict(pictures), step=step)
     else:
@@ -196,7 +196,7 @@ def _log_images(tracker: Any, pictures: Mapping[str, Image.Image], step: int) ->
 
 
 def _checked(tracker: Any) -> str | GeneralTracker:
-    """The tracker, or the name of one that is installed."""
+    """Return the tracker object, or the name of an installed tracker. Raise for anything else."""
     if isinstance(tracker, GeneralTracker):
         return tracker
     if not isinstance(tracker, str | LoggerType):

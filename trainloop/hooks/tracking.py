@@ -1,4 +1,4 @@
-"""What the hooks for experiment trackers share: plain numbers under flat names, the config, and how failures end."""
+"""Shared by the hooks for experiment trackers: numbers under flat names, the config, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _ARGUMENTS = (
     "no_sync_accumulate",
     "seed",
 )
-_MAX_SHARE = 0.1  # of the run's time that a failing tracker may take
+_MAX_SHARE = 0.1  # of the run's time may be spent on a failing tracker
 
 
 def numbers_by_name(records: Records) -> dict[str, int | float]:
-    """Nested records as Python's numbers, under their keys joined with "/". Each tensor on a device costs a sync.
+    """Nested records as Python numbers, with their keys joined by "/". Each tensor on a device costs a sync.
 
     Args:
-        records: What `check_records` lets pass.
+        records: Records that passed `check_records`.
     """
     flat = flatten_nested_dict(without_sequences(records))
     return {"/".join(path): _number(value) for path, value in flat.items()}
@@ -55,14 +55,14 @@ def _number(value: Any) -> int | float:
 
 
 def read_config(config: Any) -> dict[str, Any] | None:
-    """The argument `config` of a tracker's hook as plain nested values; None stays None.
+    """The argument `config` of a tracker's hook as plain nested values. None stays None.
 
     Args:
         config: A mapping, the path of a JSON file, or None.
 
     Raises:
-        TypeError: It is something else.
-        ValueError: The file cannot be read, or holds something else than an object.
+        TypeError: `config` has another type.
+        ValueError: The file cannot be read, or does not hold a JSON object.
     """
     if config is None:
         return None
@@ -83,12 +83,12 @@ def read_config(config: Any) -> dict[str, Any] | None:
 
 
 def arguments_of(trainer: BaseTrainer) -> dict[str, Any]:
-    """The arguments that the trainer was built with, its launch's where they were None, as plain values."""
+    """The arguments of the trainer as plain values. Arguments that were None have the value from the launch."""
     return {name: _plain(getattr(trainer, name)) for name in _ARGUMENTS}
 
 
 def launch_of(trainer: BaseTrainer) -> dict[str, Any]:
-    """What the run was launched as, and with which versions."""
+    """World size, strategy, device and versions of the run."""
     return {
         "world_size": trainer.accelerator.num_processes,
         "strategy": trainer.accelerator.distributed_type.value,
@@ -98,7 +98,7 @@ def launch_of(trainer: BaseTrainer) -> dict[str, Any]:
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """A config as every tracker takes it: keys joined with "/"; lists as JSON, None as "None"."""
+    """A config in the form that every tracker accepts: keys joined with "/", lists as JSON, None as "None"."""
     flat = {"/".join(path): value for path, value in flatten_nested_dict(config).items()}
     return {
         name: value
@@ -111,7 +111,7 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, bool | int | float | str
 
 
 def _plain(value: Any) -> Any:
-    """Nested dicts with string keys, lists, numbers, strings, bools and None; what is something else as its text."""
+    """Nested dicts with string keys, lists, numbers, strings, bools and None. Other values become their text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -127,14 +127,14 @@ def _plain(value: Any) -> Any:
 
 
 def on_rank_zero(work: Callable[[], T], failure: str) -> T:
-    """Rank 0 works, all ranks get the result. Call on every rank.
+    """Run `work` on rank 0, and return its result on all ranks. Call on every rank.
 
     Args:
         work: Returns a small value.
-        failure: How the message begins if `work` raised.
+        failure: Start of the error message if `work` raised.
 
     Raises:
-        TrainingError: On every rank, if `work` raised on rank 0: it would leave the others waiting for it.
+        TrainingError: On every rank, if `work` raised on rank 0. Otherwise the other ranks would wait for rank 0.
     """
     error: Exception | None = None
     told, result = "", None
@@ -150,30 +150,30 @@ def on_rank_zero(work: Callable[[], T], failure: str) -> T:
 
 
 class Guard:
-    """Keeps a tracker's failures away from training: each outage is told when it begins and when it ends.
+    """Keeps failures of a tracker away from training. Logs when an outage begins and when it ends.
 
-    A failing tracker is tried again at the next occasion, but not so often that more than a tenth of the run's time
-    goes into attempts that may take minutes each, as some clients' do while their server is away.
+    After a failure, `work` is tried again at the next call, but failing attempts take at most a tenth of the run's
+    time. This matters because some clients block for minutes while their server is away.
 
     Args:
-        name: What messages call the tracker.
-        remedy: What becomes of the data in the meantime, as a sentence.
+        name: Name of the tracker in messages.
+        remedy: What happens to the data in the meantime, as a sentence.
     """
 
     def __init__(self, name: str, remedy: str) -> None:
         self.name = name
         self.remedy = remedy
         self.error: Exception | None = None
-        """What the last attempt raised; None: it succeeded."""
+        """The exception of the last attempt. None: it succeeded."""
         self._not_before = 0.0
 
     def attempt(self, trainer: BaseTrainer, work: Callable[[], Any], at_once: bool = False) -> bool:
-        """Run `work`, unless it's too early after a failure; returns whether it was run and did not raise.
+        """Run `work`, unless it is too early after a failure. Return whether it ran and did not raise.
 
         Args:
-            trainer: Whose logger is told.
-            work: What may fail.
-            at_once: It's never too early.
+            trainer: The trainer, for its logger.
+            work: The function that may fail.
+            at_once: Run even if it is too early.
         """
         start = time.monotonic()
         if self.error is not None and not at_once and start < self._not_before:

@@ -1,4 +1,4 @@
-"""Weights & Biases: however often a run is killed, it is one run there, with each step once."""
+"""Weights & Biases: a run stays one W&B run, with each step once, however often it is killed."""
 
 from __future__ import annotations
 
@@ -24,46 +24,45 @@ if TYPE_CHECKING:
 
 _STATE_KEY = "wandb"
 _FORMATS = ("png", "jpg", "jpeg", "bmp")
-_NUM_RECENT = 500  # rows that are kept; a killed wandb loses those of its last 15 s, or of a buffer of 32 KiB
+_NUM_RECENT = 500  # rows that are kept; a killed wandb process loses its last 15 s, or a buffer of 32 KiB
 
 
 @dataclass(slots=True)
 class _Row:
-    """What was logged during one step."""
+    """The data that was logged during one step."""
 
     step: int
     numbers: dict[str, int | float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    """Where wandb has put the images that were sent."""
+    """The paths where wandb has stored the images that were sent."""
     images: dict[str, Any] = field(default_factory=dict)
-    """Those to be sent, as `wandb.Image`."""
+    """The images to send, as `wandb.Image`."""
     is_sent: bool = False
 
 
 class WandbHook(BaseHook):
     """Logs to Weights & Biases, on rank 0: numbers under names like "train/loss", images, and the config.
 
-    What is logged during a step is one row of the W&B run, with its `trainer/step`, the x axis of all charts. It is
-    sent when the step is over.
+    Everything that is logged during a step becomes one row of the W&B run, with its `trainer/step`, the x axis of all
+    charts. The row is sent when the step is over.
 
-    A resumed run goes on with the same W&B run, whose id is in the checkpoint. (For a run that is killed before its
-    first checkpoint the id is in `wandb-run.json` of the workspace too; remove it to begin a new one.) Steps that W&B
-    already has are left out when they are done again, since they come out the same; up to 500 rows that W&B lost with
-    the killed process are sent again from the checkpoint (their images if wandb's folder is still there). So no step is
-    missing, and none is there twice. To branch off from a checkpoint instead, pass an `id` of its own, or set
-    `WANDB_RUN_ID`.
+    A resumed run continues the same W&B run, whose id is in the checkpoint. (The workspace's `wandb-run.json` has the
+    id too, for a run that is killed before its first checkpoint; remove the file to begin a new run.) A step that W&B
+    already has is not logged again when it is repeated, because its numbers are the same. Up to 500 rows that W&B lost
+    with the killed process are sent again from the checkpoint (with their images if wandb's folder still exists). So
+    each step appears exactly once. To branch off from a checkpoint instead, pass another `id`, or set `WANDB_RUN_ID`.
 
-    An exception marks the run as failed, `CheckpointingHook`'s exit at a signal as preempting. What fails at W&B while
-    the run is on is logged, and tried again later; training goes on.
+    An exception marks the run as failed; `CheckpointingHook`'s exit after a signal marks it as preempting. An error of
+    W&B during the run is logged, and the data is sent later; training continues.
 
     Args:
         project: W&B's project. None: `WANDB_PROJECT`, or wandb's default.
         config: The run's config: a mapping, or the path of a JSON file. None: the trainer's own arguments, world size,
             strategy, device and versions.
-        tags: Of the run. None: `WANDB_TAGS`, or none.
+        tags: Tags of the run. None: `WANDB_TAGS`, or none.
         image_format: "png", "jpg", "jpeg" or "bmp".
-        **wandb_kwargs: More arguments of `wandb.init`. As there, an argument goes before its environment variable.
-            `dir` is the trainer's workspace, unless it or `WANDB_DIR` says otherwise.
+        **wandb_kwargs: More arguments of `wandb.init`. As there, an argument overrides its environment variable. `dir`
+            is the trainer's workspace by default, unless `WANDB_DIR` is set.
 
     Raises:
         ImportError: wandb is not installed.
@@ -85,14 +84,14 @@ class WandbHook(BaseHook):
         given = {"project": project, "tags": list(tags) if tags is not None else None}
         self._arguments = {**{name: value for name, value in given.items() if value is not None}, **wandb_kwargs}
         self.run: Any = None
-        """The `wandb.Run` on rank 0 while the run is on; else None."""
-        self._run_id: str | None = None  # of the run that is on, or that is to be gone on with
-        self._row: _Row | None = None  # of the step that is on
-        self._recent: deque[_Row] = deque(maxlen=_NUM_RECENT)  # rows of steps that are over
-        self._last_step = -1  # that W&B had when this process took the run up
+        """The `wandb.Run` on rank 0 during the run; else None."""
+        self._run_id: str | None = None  # of the current run, or of the run to continue
+        self._row: _Row | None = None  # of the current step
+        self._recent: deque[_Row] = deque(maxlen=_NUM_RECENT)  # rows of completed steps
+        self._last_step = -1  # the last step that W&B had when this process continued the run
         self._is_started = self._is_in_step = self._is_over = self._can_resume = False
         self._exit_code = 0
-        self._is_complete = False  # whether this process has finished the run, with all that was logged
+        self._is_complete = False  # whether this process has finished the run and sent everything
         self._guard = Guard(
             "W&B", f"What is logged waits (the newest {_NUM_RECENT} steps), and is tried again at the next interval."
         )
@@ -108,7 +107,7 @@ class WandbHook(BaseHook):
         self._can_resume = any(isinstance(hook, CheckpointerHook) for hook in trainer.hooks)
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
-        if not self._is_started:  # not earlier: the id comes with the checkpoint, after `on_before_train`
+        if not self._is_started:  # not earlier: the checkpoint brings the id, after `on_before_train`
             self._start(trainer)
         self._is_in_step = True
         if self._row is not None and self._row.step < trainer.step:
@@ -122,13 +121,13 @@ class WandbHook(BaseHook):
 
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
         if self._is_in_step and self._can_resume:
-            self._row = None  # perhaps a part only; the resumed run logs it whole
+            self._row = None  # it may be incomplete; the resumed run logs it again
         code = exception.code if isinstance(exception, SystemExit) else 1
         is_preempted = isinstance(exception, SystemExit) and bool(trainer.control.agreed["exit_signal"])
         self._finish(trainer, code if isinstance(code, int) else int(code is not None), is_preempted)
 
     def _start(self, trainer: BaseTrainer) -> None:
-        """Every rank, so that all know the id, or that it failed."""
+        """Call on every rank, so that all ranks know the id, or that the start has failed."""
 
         def work() -> str | None:
             self._last_step = self._open(trainer)
@@ -138,10 +137,10 @@ class WandbHook(BaseHook):
         self._is_started = True
 
     def _open(self, trainer: BaseTrainer) -> int:
-        """Begin the W&B run, or go on with it. Rank 0.
+        """Begin the W&B run, or continue it. Rank 0.
 
         Returns:
-            The last step that W&B has of it; -1: none.
+            The last step that W&B has of the run. -1: none.
         """
         import wandb
 
@@ -170,7 +169,7 @@ class WandbHook(BaseHook):
             note_run(trainer.workspace, run.id, config)
         if run.id != known_id:
             return -1
-        if self._is_complete:  # not read from the file, which wandb may still be writing
+        if self._is_complete:  # not read from the file, because wandb may still be writing it
             self._is_complete = False
             return max((row.step for row in self._recent), default=-1)
         last_step = last_step_of(run)
@@ -183,7 +182,7 @@ class WandbHook(BaseHook):
         return last_step
 
     def _is_told(self, name: str, variable: str = "") -> bool:
-        """Whether an argument of `wandb.init` is given, by the user or the environment."""
+        """Whether an argument of `wandb.init` is set, by the user or the environment."""
         return name in self._arguments or bool(os.environ.get(variable or f"WANDB_{name.upper()}"))
 
     def _finish(self, trainer: BaseTrainer, exit_code: int, is_preempted: bool = False) -> None:
@@ -233,11 +232,11 @@ class WandbHook(BaseHook):
                 new = {key: Image(picture, file_type=self.image_format) for key, picture in pictures.items()}
                 self._row_of(trainer).images.update(new)
 
-            self._guard.attempt(trainer, work)  # it writes a file
+            self._guard.attempt(trainer, work)  # `Image` writes a file
             self._send_late(trainer)
 
     def _is_known(self, step: int) -> bool:
-        """Whether a step is done again that W&B has from the process before."""
+        """Whether W&B already has this step from an earlier process."""
         return self._is_in_step and step <= self._last_step
 
     def _row_of(self, trainer: BaseTrainer) -> _Row:
@@ -248,7 +247,7 @@ class WandbHook(BaseHook):
         return self._row
 
     def _flush(self, trainer: BaseTrainer, at_once: bool = False) -> None:
-        """Send what waits. Rank 0."""
+        """Send the waiting rows. Rank 0."""
         if self._row is not None:
             self._recent.append(self._row)
             self._row = None
@@ -256,7 +255,7 @@ class WandbHook(BaseHook):
             self._guard.attempt(trainer, lambda: self._send(trainer), at_once)
 
     def _send(self, trainer: BaseTrainer) -> None:
-        if isinstance(self._guard.error, ConnectionError):  # wandb's own process has died, perhaps for want of memory
+        if isinstance(self._guard.error, ConnectionError):  # wandb's own process has died, for example out of memory
             import wandb
 
             with contextlib.suppress(Exception):
@@ -270,7 +269,7 @@ class WandbHook(BaseHook):
                 row.is_sent, row.images = True, {}
 
     def _send_late(self, trainer: BaseTrainer) -> None:
-        """What is logged after `train`, the final test for example, still belongs to the run."""
+        """Send data that is logged after `train`, for example a final test. It still belongs to the run."""
         if self._is_over and self._run_id is not None:
             self._guard.attempt(trainer, lambda: self._open(trainer), at_once=True)
             self._finish(trainer, self._exit_code)
@@ -310,7 +309,7 @@ def _check_arguments(project: Any, tags: Any, image_format: Any, wandb_kwargs: d
     if image_format not in _FORMATS:
         raise ValueError(f"`image_format` must be one of {_FORMATS}, but is {image_format!r}.")
     try:
-        from wandb import init  # the name, not the module: an empty folder "wandb" would pass for that
+        from wandb import init  # the name, not the module: an empty folder "wandb" counts as a module
     except ImportError as ex:
         raise ImportError("WandbHook needs wandb. Install it with `pip install 'trainloop-accelerate[wandb]'`.") from ex
     unknown = sorted(set(wandb_kwargs) - set(inspect.signature(init).parameters))

@@ -1,8 +1,8 @@
-"""What W&B's files on this machine hold of a run: the only record of an offline one. Any of them may end torn.
+"""Reads W&B's files on this machine. They are the only record of an offline run, and any of them may end torn.
 
-A `.wandb` file is a log in LevelDB's format: after a header of 7 bytes, blocks of 32 KiB; in them pieces of records,
-each after its checksum, length and kind (whole, first, middle, last); a record is a protobuf message. wandb writes a
-block when it's full, and all that it has every 15 s, so a killed process takes its last rows with it.
+A `.wandb` file is a log in LevelDB's format: a header of 7 bytes, then blocks of 32 KiB. The blocks contain pieces of
+records; each piece has its checksum, length and kind (whole, first, middle, last). A record is a protobuf message.
+wandb writes a block when it is full, and everything every 15 s, so a killed process loses its last rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 def last_step_of(run: Any) -> int:
-    """The last step that W&B has of a run that is resumed; -1: none."""
+    """The last step that W&B has of a resumed run. -1: none."""
     if not run.offline:
         return int(run.summary.get(STEP, -1))  # from the server
     folder_of_this_process = Path(run.dir).parent
@@ -34,7 +34,7 @@ def last_step_of(run: Any) -> int:
         if file.parent == folder_of_this_process:
             continue
         if is_empty(file):
-            file.rename(file.with_suffix(".empty"))  # `wandb sync` would stop at it
+            file.rename(file.with_suffix(".empty"))  # otherwise `wandb sync` would stop at it
         elif last_step < 0:
             last_step = max((int(row[STEP]) for row in rows(file) if STEP in row), default=-1)
     return last_step
@@ -48,19 +48,19 @@ def files_of(folder: Path, run_id: str) -> list[Path]:
         run_id: The run's id.
     """
     name = glob.escape(run_id)
-    files = folder.glob(f"*run-*-{name}*/run-{name}.wandb")  # a folder of the same second gets a suffix
+    files = folder.glob(f"*run-*-{name}*/run-{name}.wandb")  # a second folder of the same second gets a suffix
     return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
 def is_empty(file: Path) -> bool:
-    """Whether it has no record: its process was killed before the first block was written."""
+    """Whether the file has no record: its process was killed before the first block was written."""
     return file.stat().st_size <= _FILE_HEADER_BYTES
 
 
 def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows that were logged, with their values by name, up to the first that is not whole."""
+    """The logged rows, with their values by name, up to the first damaged record."""
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # created at import
 
     with file.open("rb") as opened:
         for content in _records(opened):
@@ -86,7 +86,7 @@ def _records(file: IO[bytes]) -> Iterator[bytes]:
             return
         checksum, length, kind = _PIECE_HEADER.unpack(header)
         piece = file.read(length)
-        if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:  # a piece that is cut off as well
+        if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:  # also if the piece is cut off
             return
         if kind in (_WHOLE, _FIRST):
             pieces = []

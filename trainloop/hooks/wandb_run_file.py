@@ -1,6 +1,6 @@
-"""The file in the workspace that names the W&B run of this workspace, and whether that run has ended.
+"""The file in the workspace that names the workspace's W&B run, and says whether that run has ended.
 
-A checkpoint holds the id too. The file is for a run that is killed before its first checkpoint.
+A checkpoint has the id too. The file is for a run that is killed before its first checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RUN_FILE = "wandb-run.json"
 
 
 def note_run(workspace: Path, run_id: str | None, config: Mapping[str, Any] | None) -> None:
-    """Write down which run is in progress. A `config` of None: it has ended."""
+    """Record which run is in progress. A `config` of None: it has ended."""
     file = workspace / RUN_FILE
     beside = file.with_suffix(".tmp")
     beside.write_text(json.dumps({"run_id": run_id, "is_on": config is not None, "config": config}))

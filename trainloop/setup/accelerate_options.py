@@ -1,4 +1,4 @@
-"""Options of Accelerate, each either honoured or refused: none is ignored in silence."""
+"""Options of Accelerate. Each one is either honoured or refused; none is silently ignored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import describe
 
 
 def check_kwargs_handlers(handlers: Sequence[Any], *, has_accelerator: bool, has_timeout: bool) -> None:
-    """Raise for a `kwargs_handlers` argument that cannot be meant, or that something else makes ineffective."""
+    """Raise for `kwargs_handlers` that have a wrong type, or that another argument makes ineffective."""
     for handler in handlers:
         if not isinstance(handler, KwargsHandler):
             raise TypeError(
@@ -33,11 +33,11 @@ def check_kwargs_handlers(handlers: Sequence[Any], *, has_accelerator: bool, has
 
 
 def check_data_loader_options(loader: Any, seed: int, accelerator: Accelerator) -> None:
-    """Raise where the accelerator's `DataLoaderConfiguration` asks for what the trainer does in another way.
+    """Raise if the accelerator's `DataLoaderConfiguration` asks for something that the trainer does in another way.
 
-    `even_batches` and `use_seedable_sampler` hold whatever they are: all ranks have equally many samples without
-    repeating one, and the order is a function of the seed. `non_blocking` is honoured. A loader that the script has
-    prepared follows the configuration by itself.
+    `even_batches` and `use_seedable_sampler` hold with any value: all ranks have equally many samples without
+    repetition, and the order is a function of the seed. `non_blocking` is honoured. A loader that the script has
+    prepared follows the configuration itself.
     """
     if isinstance(loader, DataLoaderShard | DataLoaderDispatcher):
         return
@@ -63,10 +63,10 @@ def check_data_loader_options(loader: Any, seed: int, accelerator: Accelerator) 
 
 
 def restore_noise_in_checkpointed_layers(model: nn.Module) -> None:
-    """Make layers under activation checkpointing draw the same dropout when they run again for the backward pass.
+    """Make layers under activation checkpointing draw the same dropout mask again in the backward pass.
 
-    Accelerate's `fsdp2_apply_ac` passes `preserve_rng_state=False`: the gradients would be those of another mask, and
-    nothing would show it.
+    Accelerate's `fsdp2_apply_ac` passes `preserve_rng_state=False`. The gradients would then belong to another mask,
+    and nothing would show it.
     """
     for module in model.modules():
         run: Any = getattr(module, "checkpoint_fn", None)

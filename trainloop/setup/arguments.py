@@ -1,4 +1,4 @@
-"""Checks the trainer's own arguments, at its construction."""
+"""Checks the trainer's own arguments when it is constructed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def check_arguments(
     trainer: BaseTrainer, base: type[BaseTrainer], accelerator: Any, gradient_accumulation_steps: Any
 ) -> None:
-    """Raise for mistakes in a new trainer: in its class, which derives from `base`, in the arguments that it holds
-    already, and in the last two.
+    """Raise for mistakes in a new trainer: in its class, in the arguments that it has already stored, and in the last
+    two arguments here. `base` is `BaseTrainer`.
     """
     check_trainer_class(type(trainer), base)
     check_int("max_steps", trainer.max_steps, 0, optional=True)
@@ -37,7 +37,7 @@ def check_arguments(
     clips = trainer.grad_clip if isinstance(trainer.grad_clip, Mapping) else {"": trainer.grad_clip}
     for name, clip in clips.items():
         _check_clip(f"grad_clip[{name!r}]" if name else "grad_clip", clip)
-    choices = ("no", "fp16", "bf16", "fp8")  # fp8 is refused by `resolve_mixed_precision`, with the reason
+    choices = ("no", "fp16", "bf16", "fp8")  # `resolve_mixed_precision` refuses fp8, and explains why
     if trainer.mixed_precision is not None and trainer.mixed_precision not in choices:
         raise ValueError(f"`mixed_precision` must be one of {choices} or None, but is {trainer.mixed_precision!r}.")
     if not isinstance(trainer.no_sync_accumulate, bool):

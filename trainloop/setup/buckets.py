@@ -1,4 +1,4 @@
-"""The order in which DDP sums gradients, made the same in every life of a run."""
+"""Makes DDP sum gradients in the same order in every process life of a run."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..step.gradient_checks import ddp_modules
 
 
 def settle_buckets(model: nn.Module) -> None:
-    """Have DDP arrange its buckets now instead of after its first backward pass. Call on every rank.
+    """Make DDP arrange its buckets now instead of after its first backward pass. Call on every rank.
 
-    DDP lays the gradients out anew after the first backward pass of each process. With 3 or more ranks the place of a
-    gradient in its bucket decides the order in which it is summed. So the first step after a restart would differ in
-    its last bits from the same step of a run that was not restarted.
+    In each process, DDP rearranges its buckets after the first backward pass. With 3 or more ranks, the position of a
+    gradient in its bucket determines the order in which it is summed. So the first step after a restart would differ
+    in its last bits from the same step of an uninterrupted run.
 
     The buckets get the order that DDP assumes for the backward pass: from the last registered parameter to the first.
-    It doesn't depend on what the first batch made of the model. Neither the model nor the user's hooks run: DDP is told
-    that each gradient is ready, and reduces zeros once.
+    So the order doesn't depend on the first batch. Neither the model nor the user's hooks run: DDP is told that each
+    gradient is ready, and reduces zeros once.
 
     Args:
-        model: The prepared model. Nothing happens without DDP. With `find_unused_parameters=True` the buckets are never
-            rearranged.
+        model: The prepared model. Without DDP, nothing happens. With `find_unused_parameters=True` DDP never rearranges
+            its buckets.
     """
     for ddp in ddp_modules(model):
         if ddp._has_rebuilt_buckets or ddp._use_python_reducer:
             continue
-        if ddp.static_graph:  # counts the hooks of its first backward pass, so ours would upset it
+        if ddp.static_graph:  # it counts the hooks of its first backward pass, which our backward pass would break
             if dist.get_world_size() > 2:
                 warnings.warn(
                     "DDP runs with `static_graph=True`, which rearranges its buckets in the first steps of each"
@@ -55,8 +55,8 @@ def settle_buckets(model: nn.Module) -> None:
 
 
 def _reduce_zeros(ddp: DistributedDataParallel, num_params: int) -> None:
-    """Run DDP's own hook for each parameter, last one first. It must be called in a backward pass, so there is one, of
-    a scalar of ours.
+    """Call DDP's own hook for each parameter, last one first. The hook must be called in a backward pass, so this runs
+    the backward pass of a separate scalar.
     """
 
     def fire(grad: torch.Tensor) -> None:

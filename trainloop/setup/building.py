@@ -1,4 +1,4 @@
-"""Builds a run: calls the factories in order, checks what they return, and prepares it through Accelerate."""
+"""Builds a run: calls the factories in order, checks their results, and prepares these with Accelerate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def build(trainer: BaseTrainer) -> None:
-    """Make everything that a trainer needs to step. Call once, on every rank."""
+    """Build everything that a trainer needs for its steps. Call once, on every rank."""
     trainer.peers.enter("building the run")
     accelerator = trainer.accelerator
     if trainer.seed is None:
@@ -39,7 +39,7 @@ def build(trainer: BaseTrainer) -> None:
     trainer.eval_data_loader = trainer.build_eval_data_loader()
     set_seed(trainer.seed)
     trainer.frozen = build_frozen(trainer)
-    set_seed(trainer.seed)  # the model doesn't depend on what building data and frozen modules drew
+    set_seed(trainer.seed)  # so the model doesn't depend on random numbers drawn for data and frozen modules
     trainer.model = factories.check_model(trainer.build_model())
     check_frozen(trainer.model, trainer.frozen)
     trainer.optimizer = factories.check_optimizer(trainer.build_optimizer())
@@ -50,12 +50,12 @@ def build(trainer: BaseTrainer) -> None:
     trainer.model, trainer.optimizer = prepare(trainer, trainer.model, trainer.optimizer)
     trainer._raw_optimizer = factories.raw_optimizer(trainer.optimizer)
     if isinstance(trainer._raw_optimizer, Optimizers):
-        trainer.optimizer = trainer._raw_optimizer  # Accelerate's wrapper is no mapping
+        trainer.optimizer = trainer._raw_optimizer  # Accelerate's wrapper is not a mapping
     factories.check_optimizer_params(trainer._raw_optimizer, trainer.model)
     hooks = factories.check_hooks(trainer.build_hooks(), trainer.workspace, trainer.lr_monitor)
     trainer.hooks, trainer.checkpointers = hooks
     trainer.averagers = [hook for hook in trainer.hooks if isinstance(hook, AveragingHook)]
-    set_seed(trainer.seed, device_specific=True)  # from here on each rank draws its own noise
+    set_seed(trainer.seed, device_specific=True)  # from here on each rank draws different random numbers
     check_phases(trainer)
     clip = None if isinstance(trainer.grad_clip, Mapping) else trainer.grad_clip
     trainer._gradients = Gradients(trainer.model.parameters(), clip, trainer.grad_scaler, trainer._raw_optimizer)

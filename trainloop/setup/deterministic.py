@@ -1,4 +1,4 @@
-"""What `deterministic=True` sets, before CUDA and NCCL have started: the same inputs then give the same bits again."""
+"""The settings of `deterministic=True`, with which equal inputs give equal bits. Set before CUDA and NCCL start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..errors import describe
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-_CUBLAS_VALUES = (":4096:8", ":16:8")  # the two under which cuBLAS promises the same bits
+_CUBLAS_VALUES = (":4096:8", ":16:8")  # the two values with which cuBLAS promises the same bits
 _NCCL = "NCCL_ALGO"
 _NCCL_VALUES = (
     "Ring",
@@ -19,19 +19,19 @@ _NCCL_VALUES = (
     "CollnetDirect",
     "CollnetChain",
     "^NVLS",
-)  # sum in an order of their own, as Megatron has
+)  # each sums in a fixed order; the same list as Megatron's
 
 
 def choose_determinism(deterministic: bool | None) -> None:
-    """Set for the whole process what the argument `deterministic` asks for. Call before the `Accelerator` is built.
+    """Set the process-wide settings for the argument `deterministic`. Call before the `Accelerator` is built.
 
     Args:
-        deterministic: True: torch's and cuDNN's deterministic algorithms, and the environment that cuBLAS and NCCL
-            need. False: torch and cuDNN are free to choose. None: nothing is touched.
+        deterministic: True: torch's and cuDNN's deterministic algorithms, and the environment variables that cuBLAS and
+            NCCL need. False: torch and cuDNN choose freely. None: change nothing.
 
     Raises:
-        TypeError: It is neither.
-        ValueError: A variable of the environment contradicts it, or CUDA or NCCL has already started without it.
+        TypeError: `deterministic` is not one of these.
+        ValueError: An environment variable contradicts it, or CUDA or NCCL has already started without it.
     """
     if deterministic is None:
         return

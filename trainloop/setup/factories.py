@@ -1,4 +1,4 @@
-"""What the trainer does before its loop: checking what it was given, and preparing it through Accelerate."""
+"""Checks the return values of the trainer's factories, and makes the logger and the data feed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class _FallbackHandler(logging.StreamHandler[Any]):
-    """Writes to stderr until the script configures logging, so that no line is written twice from then on."""
+    """Writes to stderr until the script configures logging; after that, lines would be written twice."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logger: logging.Logger | None = logging.getLogger("trainloop")
@@ -46,8 +46,8 @@ class _FallbackHandler(logging.StreamHandler[Any]):
 
 
 def default_logger() -> logging.Logger:
-    """The logger "trainloop", which writes on rank 0 only. If the script hasn't configured logging, the logger gets a
-    handler of its own; otherwise a first-time user would see nothing of the run.
+    """The logger "trainloop", which writes on rank 0 only. If the script hasn't configured logging, the logger gets its
+    own handler; otherwise a first-time user would see nothing of the run.
     """
     own = logging.getLogger("trainloop")
     if not own.hasHandlers():
@@ -64,14 +64,14 @@ def default_logger() -> logging.Logger:
 
 
 def check_type(value: Any, wanted: type[T], factory: str) -> T:
-    """What the factory of that name returned, if it is a `wanted`."""
+    """Return `value` if it is a `wanted`, else raise. `factory` is the name of the factory that returned it."""
     if not isinstance(value, wanted):
         raise TypeError(f"`{factory}` must return a {wanted.__name__}, but returned {describe(value)}.")
     return value
 
 
 def check_model(model: Any) -> nn.Module:
-    """The model, if it is one that can be prepared and trained; of a mapping, its modules as one."""
+    """Return the model if it can be prepared and trained, else raise. A mapping becomes one model of its modules."""
     if isinstance(model, Mapping) or type(model) is nn.ModuleDict:
         by_name: dict[Any, Any] = dict(model.items())
         _check_names("build_model", by_name)
@@ -106,7 +106,7 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer, if it is one whose `step` can be called alone, or a mapping of such ones."""
+    """Return the optimizer if its `step` needs no closure, else raise. A mapping becomes one optimizer."""
     if isinstance(optimizer, Mapping):
         _check_names("build_optimizer", optimizer)
         return Optimizers({name: raw_optimizer(check_optimizer(part)) for name, part in optimizer.items()})
@@ -121,7 +121,7 @@ def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _check_names(factory: str, by_name: Mapping[Any, Any]) -> None:
-    """Raise unless the keys of a mapping can name parts of the run, in its records and checkpoints."""
+    """Raise unless the keys of a mapping are valid names in the records and checkpoints of the run."""
     bad = [name for name in by_name if not isinstance(name, str) or not name or set("/.") & set(name)]
     if bad or not by_name:
         found = f"one is {bad[0]!r}" if bad else "there are none"
@@ -129,14 +129,14 @@ def _check_names(factory: str, by_name: Mapping[Any, Any]) -> None:
 
 
 def _required_parameters(function: Any) -> list[str]:
-    """Names of the parameters that a call must give."""
+    """Names of the parameters without a default."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
 def check_lr_scheduler(returned: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, str | None]:
-    """The raw scheduler, because a prepared one would step once for each process, and the metric that it monitors."""
+    """The raw scheduler (a prepared one would step once per process), and the metric that it monitors, if any."""
     scheduler, monitor = returned, None
     if isinstance(returned, Mapping) and isinstance(optimizer, Optimizers) and "scheduler" not in returned:
         return _check_lr_schedulers(returned, optimizer), None
@@ -169,7 +169,7 @@ def check_lr_scheduler(returned: Any, optimizer: torch.optim.Optimizer) -> tuple
 
 
 def _check_lr_schedulers(returned: Mapping[Any, Any], optimizer: Optimizers) -> LRSchedulers:
-    """The schedulers of several optimizers, by their names."""
+    """The schedulers of several optimizers, by the optimizers' names."""
     _check_names("build_lr_scheduler", returned)
     if unknown := [name for name in returned if name not in optimizer.by_name]:
         raise ValueError(
@@ -190,7 +190,7 @@ def _check_lr_schedulers(returned: Mapping[Any, Any], optimizer: Optimizers) -> 
 def check_hooks(
     hooks: Any, workspace: Path | None, lr_monitor: str | None
 ) -> tuple[list[BaseHook], list[CheckpointerHook]]:
-    """The hooks, and the checkpointers among them, if each can be called and has the workspace that it needs."""
+    """The hooks, and the checkpointers among them. Raise if one is invalid or needs a workspace that isn't set."""
     if not isinstance(hooks, Iterable):
         raise TypeError(f"`build_hooks` must return a list of hooks, but returned {describe(hooks)}.")
     checked = list(hooks)
@@ -212,9 +212,10 @@ def check_hooks(
 
 
 def check_collisions(hooks: list[BaseHook], workspace: Path) -> None:
-    """Raise if a hook is there twice, or if two want the same folder, file or place in the saved state.
+    """Raise if a hook is listed twice, or if two use the same folder, file or key in the saved state.
 
-    A hook's method `claims` lists what only one hook of a run may do: the end of a sentence, and what to change.
+    A hook's method `claims` lists the things that only one hook of a run may do. Each entry is the end of a sentence,
+    and the argument to change.
     """
     owners: dict[str, BaseHook] = {}
     for i, hook in enumerate(hooks):
@@ -229,8 +230,8 @@ def check_collisions(hooks: list[BaseHook], workspace: Path) -> None:
 
 
 def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise if the optimizer updates what the model doesn't hold: it would be neither reduced nor saved. Of several
-    optimizers, each parameter must be in one.
+    """Raise if the optimizer has parameters that are not in the model: they would be neither reduced nor saved. Of
+    several optimizers, exactly one must have each trainable parameter.
     """
     own = set(model.parameters())
     foreign = sum(p not in own for group in optimizer.param_groups for p in group["params"])
@@ -259,8 +260,8 @@ def check_optimizer_params(optimizer: torch.optim.Optimizer, model: nn.Module) -
 
 
 def choose_grad_scaler(accelerator: Accelerator, scaler: Any) -> torch.amp.GradScaler | None:
-    """The grad scaler in force: what `build_grad_scaler` returned, else Accelerate's own; None: there is none, or it is
-    switched off. Call before `prepare`.
+    """The grad scaler to use: that of `build_grad_scaler`, else Accelerate's own. None: there is none, or it is
+    disabled. Call before `prepare`.
     """
     if scaler is not None:
         accelerator.scaler = check_type(scaler, torch.amp.GradScaler, "build_grad_scaler")
@@ -294,8 +295,8 @@ def data_feed(loader: Any, seed: int, accelerator: Accelerator) -> DataFeed:
 
 @contextmanager
 def accumulation_state(trainer: BaseTrainer) -> Iterator[None]:
-    """Accelerate's accumulation settings, which are shared by the whole process, as this run needs them; left behind
-    usable by the next trainer, also after an exception in mid-window.
+    """Inside this context, Accelerate's accumulation settings, which the whole process shares, are those of this run.
+    At its end they are restored for the next trainer, even after an exception inside a window.
     """
     accelerator = trainer.accelerator
     state = accelerator.gradient_state

@@ -1,7 +1,7 @@
-"""Methods of the model that `forward` may call on `self.model`, beside the model itself.
+"""Methods of the model that `forward` may call on `self.model`, besides the model itself.
 
-DDP and FSDP2 know a call of the model only. A method that is called past them (`self.unwrapped_model.encode(x)`) gets
-no reduced gradients under DDP and no whole weights under FSDP2.
+DDP and FSDP2 only handle calls of the model. If a method is called directly (`self.unwrapped_model.encode(x)`), DDP
+doesn't reduce its gradients, and FSDP2 doesn't gather its weights.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..step.models import modules_of
 def add_forward_methods(
     accelerator: Accelerator, model: nn.Module, prepared: nn.Module, names: Iterable[str], returns_fp32: bool
 ) -> None:
-    """Make methods of `model` callable on `prepared`, with everything that a call of the model brings.
+    """Make methods of `model` callable on `prepared`. Such a call does everything that a call of the model does.
 
     Args:
-        accelerator: What has prepared the model.
+        accelerator: The accelerator that has prepared the model.
         model: The model without its wrappers.
-        prepared: The model with them.
-        names: The methods.
+        prepared: The model with its wrappers.
+        names: Names of the methods.
         returns_fp32: Whether the prepared model casts its output back to fp32, under FSDP2.
     """
     for name in names:
@@ -48,7 +48,7 @@ def add_forward_methods(
 
 
 def check_forward_methods(model: nn.Module, names: Any) -> list[str]:
-    """The names, those that the model itself has in its `forward_methods` included."""
+    """The names, including those in the attribute `forward_methods` of the model itself."""
     modules = modules_of(model)
     given: list[str] = []
     for some in (names, *(getattr(module, "forward_methods", ()) for module in modules)):
@@ -62,8 +62,8 @@ def check_forward_methods(model: nn.Module, names: Any) -> list[str]:
 
 
 def _in_autocast(module: nn.Module, name: str, options: Any, *args: Any, **kwargs: Any) -> Any:
-    """A method as Accelerate runs `forward` in mixed precision. Holds the module as an argument of a `partial`, so that
-    a copy of the module calls the copy.
+    """Call a method in the way that Accelerate calls `forward` in mixed precision. The module is an argument of a
+    `partial`, so that a copy of the module calls the copy's method.
     """
     with get_mixed_precision_context_manager(True, options):
         output = getattr(type(module), name)(module, *args, **kwargs)
@@ -75,9 +75,9 @@ def _cast(method: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _through_ddp(ddp: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call DDP, which for this once finds the method in the place of the model's `forward`."""
+    """Call DDP with the method temporarily in place of the model's `forward`."""
     module = ddp.module
-    own = vars(module).get("forward")  # Accelerate's, in mixed precision
+    own = vars(module).get("forward")  # Accelerate's wrapper, in mixed precision
 
     def give_back() -> None:
         if own is None:

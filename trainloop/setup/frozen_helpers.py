@@ -1,4 +1,4 @@
-"""Frozen modules beside the model, as a VAE or a text encoder: `build_frozen`'s, made ready for `forward`."""
+"""Frozen modules beside the model, such as a VAE or a text encoder: prepares those of `build_frozen` for `forward`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_frozen(trainer: BaseTrainer) -> nn.Module | dict[str, nn.Module] | None:
-    """Call `build_frozen` and prepare what it returned: frozen, in eval mode, the same on every rank, on the device, in
-    the launch's precision; sharded if `shard_frozen` says so. Call on every rank.
+    """Call the trainer's `build_frozen` and prepare the modules: frozen, in eval mode, the same on every rank, on the
+    device, in the launch's precision, and sharded if `shard_frozen` is set. Call on every rank.
 
     Raises:
-        TypeError: It returned something else.
+        TypeError: `build_frozen` returned something else.
     """
     returned: Any = trainer.build_frozen()
     modules = dict(returned) if isinstance(returned, Mapping) else {} if returned is None else {"": returned}
@@ -37,10 +37,10 @@ def build_frozen(trainer: BaseTrainer) -> nn.Module | dict[str, nn.Module] | Non
 
 
 def check_frozen(model: nn.Module, frozen: nn.Module | dict[str, nn.Module] | None) -> None:
-    """Raise if the model shares parameters with the frozen modules, which would freeze them.
+    """Check that the model shares no parameters with the frozen modules. They would be frozen in the model too.
 
     Raises:
-        ValueError: It does.
+        ValueError: It shares some.
     """
     modules = frozen.values() if isinstance(frozen, dict) else [] if frozen is None else [frozen]
     held = {param for module in modules for param in module.parameters()}
@@ -67,7 +67,7 @@ def _prepare(trainer: BaseTrainer, name: str, module: nn.Module) -> None:
 
 
 def _shard(module: nn.Module, device: torch.device) -> None:
-    """Shard over all ranks: each block of a list of blocks is gathered on its own, and let go of after its forward."""
+    """Shard a module over all ranks. Each block of a list is gathered by itself and freed after its forward pass."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

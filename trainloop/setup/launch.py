@@ -1,7 +1,7 @@
-"""What `accelerate launch` asked for, held against what the script asked for.
+"""Compares the settings of `accelerate launch` with those of the script.
 
-Accelerate lets an argument beat the environment here and the environment beat an argument there, and trains on in
-silence where it cannot do what it was asked for. Each such case is an error here, or is made to work.
+In Accelerate, for some settings the argument wins over the environment, and for others the environment wins. And if it
+cannot do what was asked, it silently trains in another way. Each such case is an error here, or is made to work.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ _STRATEGIES = {
 
 
 def launched_mixed_precision() -> str | None:
-    """The launch's mixed precision, or `None`. The launcher says "no" also where nobody was asked, so that "no" binds
-    nobody.
+    """The launch's mixed precision, or `None`. The launcher also says "no" when nobody chose it, so "no" counts as
+    None.
     """
     value = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return None if value == "no" else value
 
 
 def resolve_mixed_precision(argument: str | None) -> str | None:
-    """What to pass to `Accelerator`: the argument, after it was held against the launch."""
+    """The mixed precision to pass to `Accelerator`: the argument, after comparing it with the launch."""
     launched = launched_mixed_precision()
     if argument is not None and launched is not None and argument != launched:
         raise ValueError(
@@ -75,8 +75,8 @@ def resolve_mixed_precision(argument: str | None) -> str | None:
 
 
 def resolve_accumulation(argument: int | None) -> int:
-    """Micro-batches a step: the argument, or the launch's, or 1. Both, and different, is an error: Accelerate would
-    follow the environment and ignore the script.
+    """Micro-batches a step: the argument, or the launch's value, or 1. Raise if both are given and differ: Accelerate
+    would follow the environment and ignore the script.
     """
     text = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if text is None:
@@ -96,7 +96,7 @@ def resolve_accumulation(argument: int | None) -> int:
 
 
 def check_fsdp_version() -> None:
-    """Raise for FSDP version 1 before an `Accelerator` is built, which fails on it for another reason without a GPU."""
+    """Raise for FSDP version 1. Call before an `Accelerator` is built, which fails less clearly without a GPU."""
     if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(_FSDP1)
 
@@ -113,17 +113,17 @@ def check_accelerator(
     device: torch.device | None,
     is_ours: bool,
 ) -> None:
-    """Raise where the `Accelerator` that the run got is not what was asked for.
+    """Raise if the run's `Accelerator` does not match the request.
 
     Args:
-        accelerator: What the run will use.
+        accelerator: The accelerator that the run will use.
         mixed_precision: The trainer's argument.
         gradient_accumulation_steps: The trainer's argument.
         device: The trainer's argument.
         is_ours: Built by `BaseTrainer.build_accelerator` itself, not by the user.
 
     Raises:
-        ValueError: Naming the argument, what it asks for and what the run would do.
+        ValueError: The message names the argument, its value, and what the run would do.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and accelerator.num_processes == 1:
@@ -199,18 +199,18 @@ def choose_accelerator(
     device: torch.device | str | int | None,
     base: type[BaseTrainer],
 ) -> None:
-    """Give `trainer` its accelerator, and with it the settings that the launch may decide. Sets `accelerator`,
+    """Give `trainer` its accelerator, and the settings that depend on the launch. Sets `accelerator`,
     `gradient_accumulation_steps`, `mixed_precision` and the timeout of the process groups.
 
     Args:
-        trainer: The trainer, with the settings that its arguments ask for.
+        trainer: The trainer, with the settings from its arguments.
         given: The argument `accelerator`.
         gradient_accumulation_steps: The argument of that name.
         device: The argument of that name.
         base: `BaseTrainer`, whose `build_accelerator` may be overridden.
 
     Raises:
-        TypeError: `build_accelerator` returned something else.
+        TypeError: `build_accelerator` did not return an accelerator.
         ValueError: The launch, the accelerator and the arguments contradict each other.
     """
     device = parse_device(device)
@@ -260,8 +260,8 @@ def default_accelerator(trainer: BaseTrainer) -> Accelerator:
 
 @contextmanager
 def without_parallelism_on_cpu() -> Iterator[None]:
-    """Within it, an `Accelerator` can be built for a rehearsal of HSDP: it refuses a `ParallelismConfig` for what it
-    takes to be plain CPU processes. `rehearse_fsdp2_on_cpu` gives it back.
+    """Inside this context, an `Accelerator` can be built for a rehearsal of HSDP. Accelerate refuses a
+    `ParallelismConfig` for plain CPU processes, so it is hidden here. `rehearse_fsdp2_on_cpu` sets it again.
     """
     rehearses = _is_set("ACCELERATE_USE_CPU") and _is_set("ACCELERATE_USE_FSDP")
     hidden = os.environ.pop(_PARALLELISM, None) if rehearses else None
@@ -273,10 +273,10 @@ def without_parallelism_on_cpu() -> Iterator[None]:
 
 
 def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
-    """Make FSDP2 on CPU processes what the launch asked for; Accelerate turns it into DDP in silence.
+    """Make FSDP2 work on CPU processes if the launch asks for it. Accelerate would silently use DDP.
 
-    People debug a multi-node configuration on a laptop with it. Sets the state that Accelerate itself sets on a GPU
-    (`AcceleratorState.__init__`), which a canary test watches.
+    It lets you debug a multi-node configuration on a laptop. This sets the state that Accelerate itself sets on a GPU
+    (`AcceleratorState.__init__`); a canary test watches it.
     """
     from accelerate.state import PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
@@ -284,7 +284,7 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
 
     if not _is_set("ACCELERATE_USE_FSDP") or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return
-    if "FSDP_VERSION" not in os.environ:  # the launcher sets both, a plugin that the script makes sets one
+    if "FSDP_VERSION" not in os.environ:  # the launcher sets both variables; a plugin of the script sets only one
         raise ValueError(
             "The `Accelerator` has an FSDP plugin of the script, which Accelerate ignores on CPU processes. To rehearse"
             " FSDP2 on the CPU, ask for it at launch: `accelerate launch --use_fsdp --fsdp_version 2`."
@@ -293,16 +293,16 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
     if plugin.fsdp_version == 2:
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
-        plugin.cpu_offload = OffloadPolicy()  # the parameters are on the CPU as it is
+        plugin.cpu_offload = OffloadPolicy()  # means no offload: the parameters are on the CPU anyway
         accelerator.state.fsdp_plugin = plugin
         if accelerator.is_main_process:
             warnings.warn(
                 "FSDP2 runs on CPU processes: right for rehearsing a launch configuration, far too slow for training.",
                 TrainloopWarning,
-                stacklevel=4,  # who makes the trainer
+                stacklevel=4,  # the line that makes the trainer
             )
     else:
-        accelerator.state.fsdp_plugin = plugin  # refused with its remedy by `check_accelerator`
+        accelerator.state.fsdp_plugin = plugin  # `check_accelerator` refuses it, with a remedy
     if _is_set(_PARALLELISM):
         config = ParallelismConfig()
         accelerator.state.parallelism_config = config
@@ -312,11 +312,11 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
 
 
 def choose_fsdp2_precision(accelerator: Accelerator) -> bool:
-    """Reduce FSDP2's gradients in fp32 where Accelerate's default policy is in force, and say whether it is.
+    """Reduce FSDP2's gradients in fp32 if Accelerate's default policy is in use. Return whether it is.
 
-    Accelerate reduces in bf16 and hands out a bf16 loss; DDP with autocast does neither. A policy that the user set is
-    left alone. The model's output is for the caller to cast: the policy's `output_dtype` holds for every wrapped layer,
-    and a layer that returns fp32 breaks the next one, whose weights are bf16.
+    By default Accelerate reduces in bf16 and returns a bf16 loss; DDP with autocast does neither. A policy of the user
+    is not changed. The caller must cast the model's output. The policy's `output_dtype` can't do that: it would apply
+    to every wrapped layer, and a layer that returns fp32 breaks the next one, whose weights are bf16.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 

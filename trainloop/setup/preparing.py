@@ -1,4 +1,4 @@
-"""Prepares model and optimizer through Accelerate: wrapped, on the device, sharded."""
+"""Prepares model and optimizer with Accelerate: moves, wraps and shards them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-    """Prepare model and optimizer together. What is prepared already is used as it is."""
+    """Prepare model and optimizer together. Objects that are already prepared are used as they are."""
     accelerator = trainer.accelerator
     unwrapped = trainer.unwrap(model)
     forward_methods = check_forward_methods(unwrapped, trainer.forward_methods)
@@ -42,7 +42,7 @@ def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.
             returns_fp32 = choose_fsdp2_precision(accelerator)
             plugin = accelerator.state.fsdp_plugin
             if plugin.cpu_ram_efficient_loading and (_has_persistent_buffers(model) or _has_root_parameters(model)):
-                plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours follows
+                plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours is used instead
             if not plugin.cpu_ram_efficient_loading:
                 collectives.share_rank_zero_weights(model, accelerator.device)
         with full_precision_statistics() if accelerator.is_fsdp2 else nullcontext():
@@ -64,13 +64,13 @@ def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.
 
 
 def _prepare_models(trainer: BaseTrainer, models: Models, optimizer: Any) -> tuple[Models, Any]:
-    """Each module of a mapping by itself. FSDP2 takes only one module with its optimizer, so there each gets one to go
-    with, and the parameters of the real ones are exchanged here.
+    """Prepare each module of a mapping by itself. For FSDP2, Accelerate takes only one module with its optimizer. So
+    each module gets a temporary optimizer, and the parameters of the real optimizers are replaced here.
     """
     accelerator = trainer.accelerator
     prepared = {}
     if accelerator.is_fsdp2:
-        accelerator.state.fsdp_plugin.set_auto_wrap_policy(models)  # by classes of any of them
+        accelerator.state.fsdp_plugin.set_auto_wrap_policy(models)  # the policy may name classes of any module
     for name, module in models.items():
         if accelerator.is_fsdp2:
             with _parameters_by_name(raw_optimizer(optimizer), module):
@@ -87,8 +87,8 @@ def _prepare_models(trainer: BaseTrainer, models: Models, optimizer: Any) -> tup
 
 @contextmanager
 def _parameters_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> Iterator[None]:
-    """Within it, the optimizer's groups hold names in place of the module's parameters, which are about to be replaced
-    by shards. So nothing holds the whole ones.
+    """Inside this context, the optimizer's groups hold names instead of the module's parameters, which are about to be
+    replaced by shards. So nothing keeps the whole parameters alive.
     """
     groups = optimizer.param_groups
     names = {param: clean_name(name) for name, param in module.named_parameters()}
@@ -103,8 +103,8 @@ def _parameters_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> 
 
 @contextmanager
 def _unused_parameters(trainer: BaseTrainer, module: nn.Module, optimizer: Any) -> Iterator[None]:
-    """Within it, DDP is built such that it looks for unused parameters, if only a part of the module's parameters is
-    trained in each phase.
+    """Inside this context, DDP is built to look for unused parameters, if each phase trains only a part of the module's
+    parameters.
     """
     params, accelerator = set(module.parameters()), trainer.accelerator
     parts = optimizers_of(raw_optimizer(optimizer)).values()
@@ -120,7 +120,7 @@ def _unused_parameters(trainer: BaseTrainer, module: nn.Module, optimizer: Any) 
 
 
 def _has_root_parameters(model: nn.Module) -> bool:
-    """Whether parameters belong to the model itself and not to a part of it."""
+    """Whether the model itself has parameters, not only its parts."""
     return any("." not in name for name, _ in model.named_parameters())
 
 

@@ -1,4 +1,4 @@
-"""What runs, told once when the run is built: processes, strategy, dtypes, sizes, batch, folders, seed."""
+"""The report that is logged when the run is built: processes, strategy, dtypes, sizes, batch, folders, seed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..step.non_finite import clean_name
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
-_NUM_HOSTS = 4  # hosts that are named
+_NUM_HOSTS = 4  # number of hosts in the report
 _NUM_PARTS = 4
 
 
 def announce(trainer: BaseTrainer) -> None:
-    """Log the report on rank 0. Call on every rank, when model and hooks are built."""
+    """Log the report on rank 0. Call on every rank, after model and hooks are built."""
     params = list(trainer.model.parameters())
     local = [p.to_local() if hasattr(p, "to_local") else p for p in params]
     by_rank = collectives.gather_objects((socket.gethostname(), _count(local), _num_bytes(local)))
@@ -34,7 +34,7 @@ def announce(trainer: BaseTrainer) -> None:
     trainable = _count(p for p in params if p.requires_grad)
     if trainable != _count(params):
         size += f", {trainable:,} trainable"
-    if names := trainer._window.modes.names_in_eval_mode:  # so without dropout, as `from_pretrained` returns a model
+    if names := trainer._window.modes.names_in_eval_mode:  # without dropout, as in a model from `from_pretrained`
         shown = ", ".join(map(clean_name, names[:_NUM_PARTS]))
         size += f", in eval mode: {shown}{', …' if len(names) > _NUM_PARTS else ''}"
     batch = _batch(trainer, len(by_rank))
@@ -72,7 +72,7 @@ def _strategy(trainer: BaseTrainer, params: list[nn.Parameter]) -> str:
 
 
 def _wrapping(trainer: BaseTrainer) -> str:
-    """Which modules FSDP2 has wrapped: their parameters are gathered and let go together."""
+    """The modules that FSDP2 has wrapped. The parameters of each are gathered and freed together."""
     if not trainer.accelerator.is_fsdp2:
         return ""
     from torch.distributed.fsdp import FSDPModule

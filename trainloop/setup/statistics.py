@@ -1,7 +1,7 @@
-"""Layers with running statistics (BatchNorm) stay in fp32 under FSDP2, as autocast leaves them under DDP.
+"""Keeps layers with running statistics (BatchNorm) in fp32 under FSDP2, as autocast does under DDP.
 
-FSDP2 casts the parameters of a whole unit to its `param_dtype`. The statistics are buffers, which it does not cast, and
-BatchNorm takes no bf16 weights beside fp32 statistics.
+FSDP2 casts the parameters of a whole unit to its `param_dtype`. It doesn't cast the statistics, which are buffers, and
+BatchNorm can't combine bf16 weights with fp32 statistics.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.nn.modules.batchnorm import _NormBase
 
 @contextmanager
 def full_precision_statistics() -> Iterator[None]:
-    """Within it, `fully_shard` makes each layer with running statistics a unit of its own, which computes in fp32.
+    """Inside this context, `fully_shard` makes each layer with running statistics a separate unit in fp32.
 
-    `accelerator.prepare` has no setting for it, and looks `fully_shard` up when it runs; a canary test watches that.
-    Costs a small all-gather for each such layer in the forward pass.
+    `accelerator.prepare` has no setting for this, but it looks up `fully_shard` when it runs; a canary test watches
+    that. Costs a small all-gather for each such layer in the forward pass.
     """
     import torch.distributed.fsdp as fsdp
 
     original: Any = fsdp.fully_shard
-    full_precision = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)  # takes bf16 and returns it, as in autocast
+    full_precision = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)  # bf16 in and out, as in autocast
 
     @functools.wraps(original)
     def fully_shard(module: Any, **kwargs: Any) -> Any:

@@ -36,7 +36,7 @@ _FOREIGN_EVENTS = {
     "on_training_run_end": "on_after_train",
     "on_training_run_start": "on_before_train",
 }
-"""Events of Lightning, transformers, Keras and pytorch-accelerated, and the event that takes their place."""
+"""Events of Lightning, transformers, Keras and pytorch-accelerated, and our corresponding events."""
 
 _FOREIGN_METHODS = {
     "build_callbacks": "build_hooks",
@@ -58,7 +58,7 @@ _FOREIGN_METHODS = {
     "val_dataloader": "build_eval_data_loader",
     "validation_step": "eval_forward",
 }
-"""Methods that a trainer of another library has, and the method of `BaseTrainer` that takes their place."""
+"""Methods of other libraries' trainers, and the corresponding methods of `BaseTrainer`."""
 
 _BARE_EVENTS = {
     event.removeprefix("on_"): event
@@ -69,17 +69,17 @@ _RECIPE = [name for name in vars(Recipe) if not name.startswith("_")] + ["build_
 
 
 def check_trainer_class(cls: type, base: type) -> None:
-    """Raise for a method of a trainer's class that trainloop never calls, but that was meant to be one it calls.
+    """Raise if a trainer's class defines a method that trainloop never calls, but whose name suggests it should.
 
-    A method whose name is nearly that of a method of ours, or is that of another library's, may be a helper. So it is
-    refused only where the class doesn't define the method that is meant.
+    A method whose name resembles one of ours, or is known from another library, may be a helper. So it is refused only
+    if the class doesn't define our corresponding method.
 
     Args:
         cls: The class of the trainer.
         base: `BaseTrainer`.
 
     Raises:
-        TypeError: Naming the method and the one that is meant.
+        TypeError: The message names the method and our corresponding one.
     """
     for name in _own_methods(cls, base):
         meant = _FOREIGN_METHODS.get(name) or _nearest(name, _RECIPE, 0.85)
@@ -100,11 +100,11 @@ def check_trainer_class(cls: type, base: type) -> None:
 
 
 def check_hook(hook: BaseHook) -> None:
-    """Raise for a hook that would not be called, could not be called, or is not set up.
+    """Raise for a hook that would not be called, could not be called, or is not initialised.
 
     Raises:
-        TypeError: A method has nearly the name of an event, or another library's name of it; or an event doesn't take
-            its arguments; or `__init__` didn't call that of the hook of ours that it derives from.
+        TypeError: A method's name resembles an event, or is another library's name of it. Or an event has the wrong
+            arguments. Or `__init__` doesn't call that of its base class.
     """
     cls = type(hook)
     for name in _own_methods(cls, BaseHook):
@@ -112,7 +112,7 @@ def check_hook(hook: BaseHook) -> None:
             check_call(f"{cls.__name__}.{name}", getattr(hook, name), _arguments(name)[1:])
             continue
         event = _event_meant(name)
-        if event is None and not _is_inherited_from_elsewhere(cls, name):  # `state_dict` of an nn.Module is no mistake
+        if event is None and not _is_inherited_from_elsewhere(cls, name):  # an nn.Module may have a `state_dict`
             event = _BARE_EVENTS.get(name)
         if event and (name not in _BARE_EVENTS or getattr(cls, event) is getattr(BaseHook, event)):
             advice = f"Define `{event}({', '.join(_arguments(event))})` instead."
@@ -128,19 +128,19 @@ def check_hook(hook: BaseHook) -> None:
         )
     for base in cls.__mro__:
         init = vars(base).get("__init__")
-        if init and _is_ours(base):  # each of ours stores some argument under its name, perhaps a private one
+        if init and _is_ours(base):  # each of our classes stores an argument under its name, perhaps a private one
             arguments = [*inspect.signature(init).parameters]
             check_initialised(hook, [*arguments, *(f"_{name}" for name in arguments)], base.__name__)
 
 
 def check_call(name: str, function: Any, arguments: list[str]) -> None:
-    """Raise unless `function`, which errors call `name`, takes `arguments` by position.
+    """Raise unless `function` accepts `arguments` by position. `name` is its name in error messages.
 
-    Python would raise as well, but only at the call, which may be days into the run.
+    Python would raise too, but only when it is called, which may be days into the run.
     """
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin that doesn't tell
+    except (TypeError, ValueError):  # a builtin without a signature
         return
     try:
         signature.bind(*arguments)
@@ -149,7 +149,7 @@ def check_call(name: str, function: Any, arguments: list[str]) -> None:
 
 
 def _own_methods(cls: type, base: type) -> Iterator[str]:
-    """Names of the public methods in the user's part of `cls`, which derives from `base`."""
+    """Names of the public methods that the user's classes in `cls` define. `cls` derives from `base`."""
     for one in cls.__mro__:
         if one not in base.__mro__ and not _is_ours(one):
             yield from (name for name, value in vars(one).items() if not name.startswith("_") and callable(value))
@@ -160,7 +160,7 @@ def _is_ours(cls: type) -> bool:
 
 
 def _event_meant(name: str) -> str | None:
-    """The event that a method of this name was meant to be; None: no event is near."""
+    """The event that a method of this name was probably meant to be. None: no event is similar."""
     return _FOREIGN_EVENTS.get(name) or (_nearest(name, EVENTS, 0.8) if name.startswith("on_") else None)
 
 
@@ -169,7 +169,7 @@ def _nearest(name: str, names: Iterable[str], cutoff: float) -> str | None:
 
 
 def _is_inherited_from_elsewhere(cls: type, name: str) -> bool:
-    """Whether a base that is no hook has the method too: then its own library calls it."""
+    """Whether a base class that is no hook has the method too. Then the library of that class calls it."""
     return any(name in vars(base) and not issubclass(base, BaseHook) for base in cls.__mro__)
 
 
