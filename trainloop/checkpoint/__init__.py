@@ -1,6 +1,6 @@
-"""Checkpoints on the disk: whole or not there. Knows no trainer.
+"""Checkpoints on the disk. A checkpoint is complete or doesn't exist. This package knows no trainer.
 
-In: a folder, and a `Content` on every rank. Out: one more checkpoint in the folder; or a `Checkpoint` to read from.
+In: a folder, and a `Content` on every rank. Out: a new checkpoint in the folder, or a `Checkpoint` to read from.
 
 The life of one save. Step 5 is due; x is a random token, so that two saves never share a name.
 

@@ -1,6 +1,6 @@
-"""How the ranks do something together that any of them may fail at, without one ever waiting for another that has left.
+"""Lets the ranks work together on something that can fail on any of them. No rank ever waits for one that has left.
 
-Host values over gloo; in a single process nothing is sent.
+Values on the host travel over gloo. A single process sends nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _NUM_NAMED = 3  # ranks whose errors a message names
 
 
 class Ranks:
-    """The ranks of a run, who talk over a group of their own or over the run's host group."""
+    """The ranks of a run. They communicate over a separate group, or over the run's host group."""
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         """Call on every rank if `timeout` is given.
 
         Args:
-            timeout: Make a group of its own, so that a thread may use it, in which nobody waits longer than this. None:
-                use the run's host group; only the main thread may.
+            timeout: Make a separate group with this timeout, so that a thread may use it. None: use the run's host
+                group, which only the main thread may use.
         """
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self._own_group: Any = None
@@ -39,15 +39,15 @@ class Ranks:
         """Every rank works, then rank 0 decides. Call on every rank.
 
         Args:
-            work: Run on each rank.
-            decide: Run on rank 0 with what the ranks' work gave, by rank, if all of it succeeded.
-            failure: How the message begins if something raised.
+            work: Called on each rank.
+            decide: Called on rank 0 with the results of `work`, by rank, if all ranks succeeded.
+            failure: Start of the error message if something raised.
 
         Returns:
-            What `decide` returned.
+            The result of `decide`.
 
         Raises:
-            CheckpointError: On every rank with the same message, if `work` raised on any, or `decide` on rank 0.
+            CheckpointError: On every rank with the same message, if `work` raised on any rank, or `decide` on rank 0.
         """
         error: Exception | None = None
         result: Any = None
@@ -74,7 +74,7 @@ class Ranks:
         return decision  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Give the own group back. Call on every rank."""
+        """Destroy the separate group. Call on every rank."""
         if self._own_group is not None and collectives.world_size() > 1:
             import torch.distributed as dist
 
@@ -106,6 +106,6 @@ class Ranks:
 
 
 def _as_text(error: Exception) -> str:
-    """An error as a part of a sentence. Our own need no type."""
+    """An error as a part of a sentence. Our own errors are shown without their type."""
     text = str(error).rstrip(".")
     return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""The checkpoint with the best value of a metric, as `load="best:val/loss"` names it. Pure functions over manifests."""
+"""Finds the checkpoint with the best value of a metric, for `load="best:val/loss"`. Pure functions over manifests."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _PREFIX = "best"
 
 @dataclass(frozen=True)
 class Best:
-    """Asks for the checkpoint with the best value of a metric."""
+    """A request for the checkpoint with the best value of a metric."""
 
     metric: str | None = None
-    """As it was logged, "val/loss". None: the metric of the run's only `BestK`."""
+    """Name of the logged metric, "val/loss". None: the metric of the run's only `BestK`."""
     mode: Mode | None = None
-    """Whether the least or the greatest is the best. None: as the run's `BestK` of the metric says, else "min"."""
+    """Whether the lowest or the highest value is best. None: as in the run's `BestK` for the metric, else "min"."""
 
     @classmethod
     def parse(cls, metric: str) -> Best:
-        """From "val/loss" or "val/accuracy:max".
+        """Parse "val/loss" or "val/accuracy:max".
 
         Raises:
-            ValueError: There is no name of a metric.
+            ValueError: It contains no metric name.
         """
         name, _, end = metric.rpartition(":")
         modes: dict[str, Mode] = {mode: mode for mode in get_args(Mode)}
@@ -44,7 +44,7 @@ class Best:
 
 
 def parse_best(which: Any) -> Best | None:
-    """What `"best"`, `"best:val/loss"` or `"best:val/accuracy:max"` asks for. None: `which` is none of these.
+    """Parse `"best"`, `"best:val/loss"` or `"best:val/accuracy:max"`. None: `which` is none of these.
 
     Raises:
         ValueError: No metric follows "best:".
@@ -57,18 +57,18 @@ def parse_best(which: Any) -> Best | None:
 
 
 def choose_best(root: Path, infos: Sequence[ManifestInfo], best: Best) -> tuple[ManifestInfo, str]:
-    """The checkpoint that is asked for, and the reason, as a part of a sentence.
+    """The requested checkpoint, and the reason for the choice, as a part of a sentence.
 
-    A checkpoint whose parameters are not all finite is chosen only if no other one has the metric. Of equal values the
+    A checkpoint with non-finite parameters is chosen only if no other one has the metric. If values are equal, the
     earlier commit is the best, as for `BestK`.
 
     Args:
         root: The folder, for the messages.
-        infos: Of its checkpoints, from the oldest commit to the newest.
-        best: What is asked for.
+        infos: Its checkpoints, from the oldest commit to the newest.
+        best: The request.
 
     Raises:
-        CheckpointError: No checkpoint has the metric, or none is named.
+        CheckpointError: No checkpoint has the metric, or the request doesn't identify a metric.
     """
     policies = [policy for info in reversed(infos) for policy in read_policies(info.retention or ())[0]]
     own = [policy for policy in policies if isinstance(policy, BestK)]

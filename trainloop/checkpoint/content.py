@@ -1,4 +1,4 @@
-"""What a checkpoint holds, seen from who gives it."""
+"""The content of a checkpoint, as the caller of a save provides it."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from .placement import Layout, Layouts
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 Described: TypeAlias = "dict[str, dict[str, tuple[str, tuple[int, ...], Layout | None]]]"
-"""By group and name: dtype, shape, and of a DTensor how it lies on the ranks."""
+"""By group and name: dtype, shape, and for a DTensor its layout over the ranks."""
 
 
 @dataclass
 class Content:
-    """What to save; each rank passes its own. Groups, names, shapes and dtypes must be the same on every rank, and in
+    """The data to save. Each rank passes its own. Groups, names, shapes and dtypes must be the same on every rank, in
     the same order.
     """
 
     weights: Mapping[str, Tensors] = field(default_factory=dict)
-    """By group ("model", "ema") and name. Written whole, so that other software reads them: a DTensor is gathered. A
-    plain tensor must be the same on each rank; the save fails if it is not. Tensors that are the same memory are
-    written once."""
+    """By group ("model", "ema") and name. They are written whole, so that other software can read them: a DTensor is
+    gathered. A plain tensor must be the same on each rank, or the save fails. Tensors that share memory are written
+    once."""
     shards: Mapping[str, Tensors] = field(default_factory=dict)
-    """By group ("optim") and name. Of a DTensor each rank writes what it holds, without communication; a plain tensor
-    must be the same on each rank and is written by one of them."""
+    """By group ("optim") and name. Of a DTensor each rank writes its own shard, without communication. A plain tensor
+    must be the same on each rank, and one of them writes it."""
     global_state: Any = None
-    """Nested state that is the same on each rank (see `nested.encode`); rank 0's is written."""
+    """Nested state that is the same on each rank (see `nested.encode`). That of rank 0 is written."""
     rank_state: Any = None
     """Nested state of this rank, for example its random generators."""
     must_be_finite: Collection[str] = ()
-    """Names of tensors, "model/fc.weight", "optim/fc.weight/exp_avg", and of those in `rank_state` by their path,
+    """Names of tensors, "model/fc.weight" or "optim/fc.weight/exp_avg", and paths of tensors in `rank_state`,
     "state/buffers/running_mean". The checkpoint is healthy if all their elements are finite."""
     of_rank_zero: Collection[str] = ()
-    """Names of plain tensors among the weights that may differ between the ranks, as BatchNorm's statistics do: rank
-    0's are written."""
+    """Names of plain tensors among the weights that may differ between ranks, as BatchNorm's statistics do. Those of
+    rank 0 are written."""
     frozen: Mapping[str, FrozenRecord] = field(default_factory=dict)
-    """By name, parameters of the group "model" that are left out, because they are frozen and can be built again. Rank
-    0's are written down."""
+    """By name: parameters of the group "model" that are left out because they are frozen and can be built again. The
+    records of rank 0 are written."""
 
     def groups(self) -> dict[str, Tensors]:
-        """All groups, those of weights first."""
+        """All groups, weights first."""
         return {**self.weights, **self.shards}
 
     def describe(self, world_size: int) -> Described:
-        """What the ranks must agree on.
+        """The description that must be the same on all ranks.
 
         Args:
             world_size: Number of ranks.
 
         Raises:
             TypeError: A tensor cannot be stored.
-            ValueError: A group's name cannot be a folder's, or is taken; or a shard cannot be.
+            ValueError: The name of a group is not valid or not unique, or a tensor's name or a shard can't be saved.
         """
         names = [*self.weights, *self.shards]
         for group in names:
@@ -83,7 +83,7 @@ class Content:
         }
 
     def num_bytes(self, aliases: Mapping[str, Mapping[str, str]]) -> int:
-        """Bytes of all weights and shards of all ranks together, without the aliases."""
+        """Bytes of all weights and shards of all ranks together, without aliases."""
         return sum(
             tensor.numel() * tensor.element_size()
             for group, tensors in self.groups().items()
@@ -93,7 +93,7 @@ class Content:
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether it is a `torch.distributed.tensor.DTensor`, which costs half a second to import."""
+    """Whether it is a `torch.distributed.tensor.DTensor`. Importing that class would take half a second."""
     return hasattr(tensor, "device_mesh")
 
 

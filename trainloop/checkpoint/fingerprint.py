@@ -1,8 +1,9 @@
-"""A fingerprint of a tensor's bits that is the same however the tensor is cut over the ranks.
+"""A fingerprint of a tensor's bits. It doesn't depend on how the tensor is sharded over the ranks.
 
-The bits are taken as words of 16 bits. A table gives each word a random number, which is multiplied by a weight of the
-word's place in the whole tensor; the products are summed modulo 2^64. So each rank computes a part from what it holds,
-and the fingerprint is the sum of the parts. Without the table, a large tensor that was doubled could keep its sum.
+The bits are read as words of 16 bits. A table maps each word to a random number, which is multiplied by a weight that
+depends on the word's position in the whole tensor. The products are summed modulo 2^64. So each rank computes a part
+from its shard, and the fingerprint is the sum of the parts. Without the table, a large tensor could be doubled and keep
+its fingerprint.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from ..ranks import collectives
 from .content import is_dtensor
 from .sharding import is_first_replica, local_box, local_tensor
 
-_PIECE = 2**16  # words: what is computed from them stays in a processor's cache
+_PIECE = 2**16  # words at a time; the intermediate results fit into a processor's cache
 _HALF = 2**32
-_GOLDEN, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # of splitmix64, signed
+_GOLDEN, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # splitmix64's, signed
 
 
 @torch.no_grad()
 def fingerprints(tensors: Sequence[torch.Tensor | None]) -> list[str]:
-    """Fingerprints of whole tensors, 16 hexadecimal digits each. Call on every rank, with as many tensors.
+    """Fingerprints of whole tensors, 16 hexadecimal digits each. Call on every rank, with equally many tensors.
 
-    A plain tensor counts as rank 0 holds it. Where a tensor is None, the result means nothing.
+    For a plain tensor, rank 0's copy counts. If a tensor is None, its result has no meaning.
     """
     tables: dict[torch.device, torch.Tensor] = {}
     parts = [_part(tensor, tables) for tensor in tensors]
@@ -35,22 +36,22 @@ def fingerprints(tensors: Sequence[torch.Tensor | None]) -> list[str]:
 
 
 def _part(tensor: torch.Tensor | None, tables: dict[torch.device, torch.Tensor]) -> int:
-    """What this rank contributes, in [0, 2^64)."""
+    """This rank's part of the sum, in [0, 2^64)."""
     if tensor is None or not (is_first_replica(tensor) if is_dtensor(tensor) else collectives.rank() == 0):
         return 0
     local, (offset, extent), shape = local_tensor(tensor), local_box(tensor), tuple(tensor.shape)
     if local.is_complex():
         local, offset, extent, shape = torch.view_as_real(local), (*offset, 0), (*extent, 2), (*shape, 2)
-    missing = 2 - len(shape)  # below, a tensor is rows of words
+    missing = 2 - len(shape)  # the code below needs rows of words
     if missing > 0:
         local = local.reshape((1,) * missing + tuple(local.shape))
         offset, extent, shape = (0,) * missing + offset, (1,) * missing + extent, (1,) * missing + shape
     if not local.numel():
         return 0
-    device, each = local.device, max(1, local.element_size() // 2)  # words of an element
+    device, each = local.device, max(1, local.element_size() // 2)  # `each`: words per element
     offset, extent, shape = (*((*some[:-1], some[-1] * each) for some in (offset, extent, shape)),)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    places = torch.zeros((), dtype=torch.int64, device=device)  # of the words of a row
+    places = torch.zeros((), dtype=torch.int64, device=device)  # positions of the words of a row
     for begin, size, stride in zip(offset[1:], extent[1:], strides[1:], strict=True):
         places = places[..., None] + torch.arange(begin, begin + size, device=device) * stride
     weights = places.reshape(-1) * _GOLDEN + 1

@@ -1,4 +1,4 @@
-"""Finds the newest checkpoint of several folders, which a run with more than one saves into."""
+"""Finds the newest checkpoint of several folders, for a run with several `CheckpointingHook`s."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _NEVER = (False, -math.inf, -1)
 def find_newest(
     stores: Sequence[tuple[CheckpointStore, Verify]], logger: logging.Logger
 ) -> tuple[CheckpointStore, Checkpoint] | None:
-    """The newest healthy checkpoint of all folders; if none is healthy, the newest. Call on every rank.
+    """Find the newest healthy checkpoint of all folders; if none is healthy, the newest. Call on every rank.
 
     Args:
-        stores: The folders, each with how deep its checkpoints are verified. No folder is verified that cannot have it.
-        logger: Hears of folders of which no checkpoint can be read.
+        stores: The folders, each with its level of verification. A folder is verified only if it may have the newest.
+        logger: For warnings about folders in which no checkpoint can be read.
 
     Returns:
-        The checkpoint and its folder; None: there is none at all.
+        The folder's store and the checkpoint. None: there is no checkpoint.
 
     Raises:
-        CheckpointError: There are some, but all are damaged; or a newer trainloop has written there.
+        CheckpointError: There are checkpoints, but all are damaged. Or a newer trainloop has written one.
     """
     if not stores:
         return None
@@ -64,7 +64,7 @@ def find_newest(
 
 
 def _rank_of(info: ManifestInfo) -> tuple[bool, float, int]:
-    """The order in which checkpoints of several folders are preferred. Each folder counts its own commits, so time
-    decides, which a run takes from one clock.
+    """The sort key of checkpoints from several folders. Each folder counts its own commits, so the time decides. A run
+    uses one clock for all its folders.
     """
     return info.health, info.time, info.step

@@ -1,4 +1,4 @@
-"""How a tensor lies on the ranks, in a form that is the same on every rank and can be compared, stored and reasoned on
+"""The layout of a tensor over the ranks, as a value that is the same on every rank and can be compared and stored
 without the tensor.
 """
 
@@ -15,19 +15,19 @@ from .format.boxes import Box
 
 @dataclass(frozen=True)
 class Layout:
-    """The mesh of a DTensor's ranks, and what each of its dimensions does. Dimensions of one rank are left out."""
+    """The device mesh of a DTensor, and the role of each of its dimensions. Dimensions of size 1 are left out."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     """The rank at coordinates (i, j, ...) is `i * strides[0] + j * strides[1] + ...`."""
     shards: tuple[int | None, ...]
-    """The dimension of the tensor that the mesh's dimension cuts; None: it holds replicas."""
+    """The tensor's dimension that each mesh dimension shards. None: that mesh dimension replicates."""
     irregular: str = ""
-    """Placements that the fields above cannot say, or whose mesh does not have all ranks; "": there are none."""
+    """Text for placements that the fields above can't describe, or for a mesh without all ranks. "": none of these."""
 
     def box_of(self, rank: int, shape: Sequence[int]) -> Box:
-        """The part of a tensor that a rank holds, if all parts but the last ones have the same size. It is empty where
-        the tensor is too small for all ranks.
+        """The part of a tensor on a rank, if all parts but the last ones have the same size. The part is empty if the
+        tensor is too small for all ranks.
         """
         offset, extent, full = [0] * len(shape), list(shape), list(shape)
         for size, stride, dim in zip(self.sizes, self.strides, self.shards, strict=True):
@@ -40,12 +40,12 @@ class Layout:
 
 
 def replicated(world_size: int) -> Layout:
-    """The layout of a plain tensor, which each rank holds."""
+    """The layout of a plain tensor, of which each rank has a copy."""
     return Layout((world_size,), (1,), (None,)) if world_size > 1 else Layout((), (), ())
 
 
 class Layouts:
-    """Finds the layouts of DTensors. Many have the same one, and it is made once."""
+    """Finds the layouts of DTensors. Many tensors have the same layout, which is made only once."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size

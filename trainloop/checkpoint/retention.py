@@ -1,4 +1,4 @@
-"""Which checkpoints stay. Pure functions over what their manifests say."""
+"""Decides which checkpoints are kept. Pure functions over their manifests."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from .format.layout import ManifestInfo
 
 @runtime_checkable
 class RetentionPolicy(Protocol):
-    """Says which checkpoints it wants to stay: any object with this method. A checkpoint stays if any policy wants it.
+    """Chooses checkpoints to keep: any object with this method. A checkpoint is kept if any policy chooses it.
 
-    It is asked again after every commit, about what is left: its answer must not need one that it did not keep.
+    The policy is asked after every commit, about the remaining checkpoints. So its answer must not depend on
+    checkpoints that it did not keep.
     """
 
     def keep(self, manifests: Sequence[ManifestInfo]) -> set[int]:
-        """
+        """Choose checkpoints.
+
         Args:
-            manifests: Of the checkpoints that exist, from the oldest commit to the newest, each of another step.
+            manifests: Of the existing checkpoints, from the oldest commit to the newest, each of another step.
 
         Returns:
-            Steps of those to keep.
+            The steps to keep.
         """
 
 
 @dataclass(frozen=True)
 class KeepPrevious:
-    """The `num` newest before the newest one."""
+    """Keeps the newest checkpoint and the `num` before it."""
 
     num: int
 
@@ -43,7 +45,7 @@ class KeepPrevious:
 
 @dataclass(frozen=True)
 class KeepInterval:
-    """Those whose step is divisible by `interval`."""
+    """Keeps checkpoints whose step is divisible by `interval`."""
 
     interval: int
 
@@ -56,7 +58,7 @@ class KeepInterval:
 
 @dataclass(frozen=True, init=False)
 class KeepSteps:
-    """Those of certain steps."""
+    """Keeps the checkpoints of certain steps."""
 
     steps: frozenset[int]
 
@@ -75,15 +77,15 @@ class KeepSteps:
 
 @dataclass(frozen=True)
 class BestK:
-    """The `k` with the best value of a metric; of equal ones the earlier. One without the metric, or with NaN, is not
-    among them. While no checkpoint has the metric, all of them: its name may be wrong.
+    """Keeps the `k` checkpoints with the best value of a metric; of equal ones, the earlier. A checkpoint without the
+    metric, or with NaN, is not chosen. If no checkpoint has the metric, all are kept, because its name may be wrong.
     """
 
     metric: str
-    """As it was logged, nested keys joined: "val/loss"."""
+    """Name of the logged metric, with nested keys joined: "val/loss"."""
     k: int = 1
     mode: Literal["min", "max"] = field(default="min", kw_only=True)
-    """Whether the least or the greatest value is the best."""
+    """Whether the lowest ("min") or the highest ("max") value is best."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str):
@@ -103,8 +105,8 @@ class BestK:
 
 @dataclass(frozen=True)
 class EverySeconds:
-    """A chain of commits, each the first that came at least `seconds` after the one before it in the chain. Where the
-    clock has gone back, the chain begins anew.
+    """Keeps a chain of commits. Each is the first one that came at least `seconds` after the previous one in the chain.
+    If the clock has gone back, the chain starts again.
     """
 
     seconds: float
@@ -139,8 +141,8 @@ _OWN: tuple[type[OwnPolicy], ...] = (KeepPrevious, KeepInterval, KeepSteps, Best
 
 
 def describe_policies(policies: Iterable[RetentionPolicy]) -> list[dict[str, Any]]:
-    """Policies as a manifest holds them: ours by name and fields, `{"policy": "KeepPrevious", "num": 2}`; of one that
-    the user wrote just the name, `{"custom": "KeepMondays"}`.
+    """Policies in the form of a manifest. Ours have their name and fields, `{"policy": "KeepPrevious", "num": 2}`. A
+    user's own policy has only its name, `{"custom": "KeepMondays"}`.
     """
     described = []
     for policy in policies:
@@ -154,10 +156,10 @@ def describe_policies(policies: Iterable[RetentionPolicy]) -> list[dict[str, Any
 
 
 def read_policies(described: Iterable[Mapping[str, Any]]) -> tuple[list[RetentionPolicy], list[str]]:
-    """The inverse of `describe_policies`, as far as there is one.
+    """The inverse of `describe_policies`, as far as possible.
 
     Returns:
-        The policies, and the names of those that cannot be asked here: the user's, or a later trainloop's.
+        The policies, and the names of those that are unknown here: the user's own, or a later trainloop's.
     """
     own = {kind.__name__: kind for kind in _OWN}
     policies: list[RetentionPolicy] = []
@@ -175,15 +177,15 @@ def read_policies(described: Iterable[Mapping[str, Any]]) -> tuple[list[Retentio
 def reasons_to_keep(
     manifests: Sequence[ManifestInfo], policies: Iterable[RetentionPolicy], protected_steps: Collection[int] = ()
 ) -> dict[int, list[str]]:
-    """Why each checkpoint stays; an empty list: it does not.
+    """The reasons to keep each checkpoint. An empty list: it is not kept.
 
     Args:
         manifests: Of all valid checkpoints, each of another step, in any order.
-        policies: What the user wants.
-        protected_steps: Must stay, for example the one that the run was resumed from.
+        policies: The user's policies.
+        protected_steps: Steps that must stay, for example the one that the run was resumed from.
 
     Returns:
-        By step, in the order of the commits. Whatever the policies, the newest stays and the newest healthy one.
+        By step, in the order of the commits. With any policies, the newest and the newest healthy one are kept.
     """
     manifests = sorted(manifests, key=lambda manifest: manifest.seq)
     reasons: dict[int, list[str]] = {manifest.step: [] for manifest in manifests}
@@ -203,11 +205,11 @@ def reasons_to_keep(
 def to_delete(
     manifests: Sequence[ManifestInfo], policies: Iterable[RetentionPolicy], protected_steps: Collection[int] = ()
 ) -> list[int]:
-    """Steps of the checkpoints that nothing keeps, from the oldest commit to the newest.
+    """Steps of the checkpoints that have no reason to be kept, from the oldest commit to the newest.
 
     Args:
         manifests: As for `reasons_to_keep`.
-        policies: What the user wants.
-        protected_steps: Must stay.
+        policies: The user's policies.
+        protected_steps: Steps that must stay.
     """
     return [step for step, reasons in reasons_to_keep(manifests, policies, protected_steps).items() if not reasons]

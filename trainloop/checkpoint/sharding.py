@@ -1,4 +1,4 @@
-"""Where the parts of tensors lie on the ranks, and which rank writes what."""
+"""Where the parts of tensors are on the ranks, and which rank writes what."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .format.boxes import Box
 
 
 def split_by_bytes(sizes: Sequence[int], num_parts: int) -> list[int]:
-    """Put items into parts of about equal size: the largest first, each into the part that is smallest so far.
+    """Distribute items over parts of about equal size: the largest first, each into the part that is smallest so far.
 
     Returns:
-        The part of each item. Parts that stay empty are the last ones.
+        The part of each item. If parts stay empty, they are the last ones.
     """
     heap = [(0, part) for part in range(num_parts)]
     parts = [0] * len(sizes)
@@ -27,9 +27,9 @@ def split_by_bytes(sizes: Sequence[int], num_parts: int) -> list[int]:
 
 
 def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Names of tensors that are the same memory as an earlier one (tied weights), with the name of that one.
+    """Names of tensors that are the same memory as an earlier one (tied weights), each with the name of the earlier.
 
-    Views of one storage that only overlap, or not even that, are tensors of their own.
+    Views that only share or overlap a storage are separate tensors.
     """
     first: dict[Any, str] = {}
     aliases = {}
@@ -45,24 +45,24 @@ def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 @torch.no_grad()
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank holds, sharing its memory; all of it if it is no DTensor."""
-    # Without gradients, and `detach` last: on a DTensor it takes 50 times as long.
+    """This rank's part of a tensor, sharing its memory. For a plain tensor, all of it."""
+    # `no_grad`, and `detach` last, because `detach` takes 50 times as long on a DTensor.
     return (tensor.to_local() if is_dtensor(tensor) else tensor).detach()  # type: ignore[attr-defined]
 
 
 def local_box(tensor: torch.Tensor) -> Box:
-    """Where `local_tensor(tensor)` lies in the whole."""
+    """The box of `local_tensor(tensor)` in the whole tensor."""
     return Boxes().of(tensor)
 
 
 class Boxes:
-    """Finds where the parts of this rank lie in the whole tensors. Many tensors are alike, and torch is asked once."""
+    """Finds the boxes of this rank's parts. Many tensors are alike, and torch is asked only once for them."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Any, Box]] = {}
 
     def of(self, tensor: torch.Tensor) -> Box:
-        """Where `local_tensor(tensor)` lies in the whole."""
+        """The box of `local_tensor(tensor)` in the whole tensor."""
         if not is_dtensor(tensor):
             return (0,) * tensor.dim(), tuple(tensor.shape)
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ class Boxes:
 
 
 def is_first_replica(tensor: torch.Tensor) -> bool:
-    """Whether this rank is the first of those that hold the same part of a DTensor (HSDP: of the first replica)."""
+    """Whether this rank is the first of the ranks with the same part of a DTensor (HSDP: in the first replica)."""
     assert is_dtensor(tensor)
     coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
     placements = tensor.placements  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: saves into it, finds in it, and lets go of old ones. Knows the disk and no trainer."""
+"""A folder of checkpoints: saves into it, finds checkpoints in it, and removes old ones. Knows no trainer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .save.snapshot import Buffers
 
 
 class CheckpointStore:
-    """Checkpoints of one run in one folder. Make it on every rank, and call its methods on every rank unless they say
+    """The checkpoints of one run in one folder. Make it on every rank. Call its methods on every rank unless they say
     otherwise.
 
     Example:
@@ -54,11 +54,11 @@ class CheckpointStore:
     ) -> None:
         """
         Args:
-            path: The folder; it need not exist.
+            path: The folder. It need not exist.
             fs: The disk.
-            logger: Hears on rank 0 what the user should know. None: the logger "trainloop".
-            timeout: How long an async save waits for a rank that is slower in writing. None: 30 minutes.
-            clock: Gives the commits their times; stores that share one have times that can be compared.
+            logger: For messages to the user, on rank 0. None: the logger "trainloop".
+            timeout: How long an async save waits for a rank that writes more slowly. None: 30 minutes.
+            clock: Gives the commits their times. The times of stores that share a clock can be compared.
         """
         self.path = parse_absolute_path("path", path)
         self._fs = fs if fs is not None else FileSystem()
@@ -75,15 +75,15 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self.last_seconds = 0.0
-        """How long the last save that succeeded took from its start until it was durable."""
+        """Seconds that the last successful save took, from its start until it was durable."""
 
     # ------------------------------------------------------------------ open and close
 
     def open(self) -> None:
-        """Take the folder for this run, and clear away what a run left behind that died.
+        """Lock the folder for this run, and clean up after a run that died.
 
         Raises:
-            CheckpointError: Another run has it, it cannot be written, or not every rank sees it.
+            CheckpointError: Another run holds the folder, it cannot be written to, or some rank doesn't see it.
         """
         if self._is_open:
             return
@@ -110,7 +110,7 @@ class CheckpointStore:
         self._is_open = True
 
     def close(self) -> None:
-        """Finish the save in flight and let go of the folder and of the memory.
+        """Finish the save in flight, and release the folder and the memory.
 
         Raises:
             CheckpointError: The save in flight failed.
@@ -144,21 +144,23 @@ class CheckpointStore:
         settings: Mapping[str, Any] | None = None,
         stopped_by: str = "",
     ) -> None:
-        """Save and return when the checkpoint is durable; a thread then removes old ones. A save in flight is waited
-        for first.
+        """Save, and return when the checkpoint is durable. A thread then removes old checkpoints. If a save is in
+        flight, this waits for it first.
 
         Args:
-            step: Names the checkpoint; one of the same step is replaced.
-            content: What to save.
-            run_id: Names the run.
-            metrics: Numbers, nested or flat, by which checkpoints are judged.
-            retention: What to keep besides the newest and the newest healthy; all others are removed.
-            extra: Small texts to put into the checkpoint, by path: `{"model/config.json": ...}`. Rank 0's are written.
-            settings: The run's settings by flat name, to be compared at a resume. Rank 0's are written.
-            stopped_by: Who stopped the run with this checkpoint.
+            step: The step of the checkpoint. One of the same step is replaced.
+            content: The content to save.
+            run_id: Identifies the run.
+            metrics: Numbers, nested or flat, by which checkpoints are compared.
+            retention: Policies that choose checkpoints to keep, besides the newest and the newest healthy one. All
+                others are removed.
+            extra: Small texts to put into the checkpoint, by path: `{"model/config.json": ...}`. Those of rank 0 are
+                written.
+            settings: The run's settings by flat name, for comparison at a resume. Those of rank 0 are written.
+            stopped_by: The name of whatever stopped the run with this checkpoint.
 
         Raises:
-            CheckpointError: On every rank, naming those that failed and why. The earlier checkpoints are untouched.
+            CheckpointError: On every rank. It names the ranks that failed, and why. Earlier checkpoints are untouched.
         """
         self._join()
         start, policies = time.monotonic(), tuple(retention)
@@ -166,7 +168,7 @@ class CheckpointStore:
         saving.start(content, extra or {}, self._buffers, ranks, copy=False)
         replaced = self._finish(saving, ranks)
         self.last_seconds = time.monotonic() - start
-        if ranks.rank == 0:  # what was written may be gigabytes, and the others would wait for rank 0
+        if ranks.rank == 0:  # removing gigabytes takes time, and the other ranks would wait for rank 0
             self._start_thread(lambda: self._retain(saving, replaced, policies), saving)
 
     def save_async(
@@ -181,9 +183,11 @@ class CheckpointStore:
         settings: Mapping[str, Any] | None = None,
         stopped_by: str = "",
     ) -> None:
-        """As `save`, but return when `content` is copied; a thread does the rest. A save in flight is waited for first.
+        """As `save`, but return when `content` is copied; a thread does the rest. If a save is in flight, this waits
+        for it first.
 
-        What fails after the return is told by `failed` and raised by `wait`. Call `close` before the process ends.
+        `failed` reports errors that happen after the return, and `wait` raises them. Call `close` before the process
+        ends.
         """
         self._join()
         if self._async_ranks is None:
@@ -201,10 +205,10 @@ class CheckpointStore:
         self._start_thread(finish, saving)
 
     def wait(self) -> None:
-        """Wait for the save in flight, and until the old checkpoints are removed.
+        """Wait for the save in flight, and until old checkpoints are removed.
 
         Raises:
-            CheckpointError: The save failed, or one before it did, and that was not raised yet.
+            CheckpointError: This save failed, or an earlier one did and the error was not raised yet.
         """
         self._join()
         failure, self._failure = self._failure, None
@@ -216,7 +220,7 @@ class CheckpointStore:
         return self._thread is not None and self._thread.is_alive()
 
     def failed(self) -> bool:
-        """Whether an async save has failed, which `wait` will raise. Does not wait; call on any rank."""
+        """Whether an async save has failed. `wait` will raise the error. This doesn't wait; call on any rank."""
         return self._failure is not None
 
     def _join(self) -> None:
@@ -244,19 +248,19 @@ class CheckpointStore:
         return Saving(self._fs, self._catalog, step, about, self.clock, self._lock, self._planner)
 
     def _finish(self, saving: Saving, ranks: Ranks) -> list[Path]:
-        """Returns, on rank 0, what the commit has replaced, to be discarded."""
+        """Finish a save. Returns, on rank 0, the replaced checkpoint, which must be discarded."""
         replaced = saving.finish(ranks, self._logger)
         if ranks.rank == 0:
             self._quietly(lambda: point_latest(self._fs, self.path, saving.step, saving.token), "`latest` was not set")
         return replaced
 
     def _retain(self, saving: Saving, replaced: list[Path], retention: tuple[RetentionPolicy, ...]) -> None:
-        """On rank 0: remove what the commit has made superfluous."""
+        """On rank 0: remove the checkpoints that are not needed after this commit."""
         complaint = "old checkpoints were not removed"
 
         def remove() -> None:
             self._damaged.discard(self.path / step_name(saving.step))
-            # Neither counted nor removed: a damaged one must not take a sound one's place.
+            # Damaged ones are neither counted nor removed: they must not take the place of an intact one.
             infos = [info for info in self.checkpoints() if self.path / step_name(info.step) not in self._damaged]
             superfluous = [self.path / step_name(step) for step in to_delete(infos, retention)]
             for folder in replaced:
@@ -265,7 +269,7 @@ class CheckpointStore:
 
         try:
             self._quietly(remove, complaint)
-        except Exception as ex:  # a policy's own, or a newer trainloop writes here: the disk would fill up in silence
+        except Exception as ex:  # from a user's policy, or a newer format: otherwise the disk would silently fill up
             raise CheckpointError(f"{self.path}: step {saving.step} is saved, but {complaint}: {ex!r}") from ex
 
     def _start_thread(self, work: Callable[[], None], saving: Saving) -> None:
@@ -274,7 +278,7 @@ class CheckpointStore:
                 work()
             except CheckpointError as ex:
                 self._failure = ex
-            except Exception as ex:  # a thread has nobody to raise it to
+            except Exception as ex:  # nobody could catch an exception of the thread
                 self._failure = CheckpointError(f"{saving.failure}: {type(ex).__name__}: {ex}")
                 self._failure.__cause__ = ex
 
@@ -282,7 +286,7 @@ class CheckpointStore:
         self._thread.start()
 
     def _quietly(self, action: Callable[[], None], complaint: str) -> None:
-        """Do what may fail when the checkpoint is safe already."""
+        """Do something that may fail, because the checkpoint is already safe."""
         try:
             action()
         except OSError as ex:
@@ -291,27 +295,27 @@ class CheckpointStore:
     # ------------------------------------------------------------------ find
 
     def checkpoints(self) -> list[ManifestInfo]:
-        """What the readable manifests say, from the oldest commit to the newest. Reads only these; call on any rank."""
+        """The information in the readable manifests, from the oldest commit to the newest. Call on any rank."""
         infos = self._catalog.infos()
         for info in infos:
             self.clock.go_to(info.time)
         return infos
 
     def resolve(self, which: int | str | Path, verify: Verify = "full") -> Checkpoint | None:
-        """Find a checkpoint and verify it; the ranks share that work. Needs no `open`.
+        """Find a checkpoint and verify it. The ranks share that work. Needs no `open`.
 
         Args:
-            which: "latest": the newest healthy one whose files are whole, and if none is healthy, the newest;
-                "best:val/loss" or "best:val/accuracy:max": the one with the best value of a metric; a step; or the path
-                of a checkpoint, which may lie anywhere.
-            verify: "full": every byte is read; "size": only sizes are compared; "off": only the manifest is read.
+            which: "latest": the newest healthy checkpoint with intact files; if none is healthy, the newest.
+                "best:val/loss" or "best:val/accuracy:max": the one with the best value of a metric. Or a step. Or the
+                path of any checkpoint.
+            verify: "full": read every byte. "size": compare only sizes. "off": read only the manifest.
 
         Returns:
-            The checkpoint; None: "latest" was asked for, and there is none at all.
+            The checkpoint. None: `which` is "latest", and there is no checkpoint.
 
         Raises:
-            CheckpointError: On every rank. There are checkpoints, but all are damaged; or the one that was asked for is
-                not there or is damaged.
+            CheckpointError: On every rank. There are checkpoints, but all are damaged. Or the requested one doesn't
+                exist or is damaged.
         """
         if verify not in VERIFY_LEVELS:
             raise ValueError(f"`verify` must be one of {', '.join(VERIFY_LEVELS)}, but is {verify!r}.")

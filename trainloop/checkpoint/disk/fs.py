@@ -1,4 +1,4 @@
-"""Every operation that changes the disk, as the methods of one object, so that tests can make any of them fail."""
+"""All operations that change the disk, as methods of one object, so that tests can make any of them fail."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import IO
 from ..format.integrity import Buffer
 
 _AHEAD = 2**24
-"""Bytes after which the disk is told to begin. It then works while the rest is copied into the system's cache, which
-takes as long: two fifths less for both."""
+"""After this many bytes the disk is told to start writing. It then works while the rest is copied into the system's
+cache. Both take about equally long; together they take two fifths less time."""
 
 
 def _start_writeback(file: IO[bytes], begin: int, end: int) -> None:
-    """Have the disk begin with bytes that `sync_file` will wait for."""
-    if hasattr(os, "posix_fadvise"):  # Linux then writes; what another system makes of it does no harm
+    """Make the disk start writing bytes that `sync_file` will wait for."""
+    if hasattr(os, "posix_fadvise"):  # this makes Linux write; on other systems it does no harm
         with suppress(OSError):
             os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 class FileSystem:
-    """The real disk. Nothing is durable before it is synced: a file's bytes by `sync_file`, its name by `sync_dir`."""
+    """The real disk. Data becomes durable only by a sync: a file's bytes by `sync_file`, its name by `sync_dir`."""
 
     def make_dir(self, path: Path) -> None:
-        """Make the folder `path` and those above it, where they do not exist."""
+        """Make the folder `path` and its parents, if they don't exist."""
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, buffers: Iterable[Buffer], sync: bool = True) -> None:
-        """Write `buffers` to a new file, `path`, and make its bytes durable; without `sync` that is left to
-        `sync_path`.
+        """Write `buffers` to a new file, `path`, and make its bytes durable. Without `sync`, call `sync_path` for that
+        later.
         """
         with open(path, "xb") as file:
             begin = end = 0
@@ -47,12 +47,12 @@ class FileSystem:
                 self.sync_file(file)
 
     def sync_path(self, path: Path) -> None:
-        """Make the bytes of the file `path`, which was written before, durable."""
+        """Make the bytes of the existing file `path` durable."""
         with open(path, "rb+") as file:
             self.sync_file(file)
 
     def sync_file(self, file: IO[bytes]) -> None:
-        """Make the bytes of `file`, which is open, durable."""
+        """Make the bytes of the open file `file` durable."""
         file.flush()
         os.fsync(file.fileno())
 
@@ -65,32 +65,32 @@ class FileSystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or folder, `source`, the name `target`, at once or not at all."""
+        """Rename the file or folder `source` to `target`, atomically."""
         os.rename(source, target)
 
     def replace_symlink(self, link: Path, target: str, beside: Path) -> None:
-        """Point `link` to `target`; it never misses. Unlinking it first would leave readers without it for a moment.
+        """Point `link` to `target`, atomically. Unlinking it first would leave readers without it for a moment.
 
         Args:
             link: The link, which may exist.
-            target: What it will hold.
-            beside: A free name in the same folder, used on the way.
+            target: Its new target.
+            beside: A free name in the same folder, for temporary use.
         """
         os.symlink(target, beside)
         try:
             os.replace(beside, link)
-        except BaseException:  # `link` is a folder, as in a copy that followed links
+        except BaseException:  # `link` is a folder, for example in a copy that followed links
             with suppress(OSError):
                 os.unlink(beside)
             raise
 
     def remove_tree(self, path: Path) -> None:
-        """Remove what `path` is: a file, a link, or a folder with all that it holds."""
+        """Remove a file, a link, or a folder with its content."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
 
     def free_bytes(self, path: Path) -> int:
-        """Bytes that may still be written to the disk that holds `path`."""
+        """Free bytes on the disk that holds `path`."""
         return shutil.disk_usage(path).free

@@ -1,13 +1,13 @@
-"""How the folder of checkpoints changes, one rename at a time, so that it holds a whole checkpoint at every moment.
+"""Changes the folder of checkpoints by one rename at a time, so that it has a complete checkpoint at every moment.
 
 Commit of a step that exists already:
 
-1. `step_5` -> `.replaced-step_5-x`           the old one is whole, under a name that nobody loads
-2. `.tmp-step_5-x` -> `step_5`, sync          the new one is there
+1. `step_5` -> `.replaced-step_5-x`           the old one is complete, under a name that is never loaded
+2. `.tmp-step_5-x` -> `step_5`, sync          the new one is in place
 3. remove `.replaced-…`
 
-A run that dies after 1 leaves no `step_5`; the next run's `clean_up` gives the old one its name back. One that dies
-later leaves something to remove.
+If a run dies after 1, there is no `step_5`; the next run's `clean_up` renames the old one back. If it dies later, only
+leftovers have to be removed.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def make_folder(fs: FileSystem, folder: Path) -> None:
 
 
 def temporary_folder(root: Path, step: int, token: str) -> Path:
-    """Where a checkpoint is written before it is complete."""
+    """The folder in which a checkpoint is written before it is complete."""
     return root / f"{TEMPORARY}{step_name(step)}-{token}"
 
 
 def publish(fs: FileSystem, temporary: Path, step: int, token: str) -> list[Path]:
-    """Give a complete checkpoint its name, durably.
+    """Give a complete checkpoint its final name, durably.
 
     Returns:
-        What it replaced, to be discarded: nothing or one folder.
+        The replaced checkpoint, which must be discarded: nothing or one folder.
     """
     root = temporary.parent
     target, replaced = root / step_name(step), root / f"{REPLACED}{step_name(step)}-{token}"
@@ -66,7 +66,7 @@ def point_latest(fs: FileSystem, root: Path, step: int, token: str) -> None:
 
 
 def discard(fs: FileSystem, folders: Sequence[Path], token: str) -> None:
-    """Remove checkpoints such that none is ever seen with only a part of its files."""
+    """Remove checkpoints. Readers never see a checkpoint with only a part of its files."""
     trashed = [folder.with_name(f"{TRASH}{folder.name}-{token}") for folder in folders]
     for folder, trash in zip(folders, trashed, strict=True):
         fs.rename(folder, trash)
@@ -77,17 +77,17 @@ def discard(fs: FileSystem, folders: Sequence[Path], token: str) -> None:
 
 
 def take_folder(fs: FileSystem, root: Path, logger: logging.Logger, remedy: str | None = None) -> FolderLock:
-    """Take a folder for this process, and put right what a run left behind that died. On a full disk the leftovers go
-    first, or the lock file would have no room.
+    """Lock a folder for this process, and clean up after a run that died. If the disk is full, this removes leftovers
+    first, because the lock file would not fit.
 
     Args:
         fs: The disk.
         root: The folder.
-        logger: As for `clean_up`.
-        remedy: What whoever wants the folder is to do while another run holds it. None: wait, or take another folder.
+        logger: For the warnings of `clean_up`.
+        remedy: Advice in the error message if another run holds the folder. None: wait, or use another folder.
 
     Raises:
-        CheckpointError: Another run holds it.
+        CheckpointError: Another run holds the folder.
     """
     about = {} if remedy is None else {"remedy": remedy}
     lock = FolderLock(root, **about, make_room=lambda: clean_up(fs, root, logger))
@@ -100,9 +100,9 @@ def take_folder(fs: FileSystem, root: Path, logger: logging.Logger, remedy: str 
 
 
 def clean_up(fs: FileSystem, root: Path, logger: logging.Logger) -> None:
-    """Put right what a run left behind that died while it wrote. Nobody else may be writing.
+    """Clean up after a run that died while it wrote. No other process may be writing.
 
-    What cannot be removed is left, with a warning: it harms nobody.
+    If a leftover can't be removed, it stays, with a warning. It does no harm.
     """
     replaced = []
     for path in root.glob(f"{REPLACED}*"):

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that ends with the process that holds it."""
+"""One run per folder: a lock that ends with its process."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ..format.layout import LOCK
 from ..format.nested import parse_json
 
 _PATIENCE_SECONDS = 3.0
-"""How long a run that was just killed may take to be gone."""
+"""How long to wait for a run that was just killed to disappear."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _MAX_BYTES = 2**12
-"""Of a lock file."""
+"""Limit of a lock file."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 class FolderLock:
-    """An exclusive lock (flock) on a folder, held from construction to `release` or the end of the process.
+    """An exclusive lock (flock) on a folder, held from construction until `release` or the end of the process.
 
-    Where the file system has no flock it locks nothing.
+    If the file system doesn't support flock, it locks nothing.
 
     Attributes:
-        token: What was written into the lock file, a text that no other run writes.
+        token: The text in the lock file. It is unique to this lock.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class FolderLock:
         """
         Args:
             folder: The folder.
-            remedy: What whoever wants the folder is to do while another run holds it.
-            make_room: Removes what nobody needs; called, while nobody else has the folder, if the disk is full.
+            remedy: Advice in the error message if another run holds the folder.
+            make_room: Removes leftovers. Called if the disk is full, while no other run holds the folder.
 
         Raises:
-            CheckpointError: Another run holds it.
+            CheckpointError: Another run holds the folder.
         """
         self._folder, self._descriptor = folder, -1
         self.token = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
@@ -71,10 +71,10 @@ class FolderLock:
         _held.add(self)
 
     def check(self) -> None:
-        """Look whether the folder is still this run's. Somebody may have removed it, or its lock file, by hand.
+        """Check that this run still holds the folder. Somebody may have removed it, or its lock file, by hand.
 
         Raises:
-            CheckpointError: It is not; another run may write there.
+            CheckpointError: It doesn't; another run may write there.
         """
         if _token_in(self._folder) != self.token:
             is_taken = (self._folder / LOCK).exists()
@@ -85,13 +85,13 @@ class FolderLock:
             )
 
     def release(self) -> None:
-        """Let another run have the folder. The file stays: whoever unlinked it could unlink another run's."""
+        """Release the folder. The lock file stays: if we unlinked it, it could be another run's by then."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
 
     def __del__(self) -> None:
-        self.release()  # a store that nobody closed must not lock out the next one of this process
+        self.release()  # a store that was not closed must not block the next one of this process
 
     def _create(self, remedy: str, make_room: Callable[[], None] | None) -> int:
         try:
@@ -99,10 +99,10 @@ class FolderLock:
         except OSError as ex:
             if make_room is None or ex.errno not in _FULL:
                 raise
-        # Without the file there is nothing to lock but the folder itself.
+        # Without the file, only the folder itself can be locked.
         descriptor = os.open(self._folder, os.O_RDONLY)
         try:
-            with suppress(OSError):  # NFS locks no folders
+            with suppress(OSError):  # NFS can't lock folders
                 _lock(descriptor, self._folder, remedy)
             make_room()
         finally:
@@ -110,7 +110,7 @@ class FolderLock:
         return os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
 
     def _sign(self) -> None:
-        """Say in the lock file who holds it."""
+        """Write the holder of the lock into the lock file."""
         os.ftruncate(self._descriptor, 0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime(), "token": self.token}
         os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
@@ -138,11 +138,11 @@ def _lock(descriptor: int, folder: Path, remedy: str) -> None:
 
 
 def is_visible(folder: Path, token: str) -> bool:
-    """Whether the lock file that this process sees is the one with `token`; waits a little for network file systems."""
+    """Whether this process sees a lock file with `token`. Waits a little for network file systems."""
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
         with suppress(OSError):
-            os.listdir(folder)  # has NFS look again
+            os.listdir(folder)  # makes NFS refresh
         if _token_in(folder) == token:
             return True
         if time.monotonic() > end:
@@ -159,7 +159,7 @@ def _holder(folder: Path) -> str:
 
 
 def _token_in(folder: Path) -> str | None:
-    """What the holder of a folder has written into the lock file; None: there is none, or it cannot be read."""
+    """The token in the lock file of a folder. None: there is no lock file, or it cannot be read."""
     try:
         return str(_read(folder)["token"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -171,7 +171,7 @@ def _read(folder: Path) -> Any:
 
 
 def _close_in_child() -> None:
-    """A forked process (a worker of a data loader) that outlives the run for a moment must not keep its lock."""
+    """Release the locks in a forked process (a data loader worker), which may live a little longer than the run."""
     for lock in list(_held):
         lock.release()
 

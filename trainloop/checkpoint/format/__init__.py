@@ -1,6 +1,6 @@
-"""What a checkpoint on disk looks like: names, manifest, tensor files, checksums.
+"""The format of a checkpoint on the disk: names, manifest, tensor files, checksums.
 
-It reads single files and changes nothing.
+This package reads single files and changes nothing.
 In: the bytes of one file, or the records to write into one.
 Out: checked records (`Manifest`, `TensorFile`), or the problems that were found.
 """

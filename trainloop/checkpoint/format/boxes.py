@@ -1,4 +1,4 @@
-"""Boxes: parts of a tensor with borders along its dimensions."""
+"""Boxes: rectangular parts of a tensor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Box: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
 """Offset and shape of a part of a tensor."""
 
 _MAX_CELLS_EACH = 64
-"""How intricate a cutting may be: cells for each box. Parts made by sharding have one, and a hostile cutting could have
-more than a computer can count.
+"""Limit of cells per box. Parts that come from sharding have one cell each. A hostile file could otherwise describe
+more cells than a computer can count.
 """
 
 
 def overlap(box: Box, other: Box) -> Box | None:
-    """The box in which both lie; None: they have no element in common."""
+    """The intersection of two boxes. None: they have no element in common."""
     begin = tuple(map(max, box[0], other[0]))
     end = tuple(min(a + m, b + n) for a, m, b, n in zip(box[0], box[1], other[0], other[1], strict=True))
     shape = tuple(e - b for b, e in zip(begin, end, strict=True))
@@ -31,10 +31,10 @@ def slices(box: Box, origin: Sequence[int]) -> tuple[slice, ...]:
 
 
 def are_exact_cover(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
-    """Whether every element of a tensor of this shape lies in exactly one of the boxes.
+    """Whether each element of a tensor with this shape lies in exactly one of the boxes.
 
-    The borders of all boxes cut the tensor into cells, of which each box takes some. The work is bounded: a cutting
-    with many more cells than boxes counts as none.
+    The borders of all boxes divide the tensor into cells, and each box takes some of them. The work is limited: with
+    many more cells than boxes, the answer is False.
     """
     boxes = [box for box in boxes if 0 not in box[1]]
     if sum(math.prod(extent) for _, extent in boxes) != math.prod(shape):

@@ -1,4 +1,4 @@
-"""Which checkpoints a folder holds, as their manifests say."""
+"""Lists the checkpoints in a folder, by their manifests."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from .limits import MAX_JSON_BYTES, MAX_WHOLE
 
 
 def read_head(folder: Path) -> tuple[Head, str]:
-    """What `manifest.json` of a checkpoint says, and its text. Its tables are not looked at.
+    """The content of a checkpoint's `manifest.json`, and its text. The tables are not read.
 
     Raises:
         NewerFormatError: Only a newer trainloop can read it.
-        CheckpointError: It is missing, damaged, or not trainloop's.
+        CheckpointError: It is missing or damaged, or is not a manifest of trainloop.
     """
     text = _read_text(folder, MANIFEST)
     return parse_head(text), text
 
 
 def read_texts(folder: Path) -> tuple[Manifest, tuple[str, str]]:
-    """The manifest of a checkpoint, and the texts that `parse_manifest` takes.
+    """The manifest of a checkpoint, and the texts for `parse_manifest`.
 
     Raises:
         NewerFormatError: Only a newer trainloop can read it.
-        CheckpointError: It is missing, damaged, or not trainloop's.
+        CheckpointError: It is missing or damaged, or is not a manifest of trainloop.
     """
     while True:
         head, text = read_head(folder)
@@ -53,7 +53,7 @@ def read_texts(folder: Path) -> tuple[Manifest, tuple[str, str]]:
         except CheckpointError:
             if is_there(folder, head.content["crc32"]):
                 raise
-            # Here the run has saved this step again, or removed it, after the head was read.
+            # The run has saved this step again, or removed it, after we read the head. So read again.
 
 
 def _read_text(folder: Path, name: str) -> str:
@@ -68,7 +68,7 @@ def _read_text(folder: Path, name: str) -> str:
 
 
 def is_there(folder: Path, seal: str) -> bool:
-    """Whether a folder still holds the commit whose manifest has this seal: its run may have removed it, or saved its
+    """Whether a folder still has the commit whose manifest has this seal. The run may have removed it, or saved the
     step again.
     """
     try:
@@ -80,7 +80,7 @@ def is_there(folder: Path, seal: str) -> bool:
 
 
 def follow_links(folder: Path) -> Path:
-    """The folder that a link leads to. To be asked once for a checkpoint: the link `latest` of a run moves on."""
+    """The folder that a link leads to. Call once per checkpoint, because the link `latest` of a run moves."""
     while folder.is_symlink():
         folder = folder.parent / os.readlink(folder)
     return folder
@@ -91,17 +91,17 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         NewerFormatError: Only a newer trainloop can read it.
-        CheckpointError: It is missing, damaged, or not trainloop's.
+        CheckpointError: It is missing or damaged, or is not a manifest of trainloop.
     """
     return read_texts(folder)[0]
 
 
 def read_own_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, whose step must be that of the folder if this has a step's name.
+    """The manifest of a checkpoint. If the folder is named after a step, the manifest must have the same step.
 
     Raises:
         NewerFormatError: Only a newer trainloop can read it.
-        CheckpointError: It is missing, damaged, not trainloop's, or that of another step.
+        CheckpointError: It is missing or damaged, is not a manifest of trainloop, or belongs to another step.
     """
     try:
         manifest = read_manifest(folder)
@@ -112,13 +112,13 @@ def read_own_manifest(folder: Path) -> Manifest:
 
 
 def check_own(folder: Path, manifest: Manifest) -> None:
-    """Raise unless a manifest can be that of a checkpoint of this name.
+    """Raise unless a manifest can belong to a checkpoint with this name.
 
     Raises:
-        CheckpointError: The folder has the name of another step, or nested state is missing.
+        CheckpointError: The folder is named after another step, or nested state is missing.
     """
     _check_step(folder, manifest)
-    # The number first: it may be any, and is counted up to below.
+    # First compare the numbers: a damaged `world_size` could be huge, and the loop below counts up to it.
     has_state = manifest.world_size < len(manifest.files) and state_file(None) in manifest.files
     if not has_state or any(state_file(rank) not in manifest.files for rank in range(manifest.world_size)):
         raise CheckpointError(
@@ -133,11 +133,12 @@ def _check_step(folder: Path, info: ManifestInfo) -> None:
 
 
 def read_own_info(folder: Path) -> ManifestInfo:
-    """What a checkpoint is chosen and kept by. Reads `manifest.json`; of the tables it only looks at the size.
+    """The information by which a checkpoint is chosen and kept. Reads `manifest.json`; checks only the size of the
+    tables.
 
     Raises:
         NewerFormatError: Only a newer trainloop can read it.
-        CheckpointError: The manifest is missing, damaged, not trainloop's, or that of another step.
+        CheckpointError: The manifest is missing or damaged, is not trainloop's, or belongs to another step.
     """
     head, _ = read_head(folder)
     if head.tables is None:
@@ -156,7 +157,7 @@ def read_own_info(folder: Path) -> ManifestInfo:
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder with a step's name: what its manifest says, or what is wrong with it."""
+    """A folder with a step's name, and the information in its manifest, or the problem with the manifest."""
 
     folder: Path
     info: ManifestInfo | None
@@ -164,17 +165,17 @@ class Entry:
 
 
 class Catalog:
-    """The checkpoints in a folder. Manifests are read again only when they have changed."""
+    """The checkpoints in a folder. A manifest is read again only if it has changed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._cache: dict[str, tuple[tuple[int, ...], ManifestInfo]] = {}
 
     def entries(self) -> list[Entry]:
-        """All folders with a step's name; the unreadable ones first, then by `seq`.
+        """All folders with a step's name: the unreadable ones first, the others by `seq`.
 
         Raises:
-            NewerFormatError: A newer trainloop has written here; what is the latest cannot be told.
+            NewerFormatError: A newer trainloop has written here, so the latest checkpoint is unknown.
         """
         try:
             names = [path.name for path in self.root.iterdir() if parse_step_name(path.name) is not None]
@@ -185,14 +186,14 @@ class Catalog:
         return sorted(entries, key=lambda entry: (entry.info.seq if entry.info else -1, entry.folder.name))
 
     def infos(self) -> list[ManifestInfo]:
-        """What the readable manifests say, by `seq`."""
+        """The information in the readable manifests, by `seq`."""
         return [entry.info for entry in self.entries() if entry.info is not None]
 
     def next_seq(self) -> int:
         """Number of the next commit.
 
         Raises:
-            CheckpointError: There is no next number.
+            CheckpointError: The numbers are used up.
         """
         newest = max(self.infos(), key=lambda info: info.seq, default=None)
         if newest is not None and newest.seq >= MAX_WHOLE:
@@ -203,10 +204,10 @@ class Catalog:
         return newest.seq + 1 if newest is not None else 1
 
     def explicit(self, which: int | str | Path) -> Path:
-        """The folder of a step, or the folder itself if it is a checkpoint.
+        """The folder of a step, or the given folder if it is a checkpoint.
 
         Raises:
-            CheckpointError: There is none; the error says what is there.
+            CheckpointError: There is no such checkpoint. The message says what is there.
         """
         if isinstance(which, int):
             folder = self.root / step_name(which)
@@ -219,11 +220,11 @@ class Catalog:
         return follow_links(Path(which))
 
     def latest(self) -> list[Entry]:
-        """All folders with a step's name in the order in which they are to be tried: the healthy from new to old, then
-        those with non-finite parameters; at the end those without a readable manifest.
+        """All folders with a step's name, in the order in which a load tries them: the healthy ones from new to old,
+        then those with non-finite parameters, then those without a readable manifest.
 
         Raises:
-            CheckpointError: There are none, but the folder holds checkpoints that somebody else has written.
+            CheckpointError: There are none, but the folder has checkpoints of another tool.
         """
         entries = self.entries()
         if not entries and self.root.is_dir():

@@ -1,4 +1,4 @@
-"""Checks of values that were read from JSON: each raises a ValueError that says what the value must be."""
+"""Checks of values that were read from JSON. Each raises a ValueError that says what the value must be."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
-    """A short text that can be encoded."""
+    """A short text that can be encoded in UTF-8."""
     if type(value) is not str or len(value) > MAX_TEXT:
         raise ValueError(f"`{name}` must be a text of at most {MAX_TEXT} characters, but is {shown(value)}")
     value.encode()  # half of a surrogate pair raises a UnicodeEncodeError, which is a ValueError

@@ -23,24 +23,24 @@ CODES = {
     "float32": "F32",
     "float64": "F64",
 }
-"""The safetensors format's name of a dtype, by torch's. Only those that every version of safetensors reads which we
-allow.
+"""Names of dtypes in the safetensors format, by torch's names. Only those that every version of safetensors that we
+allow can read.
 """
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in (*CODES, "complex32", "complex64", "complex128")
 }
-"""What a manifest may name."""
+"""The dtypes that a manifest may name."""
 DTYPES_BY_CODE: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in CODES.items()}
 
 
 @functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """Torch's own name, "float32"."""
+    """Torch's name of a dtype, "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
 def dtype_code(dtype: torch.dtype) -> str | None:
-    """The format's name of a dtype; that of its parts if it is complex. None: the format does not have it."""
+    """The format's name of a dtype, or of its real parts if it is complex. None: the format doesn't support it."""
     return CODES.get(dtype_name(dtype.to_real() if dtype.is_complex else dtype))

@@ -1,4 +1,4 @@
-"""Opens the files of a checkpoint: regular ones inside its folder, and nothing that a link leads to."""
+"""Opens the files of a checkpoint. Only regular files inside its folder are opened; links are not followed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from io import BufferedReader
 from pathlib import Path
 
 _FLAGS = os.O_RDONLY
-for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):  # not every system has each
+for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):  # some systems lack some of these
     _FLAGS |= getattr(os, _name, 0)
 
 
 def check_regular(folder: Path, path: str) -> int:
-    """Raise unless a path is that of a regular file; see `open_regular`.
+    """Raise unless a path leads to a regular file; see `open_regular`.
 
     Returns:
         Its size in bytes.
 
     Raises:
-        OSError: It is not there, or is something else.
+        OSError: It doesn't exist, or is something else.
     """
     place = folder
     *parents, name = path.split("/")
@@ -39,12 +39,12 @@ def open_regular(folder: Path, path: str) -> BufferedReader:
 
     Args:
         folder: The checkpoint. It may be reached through links.
-        path: Of the file in `folder`, with "/" between the parts. No part of it may be a link.
+        path: Path of the file in `folder`, with "/" between the parts. No part of it may be a link.
 
     Raises:
-        OSError: It is not there, cannot be opened, or is no regular file: a FIFO would block, a device never ends.
+        OSError: It doesn't exist, cannot be opened, or isn't a regular file (a FIFO would block; a device never ends).
     """
-    check_regular(folder, path)  # before it is opened: that may act on a device
+    check_regular(folder, path)  # before opening it, because opening a device can have effects
     place = folder / path
     descriptor = os.open(place, _FLAGS)
     try:

@@ -1,4 +1,4 @@
-"""What a file or folder looks like that is not a checkpoint of ours: to be told, or to be imported."""
+"""Recognises files and folders of other tools, to describe them in errors or to import them."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ _LOADERS = {
 }
 _FILES = {"torch", "safetensors"}
 DISTINCT_KINDS = frozenset({"accelerate", "dcp", "deepspeed", "origin", "trainer"})
-"""The kinds that cannot be mistaken; a loose .pt file may be anything."""
+"""The kinds that are unmistakable. A loose .pt file may be anything."""
 
 
 IMPORTABLE = frozenset({"accelerate", "origin", "safetensors", "torch", "trainer", "transformers"})
-"""The kinds that `importing` opens."""
+"""The kinds that `importing` can open."""
 
 
 def has_manifest(path: Path) -> bool:
-    """Whether a folder has a manifest, readable or not: then it is a checkpoint of ours, whatever else lies there."""
+    """Whether a folder has a manifest, readable or not. Then it is a checkpoint of ours, whatever else is in it."""
     return os.path.lexists(path / MANIFEST)
 
 
 def is_importable(path: Path) -> bool:
-    """Whether a file or folder looks like something that `importing.open_foreign` takes. A folder with a manifest, or
-    one with checkpoints in it, is ours.
+    """Whether a file or folder looks like something that `importing.open_foreign` accepts. A folder with a manifest, or
+    with checkpoints in it, is ours and doesn't count.
     """
     return path.exists() and not has_manifest(path) and not _steps_in(path) and foreign_kind(path) in IMPORTABLE
 
 
 def describe_folder(path: Path) -> str:
-    """What a path is that was given for a checkpoint: the rest of a sentence that begins with "it"."""
+    """Describe a path that was given as a checkpoint: the rest of a sentence that begins with "it"."""
     if not path.exists():
         return "does not exist"
     if steps := _steps_in(path):
@@ -79,7 +79,7 @@ def _steps_in(path: Path) -> list[str]:
 
 
 def foreign_kind(path: Path) -> str | None:
-    """Whose checkpoint a file or folder looks like; None: nobody's that we know."""
+    """The tool whose checkpoint a file or folder looks like. None: no tool that we know."""
     if path.is_file():
         if path.suffix == ".safetensors":
             return "safetensors"
@@ -104,7 +104,7 @@ def foreign_kind(path: Path) -> str | None:
 
 
 def _is_torch_file(path: Path) -> bool:
-    """A zip with a pickle in it."""
+    """Whether a file is a zip archive with a pickle in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())

@@ -1,4 +1,4 @@
-"""Checksums of what is written, and whether all of it is finite."""
+"""Checksums of written data, and a check that all of it is finite."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def crc32(buffers: Iterable[Buffer]) -> int:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every element of a tensor, which is on the CPU, is finite."""
+    """Whether every element of a CPU tensor is finite."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    # A sum is finite only if all that it is made of is. It reads the memory once and copies nothing: an eighth of what
-    # `isfinite` takes. One that overflows is looked at again.
+    # A sum is finite only if all its summands are. Summing reads the memory once and copies nothing, so it takes an
+    # eighth of the time of `isfinite`. The sum may also overflow, so a non-finite sum is checked again.
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
         return True
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # `isfinite` knows no fp8
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # `isfinite` doesn't support fp8
     return bool(torch.isfinite(wide).all())
 
 
 def sums_of_bytes(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """For each tensor a sum of its bytes, eight at a time, modulo 2^64: equal tensors have equal sums, and a difference
-    of one bit changes it. Reads at the speed of memory, and syncs once for each device.
+    """For each tensor, the sum of its 8-byte words, modulo 2^64. Equal tensors have equal sums, and flipping one bit
+    changes the sum. Runs at the speed of memory, and syncs once per device.
     """
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
@@ -62,8 +62,8 @@ def _sum_of_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class BackgroundCrc32:
-    """CRC-32 of buffers, computed by a thread while the disk is busy with them. A bare thread: executors refuse work
-    while the interpreter ends, when a save may still be in flight.
+    """CRC-32 of buffers, computed by a thread while the disk is busy with them. It is a plain thread, because executors
+    refuse work when the interpreter ends, and a save may still be in flight then.
     """
 
     def __init__(self, buffers: Iterable[Buffer]) -> None:
@@ -72,7 +72,7 @@ class BackgroundCrc32:
         self._thread.start()
 
     def result(self) -> int:
-        """The checksum, when it is ready."""
+        """Wait for the checksum and return it."""
         self._thread.join()
         return self._crc
 

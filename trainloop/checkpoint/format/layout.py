@@ -1,14 +1,14 @@
-"""What lies where in a checkpoint, and the manifest that says so.
+"""The files of a checkpoint, and the manifest that describes them.
 
 ```
 step_0001000/                 exists only when it is complete
-  manifest.json               written last: what is known of the checkpoint, and the checksum of the tables
+  manifest.json               written last: information on the checkpoint, and the checksum of the tables
   tables.json                 its files, each with its checksum, and its tensors; not in versions 1 and 2
-  model/ ema/                 one folder a group of whole tensors
-  optim/                      one folder a group of shards: rank_00000.safetensors ...
-  state/                      global.json, rank_00000.json ..., each with a .safetensors beside if it holds tensors
+  model/ ema/                 one folder per group of whole tensors
+  optim/                      one folder per group of shards: rank_00000.safetensors ...
+  state/                      global.json, rank_00000.json ..., each with a .safetensors file if it has tensors
 latest -> step_0001000        for people; never read here
-.lock                         who writes here
+.lock                         the process that writes here
 .tmp-… .replaced-… .trash-…   never loaded; see `housekeeping`
 ```
 """
@@ -43,8 +43,8 @@ from .tables import (
 
 FORMAT = "trainloop checkpoint"
 VERSION = 3
-"""2: nested state has tags for types that version 1 made lists and dicts of. 3: files and tensors stand in a file of
-their own, and rules say where the parts of a tensor lie.
+"""2: nested state has tags for types that version 1 turned into lists and dicts. 3: files and tensors are in a separate
+file, and rules describe where the parts of a tensor are.
 """
 
 MANIFEST = "manifest.json"
@@ -52,46 +52,46 @@ TABLES = "tables.json"
 LATEST = "latest"
 LOCK = ".lock"
 PEFT = "model/peft.json"
-"""Configurations of adapters, and the names that peft has for their tensors; see `state/adapters.py`."""
+"""Configurations of adapters, and peft's names for their tensors; see `state/adapters.py`."""
 TEMPORARY, REPLACED, TRASH = ".tmp-", ".replaced-", ".trash-"
 
 _STEP_NAME = re.compile(r"step_(\d{7,})")
 _SEAL = '"crc32": '
 _SEAL_AT_END = re.compile(rb'"crc32": "([0-9a-f]{8})"\n}\n\Z')
 SEAL_BYTES = 32
-"""Bytes at the end of a manifest that have the seal in them."""
+"""Number of bytes at the end of a manifest that contain the seal."""
 
 
 def step_name(step: int) -> str:
-    """Name of a step's folder."""
+    """Name of the folder for a step."""
     return f"step_{step:07d}"
 
 
 def parse_step_name(name: str) -> int | None:
-    """The step of a folder's name; None: it is not the name of a step."""
+    """The step that a folder name stands for. None: it is not the name of a step."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def weight_file(group: str, part: int, num_parts: int) -> str:
-    """Path of a part, from 0, of a group of whole tensors. Named "model" in every group, which is what
-    `from_pretrained` looks for.
+    """Path of a part, counted from 0, of a group of whole tensors. Files are called "model" in every group, because
+    `from_pretrained` looks for that name.
     """
     suffix = f"-{part + 1:05d}-of-{num_parts:05d}" if num_parts > 1 else ""
     return f"{group}/model{suffix}.safetensors"
 
 
 def weight_index_file(group: str) -> str:
-    """Path of the table that says which part holds which tensor."""
+    """Path of the index, which says which part has which tensor."""
     return f"{group}/model.safetensors.index.json"
 
 
 def weight_index(files: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """The table that says which part holds which tensor, in the form that Hugging Face's libraries read.
+    """The index, which says which part has which tensor, in the format of Hugging Face's libraries.
 
     Args:
-        files: Path of the part, by the tensor's name.
-        sizes: Bytes, by the tensor's name.
+        files: Path of the part, by tensor name.
+        sizes: Size in bytes, by tensor name.
     """
     weight_map = {name: path.rpartition("/")[2] for name, path in files.items()}
     metadata = {"total_size": sum(sizes[name] for name in files)}
@@ -99,7 +99,7 @@ def weight_index(files: Mapping[str, str], sizes: Mapping[str, int]) -> str:
 
 
 def state_file(rank: int | None) -> str:
-    """Path of the nested state of a rank; None: of the run. The tensors in it lie beside, as .safetensors."""
+    """Path of the nested state of a rank. None: of the run. Its tensors are in a .safetensors file beside it."""
     return f"{STATE}/{'global' if rank is None else f'rank_{rank:05d}'}.json"
 
 
@@ -110,11 +110,11 @@ def tensors_beside(path: str) -> str:
 
 @dataclass(frozen=True)
 class ManifestInfo:
-    """What is decided by: which checkpoint is loaded, which are kept."""
+    """The information by which checkpoints are chosen to be loaded and kept."""
 
     step: int
     seq: int
-    """Number of the commit in this folder: a checkpoint with a higher one is newer, whatever its step."""
+    """Number of the commit in this folder. A checkpoint with a higher number is newer, whatever its step."""
     run_id: str
     time: float
     """Seconds since 1970, by rank 0's clock."""
@@ -124,55 +124,55 @@ class ManifestInfo:
     metrics: Mapping[str, float]
     """By flat name, "val/loss"."""
     num_bytes: int
-    """Of all files but the manifest and its tables."""
+    """Size of all files except the manifest and its tables."""
     retention: Sequence[Mapping[str, Any]] | None = field(default=None, kw_only=True)
-    """The policies of the run, as `retention.describe_policies` has them. None: it was not written down."""
+    """The policies of the run, in the form of `retention.describe_policies`. None: not recorded."""
     stopped_by: str = field(default="", kw_only=True)
-    """Who stopped the run with this checkpoint; "": nobody."""
+    """The name of whatever stopped the run with this checkpoint. "": nothing did."""
 
 
 @dataclass(frozen=True)
 class Manifest(ManifestInfo):
-    """All that a checkpoint says of itself."""
+    """All information about a checkpoint."""
 
     versions: Mapping[str, str]
     files: Files
-    """By path in the folder; all but the manifest and its tables."""
+    """By path in the folder: all files except the manifest and its tables."""
     tensors: TensorTable
     """By group and name."""
     settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    """The settings of the run, by flat name; empty: they were not written down."""
+    """The settings of the run, by flat name. Empty: not recorded."""
     frozen: Mapping[str, FrozenRecord] = field(default_factory=dict, kw_only=True)
-    """Frozen parameters that are not in the checkpoint, by name: `build_model` gives them."""
+    """Frozen parameters that are not in the checkpoint, by name. `build_model` provides them."""
     seal: str = field(default="", kw_only=True, compare=False)
-    """The CRC-32 at the end of its text, by which one commit is told from another; "" before it is written."""
+    """The CRC-32 at the end of the manifest's text, which identifies a commit. "": not written yet."""
 
     def info(self) -> ManifestInfo:
-        """The small part, without the tables of files and tensors."""
+        """The smaller record, without the tables of files and tensors."""
         return ManifestInfo(**{field.name: getattr(self, field.name) for field in fields(ManifestInfo)})
 
 
 class NewerFormatError(CheckpointError):
-    """The checkpoint is whole, but only a newer trainloop can read it."""
+    """The checkpoint is complete, but only a newer trainloop can read it."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What `manifest.json` alone says."""
+    """The content of `manifest.json` alone."""
 
     info: ManifestInfo
     content: Mapping[str, Any]
-    """Its JSON."""
+    """The parsed JSON."""
     tables: FileRecord | None
-    """Of `tables.json`; None in versions 1 and 2, where `content` has the tables."""
+    """Record of `tables.json`. None in versions 1 and 2, where `content` contains the tables."""
 
 
 def manifest_texts(manifest: Manifest) -> tuple[str, str]:
-    """A manifest as the texts of `manifest.json` and `tables.json`. The last entry of the first is the CRC-32 of all
-    text before that entry; the CRC-32 of the second stands in the first.
+    """The texts of `manifest.json` and `tables.json` for a manifest. The last entry of the first is the CRC-32 of all
+    text before that entry. The first also contains the CRC-32 of the second.
 
     Raises:
-        CheckpointError: They are larger than what `parse_manifest` takes.
+        CheckpointError: They are larger than `parse_manifest` accepts.
     """
     files = {path: vars(record) for path, record in manifest.files.items()}
     frozen = {name: vars(record) for name, record in manifest.frozen.items()}
@@ -199,11 +199,11 @@ def manifest_texts(manifest: Manifest) -> tuple[str, str]:
 
 
 def parse_head(text: str) -> Head:
-    """What the text of `manifest.json` says. Whoever wrote it: what is returned has the right types.
+    """Parse the text of `manifest.json`. The text may come from anyone; the returned values have the right types.
 
     Raises:
-        NewerFormatError: It is a manifest, of a later version than ours.
-        CheckpointError: It is none, or not as it was written, or not possible.
+        NewerFormatError: It is a manifest of a later format version.
+        CheckpointError: It is not a manifest, or is damaged, or has impossible values.
     """
     try:
         content = parse_json(text)
@@ -224,22 +224,22 @@ def parse_head(text: str) -> Head:
 
 
 def parse_manifest(text: str, tables: str) -> Manifest:
-    """The inverse of `manifest_texts`. Whoever wrote them: what is returned has the right types, names only files
-    inside the checkpoint, and the parts make up the tensors.
+    """The inverse of `manifest_texts`. The texts may come from anyone. The result has the right types, names only files
+    inside the checkpoint, and the parts of each tensor cover it exactly.
 
     Args:
-        text: Of `manifest.json`.
-        tables: Of `tables.json`; versions 1 and 2 have none.
+        text: Text of `manifest.json`.
+        tables: Text of `tables.json`. Empty for versions 1 and 2.
 
     Raises:
-        NewerFormatError: It is a manifest, of a later version than ours.
-        CheckpointError: It is none, or not as it was written, or not possible.
+        NewerFormatError: It is a manifest of a later format version.
+        CheckpointError: It is not a manifest, or is damaged, or has impossible values.
     """
     return complete(parse_head(text), tables)
 
 
 def complete(head: Head, tables: str) -> Manifest:
-    """All that a checkpoint says of itself; see `parse_manifest`."""
+    """All information about a checkpoint; see `parse_manifest`."""
     content, source, in_tables = head.content, MANIFEST, head.content
     if head.tables is not None:
         source, raw = TABLES, tables.encode()
@@ -267,7 +267,7 @@ def complete(head: Head, tables: str) -> Manifest:
 
 @contextmanager
 def _damage_of(file: str) -> Iterator[None]:
-    """What goes wrong with JSON that nobody can have written is damage."""
+    """Inside this context, errors from JSON that trainloop cannot have written are reported as damage."""
     try:
         yield
     except KeyError as ex:
@@ -277,13 +277,13 @@ def _damage_of(file: str) -> Iterator[None]:
 
 
 def seal_of(end: bytes) -> str:
-    """The seal of a manifest, by the last bytes of its text; "": there is none."""
+    """The seal of a manifest, found in the last bytes of its text. "": there is none."""
     match = _SEAL_AT_END.search(end)
     return match[1].decode() if match else ""
 
 
 def _lines(value: Any, depth: int, indent: str = "\n ") -> str:
-    """JSON with a line for each entry of the outer objects, so that there is a line for each file and each tensor."""
+    """JSON with one line per entry of the outer objects, so that each file and each tensor has its own line."""
     if not isinstance(value, dict) or not value or not depth:
         return json.dumps(value, allow_nan=False)
     entries = (f"{indent}{json.dumps(key)}: {_lines(item, depth - 1, indent + ' ')}" for key, item in value.items())

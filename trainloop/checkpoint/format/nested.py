@@ -1,17 +1,17 @@
-"""Nested Python state as JSON with the tensors beside: what a checkpoint stores instead of a pickle.
+"""Stores nested Python state as JSON, with its tensors in a separate file. Used in place of a pickle.
 
-Values keep their types. JSON has only lists, objects with string keys and finite numbers, so everything else is written
-as an object with a single key that begins with "$":
+Values keep their types. JSON has only lists, objects with string keys and finite numbers. Everything else is written as
+an object with a single key that begins with "$":
 
 ```
 nan                    {"$float": "nan"}
-{3: 0.1}               {"$items": [[3, 0.1]]}       also where a string key begins with "$"
+{3: 0.1}               {"$items": [[3, 0.1]]}       also if a string key begins with "$"
 (1, 2)                 {"$tuple": [1, 2]}           likewise "$set" and "$frozenset"
 deque([1], maxlen=5)   {"$deque": [[1], 5]}
 Counter({3: 2})        {"$Counter": [[3, 2]]}       likewise "$OrderedDict"
 defaultdict(list)      {"$defaultdict": ["list", []]}
 numpy.float32(0.5)     {"$numpy": ["float32", 0.5]}
-a tensor               {"$tensor": "rng/torch"}     its name in the file beside
+a tensor               {"$tensor": "rng/torch"}     its name in the file of tensors
 ```
 """
 
@@ -34,28 +34,28 @@ _AS_THEY_ARE = {str, int, bool, type(None)}
 _SEQUENCES = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
 _MAPPINGS = {"$Counter": Counter, "$OrderedDict": OrderedDict}
 _FACTORIES = {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
-"""What a `defaultdict` may make its missing values with."""
+"""Allowed factories of a `defaultdict`."""
 _TAGS: dict[type, str] = {kind: tag for tag, kind in [*_SEQUENCES.items(), *_MAPPINGS.items()]}
 _CONTAINERS = {dict, list, deque, defaultdict, *_TAGS}
 _NUMPY = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
 _NUMPY |= {"float16", "float32", "float64", "str"}
-"""Scalars of numpy that JSON holds exactly, by the name of their type."""
+"""numpy's scalars that JSON can represent exactly, by the name of their type."""
 RESERVED_NAME = "__metadata__"
 """No tensor in a safetensors file can have this name."""
 
 
 def encode(nested: Any) -> tuple[Json, dict[str, torch.Tensor]]:
-    """Turn nested state into JSON values and tensors.
+    """Convert nested state into JSON values and tensors.
 
     Args:
-        nested: Dicts, `Counter`s and the like with keys that are strings, numbers, bools or None; lists, tuples, sets,
-            deques; numbers, numpy's scalars, strings, bools, None and plain tensors.
+        nested: Dicts, `Counter`s and similar mappings, whose keys are strings, numbers, bools or None. Lists, tuples,
+            sets, deques. Numbers, numpy's scalars, strings, bools, None and plain tensors.
 
     Returns:
-        The JSON values, which `json.dumps(..., allow_nan=False)` takes, and the tensors (the given ones) by name.
+        The JSON values, which `json.dumps(..., allow_nan=False)` accepts, and the tensors (not copies) by name.
 
     Raises:
-        TypeError: Something else is in there, a subclass of these included; the error says where.
+        TypeError: The state contains another type, or a subclass of one of these. The message says where.
         ValueError: It is nested too deep.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -67,12 +67,12 @@ def decode(value: Json, tensors: Mapping[str, torch.Tensor], depth: int = 0) -> 
 
     Args:
         value: JSON values.
-        tensors: By the names that stand in `value`.
-        depth: Levels above `value`.
+        tensors: The tensors, by the names that `value` contains.
+        depth: Number of levels above `value`.
 
     Raises:
-        KeyError: A tensor is not among `tensors`.
-        ArithmeticError, IndexError, TypeError, ValueError: `encode` has not written it, or it is nested too deep.
+        KeyError: A tensor is missing in `tensors`.
+        ArithmeticError, IndexError, TypeError, ValueError: `encode` can't have written it, or it is nested too deep.
     """
     if not isinstance(value, list | dict):
         return value
@@ -87,10 +87,10 @@ def decode(value: Json, tensors: Mapping[str, torch.Tensor], depth: int = 0) -> 
 
 
 def parse_json(text: str | bytes) -> Json:
-    """JSON as the standard has it.
+    """Parse standard JSON.
 
     Raises:
-        ValueError: It is none, is not UTF-8, holds NaN or infinity as a number, or is nested deeper than can be parsed.
+        ValueError: It is not JSON, not UTF-8, has NaN or infinity as a number, or is nested too deep to be parsed.
     """
     try:
         return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=_refuse)
@@ -152,7 +152,7 @@ def _decode_items(pairs: Json, tensors: Mapping[str, torch.Tensor], depth: int) 
 
 def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> Json:
     kind = type(value)
-    if kind in _AS_THEY_ARE:  # nearly all of it
+    if kind in _AS_THEY_ARE:  # the most frequent case
         return value
     if isinstance(value, torch.Tensor):
         if value.is_complex():  # see `tensorfile`

@@ -1,4 +1,4 @@
-"""Rules by which tensors are cut into the parts that ranks write. A rule is as short for 4,096 ranks as for two."""
+"""Rules that describe how tensors are cut into parts for the ranks. A rule has the same size for any world size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shard_file(group: str, rank: int) -> str:
 
 
 def parse_shard_file(path: str) -> tuple[str, int] | None:
-    """Group and rank of a shard file; None: it is another file."""
+    """Group and rank of a shard file. None: it is another file."""
     group, _, rest = path.partition("/rank_")
     digits = rest.removesuffix(".safetensors")
     is_one = digits.isdecimal() and len(digits) < 10 and path == shard_file(group, int(digits))
@@ -32,16 +32,16 @@ class Cut:
 
     dim: int
     rows: int
-    """Along `dim` in each new part. The last one may have fewer."""
+    """Size of each new part along `dim`. The last part may be smaller."""
     stride: int
-    """From the rank that writes a part to the rank that writes the next."""
+    """Distance between the ranks that write two neighbouring parts."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Cuts a tensor into parts, which lie in the files of different ranks.
+    """Cuts a tensor into parts, which are in the files of different ranks.
 
-    Part (i, j, ...) is the i-th of the first cut, the j-th of that part's second cut, and so on. Rank
+    Part (i, j, ...) is the i-th part of the first cut, then the j-th part of the second cut of that, and so on. Rank
     `first + i * stride_0 + j * stride_1 + ...` writes it.
     """
 
@@ -49,7 +49,7 @@ class Rule:
     cuts: tuple[Cut, ...]
 
     def counts(self, shape: Sequence[int]) -> list[int]:
-        """The most parts that each cut makes of one part."""
+        """For each cut, the largest number of parts that it makes of one part."""
         extent, counts = list(shape), []
         for cut in self.cuts:
             counts.append(-(-extent[cut.dim] // cut.rows))
@@ -62,7 +62,7 @@ class Rule:
         return self.first + sum((n - 1) * stride for n, stride in zip(self.counts(shape), strides, strict=True))
 
     def part_of(self, rank: int, shape: Sequence[int]) -> Box | None:
-        """The part that a rank writes of a tensor; None: it writes none."""
+        """The part of a tensor that a rank writes. None: it writes none."""
         counts, rest = self.counts(shape), rank - self.first
         index = [0] * len(self.cuts)
         for i in sorted(range(len(index)), key=lambda i: (-self.cuts[i].stride, -counts[i])):
@@ -80,7 +80,7 @@ class Rule:
         return tuple(offset), tuple(extent)
 
     def parts_in(self, box: Box, shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
-        """The parts of a tensor that may share elements with a box, each with its rank."""
+        """The parts of a tensor that may overlap a box, each with its rank."""
         yield from self._walk(0, self.first, (0,) * len(shape), tuple(shape), box)
 
     def _walk(
@@ -98,23 +98,23 @@ class Rule:
             yield from self._walk(level + 1, rank + i * cut.stride, part, rows, box)
 
     def has_one_part_a_rank(self, shape: Sequence[int]) -> bool:
-        """Whether no rank writes two parts, as far as can be seen by the strides: each is a step over all that the
-        smaller ones reach.
+        """Whether no rank writes two parts, judging by the strides: each stride must be at least as long as the range
+        of the next smaller one.
         """
         by_stride = sorted(zip((cut.stride for cut in self.cuts), self.counts(shape), strict=True), reverse=True)
         return all(outer[0] >= inner[0] * inner[1] for outer, inner in itertools.pairwise(by_stride))
 
 
 def rule_as_json(rule: Rule) -> dict[str, Any]:
-    """What `read_rule` reads."""
+    """The JSON that `read_rule` reads."""
     return {"first": rule.first, "cuts": [[cut.dim, cut.rows, cut.stride] for cut in rule.cuts]}
 
 
 def read_rule(name: str, first: Any, cuts: Any, shape: Sequence[int]) -> Rule:
-    """The rule for a tensor from the JSON of a manifest.
+    """Read the rule for a tensor from the JSON of a manifest.
 
     Raises:
-        TypeError, ValueError: It cannot be the rule for a tensor of this shape.
+        TypeError, ValueError: It is not a valid rule for a tensor of this shape.
     """
     if type(cuts) is not list or not 0 < len(cuts) <= MAX_DIMS or 0 in shape:
         raise ValueError(f"the cuts of {name} must be a list for a tensor with elements, but are {shown(cuts)}")

@@ -1,4 +1,4 @@
-"""The tables of a checkpoint: which files it has, and where in them its tensors lie."""
+"""The tables of a checkpoint: its files, and the location of each tensor in them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .limits import MAX_FILES, MAX_TENSORS
 from .rules import Rule, read_rule, rule_as_json, shard_file
 
 STATE = "state"
-"""The folder of what is not in a group, so no group may have this name."""
+"""The folder for state outside of groups. No group may have this name."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written."""
+    """Size and checksum of a file, as it was written."""
 
     num_bytes: int
     crc32: int
@@ -27,18 +27,18 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, which lies in a file under `key`."""
+    """A box of a tensor, stored in a file under `key`."""
 
     file: str
     key: str
     offset: tuple[int, ...]
-    """Where the box begins in the tensor; () for a 0-dim one."""
+    """Offset of the box in the tensor; () for a 0-dim tensor."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class RankFiles:
-    """A tensor that a rule cuts; its parts lie in the files of the ranks, under the same key in each."""
+    """The parts of a tensor that a rule cuts. They are in the files of the ranks, under the same key in each."""
 
     rule: Rule
     group: str
@@ -47,24 +47,24 @@ class RankFiles:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor: its parts cover it, and none overlaps another."""
+    """A tensor. Its parts cover it without overlap."""
 
     dtype: str
-    """As torch names it, "bfloat16"."""
+    """Torch's name, "bfloat16"."""
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...] = ()
-    """The parts, where no rule says them."""
+    """The parts, if there is no rule."""
     alias_of: str | None = None
-    """The tensor of the same group that shares its memory (tied weights); the bytes are stored under that name only."""
+    """The tensor of the same group that shares its memory (tied weights). The bytes are stored only under that name."""
     ruled: RankFiles | None = None
-    """The parts, if a rule says them."""
+    """The parts, if a rule describes them."""
 
     def parts(self) -> Iterator[Chunk]:
         """All parts."""
         return self.parts_in(((0,) * len(self.shape), self.shape)) if self.ruled is not None else iter(self.chunks)
 
     def parts_in(self, box: Box) -> Iterator[Chunk]:
-        """The parts that share elements with a box of the tensor. Takes no longer where there are more ranks."""
+        """The parts that overlap a box of the tensor. The time doesn't grow with the number of ranks."""
         if self.ruled is None:
             yield from (chunk for chunk in self.chunks if overlap((chunk.offset, chunk.shape), box) is not None)
             return
@@ -73,7 +73,7 @@ class TensorRecord:
                 yield Chunk(shard_file(self.ruled.group, rank), self.ruled.key, *part)
 
     def part_of(self, rank: int) -> Chunk | None:
-        """The part that a rule gives to a rank; None: no rule gives it one."""
+        """The part that the rule assigns to a rank. None: there is no rule, or it assigns none."""
         part = self.ruled.rule.part_of(rank, self.shape) if self.ruled is not None else None
         if self.ruled is None or part is None:
             return None
@@ -86,12 +86,12 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class FrozenRecord:
-    """A frozen parameter that the checkpoint leaves out: what `build_model` must give again."""
+    """A frozen parameter that the checkpoint leaves out. `build_model` must provide the same one."""
 
     dtype: str
     shape: tuple[int, ...]
     fingerprint: str
-    """Of its bits, see `checkpoint/fingerprint.py`."""
+    """Fingerprint of its bits, see `checkpoint/fingerprint.py`."""
 
 
 Files = Mapping[str, FileRecord]
@@ -110,46 +110,46 @@ _TENSOR_KEYS = {
     "cuts": frozenset(("dtype", "shape", "first", "cuts")),
     "chunks": frozenset(("dtype", "shape", "chunks")),
 }
-"""By the key that says where the tensor lies: whole in one file, cut by a rule, or in parts of any kind."""
+"""Allowed keys by the key that gives the location: whole in one file, cut by a rule, or in arbitrary parts."""
 
 
 def tensors_as_json(tensors: TensorTable) -> dict[str, dict[str, Any]]:
-    """What `read_tensors` reads."""
+    """The JSON that `read_tensors` reads."""
     return {
         group: {name: _record_as_json(record) for name, record in records.items()} for group, records in tensors.items()
     }
 
 
 def read_files(content: Any) -> dict[str, FileRecord]:
-    """The files of a checkpoint, from the JSON of its tables.
+    """Read the files of a checkpoint from the JSON of its tables.
 
     Raises:
-        KeyError, TypeError, ValueError: They cannot be.
+        KeyError, TypeError, ValueError: The JSON is not valid.
     """
     entries = mapping("files", content, MAX_FILES)
     return {inner_path("files", path): read_file_record(path, record) for path, record in entries.items()}
 
 
 def read_file_record(path: str, record: Any) -> FileRecord:
-    """The record of one file from JSON.
+    """Read the record of one file from JSON.
 
     Raises:
-        TypeError, ValueError: It cannot be.
+        TypeError, ValueError: The JSON is not valid.
     """
     only_keys(path, mapping(path, record, 2), _FILE_KEYS)
     return FileRecord(whole("num_bytes", record["num_bytes"]), whole("crc32", record["crc32"]))
 
 
 def read_tensors(content: Any, files: Files, version: int) -> dict[str, dict[str, TensorRecord]]:
-    """The tensors of a checkpoint by group and name, from the JSON of its tables.
+    """Read the tensors of a checkpoint, by group and name, from the JSON of its tables.
 
     Args:
         content: The JSON.
-        files: Of the checkpoint.
-        version: Of the format.
+        files: Files of the checkpoint.
+        version: Version of the format.
 
     Raises:
-        KeyError, TypeError, ValueError: They cannot be, or the files cannot hold them.
+        KeyError, TypeError, ValueError: The JSON is not valid, or the files cannot contain these tensors.
     """
     tensors: dict[str, dict[str, TensorRecord]] = {}
     num_left = MAX_TENSORS
@@ -173,10 +173,10 @@ def read_tensors(content: Any, files: Files, version: int) -> dict[str, dict[str
 
 
 def read_frozen(content: Any, tensors: Mapping[str, Mapping[str, TensorRecord]]) -> dict[str, FrozenRecord]:
-    """The parameters that a checkpoint leaves out, from the JSON of a manifest.
+    """Read the parameters that a checkpoint leaves out, from the JSON of its tables.
 
     Raises:
-        KeyError, TypeError, ValueError: They cannot be.
+        KeyError, TypeError, ValueError: The JSON is not valid.
     """
     frozen = {}
     for name, record in mapping("frozen", content, MAX_TENSORS).items():
@@ -189,7 +189,7 @@ def read_frozen(content: Any, tensors: Mapping[str, Mapping[str, TensorRecord]])
 
 
 class _Claims:
-    """Who has the bytes of the files. Each is that of one tensor at most: the tensors are not larger than the files."""
+    """Assigns the bytes of the files to tensors. Each byte belongs to one tensor at most, so all tensors must fit."""
 
     def __init__(self, files: Files) -> None:
         self._unclaimed = {path: record.num_bytes for path, record in files.items()}
@@ -213,8 +213,8 @@ class _Claims:
                 raise ValueError(f"{chunk.file} is too small for its tensors, the last of which is {name}")
 
     def check_ruled(self, group: str) -> None:
-        """Check what rules say of a group, all of whose tensors were added, at once: a look at each part would take
-        time with the number of ranks for each tensor. What lies in a file is compared with its header.
+        """Check the rules of a group once, after all its tensors were added. Checking each part would take time for
+        each rank and tensor. The parts are later compared with the header of their file.
         """
         if self._num_ruled:
             num_bytes, rank = 0, 0
@@ -278,7 +278,7 @@ def _tensor_record(group: str, name: str, record: Mapping[str, Any]) -> TensorRe
 
 
 def _old_tensor_record(name: str, record: Any) -> TensorRecord:
-    """As formats 1 and 2 have it."""
+    """Read a record of format 1 or 2."""
     only_keys(name, mapping(name, record, 4), _OLD_TENSOR_KEYS)
     dtype, shape, alias_of = _dtype(name, record["dtype"]), sizes(name, record["shape"]), record["alias_of"]
     chunks = tuple(
@@ -296,7 +296,7 @@ def _dtype(name: str, value: Any) -> str:
 
 
 def _own_file(group: str, name: str, value: Any) -> str:
-    """No two groups share a file, so that each key in it is that of one tensor."""
+    """Check that a tensor's file belongs to its group. Groups share no files, so each key belongs to one tensor."""
     if not text("file", value).startswith(f"{group}/"):
         raise ValueError(f"{name} lies in {shown(value)}, which is none of the checkpoint's files of {group}")
     return str(value)

@@ -1,10 +1,10 @@
-"""Tensors in the safetensors format, written and read here.
+"""Writes and reads tensors in the safetensors format.
 
-safetensors' `save_file` goes through a temporary file of mode 0600, turns a full disk into an error without its number,
-and leaves the checksum to a second reading. Its reader follows links and maps the file: if the file is cut off while it
-is read, the process dies.
+safetensors' own `save_file` goes through a temporary file of mode 0600, reports a full disk without an error number,
+and would need a second pass for the checksum. Its reader follows links and maps the file: if the file is truncated
+while it is read, the process dies.
 
-A complex tensor is stored as a real one with a last dimension of 2: most versions of safetensors know no complex dtype.
+A complex tensor is stored as a real one with a last dimension of 2: most versions of safetensors have no complex dtype.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from .limits import MAX_HEADER_BYTES, MAX_TENSORS
 from .nested import RESERVED_NAME, parse_json
 
 _PIECE_BYTES = 2**24
-"""Read at once where values go to a device or to a part of a tensor's rows."""
+"""Size of one read if the values go to a device or to a part of a tensor's rows."""
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
     """Raise if the format cannot hold the tensor.
 
     Raises:
-        TypeError: Its dtype or layout is not one that safetensors knows, or it holds no data.
+        TypeError: safetensors doesn't support its dtype or layout, or it has no data.
     """
     if dtype_code(tensor.dtype) is None:
         raise TypeError(
@@ -54,20 +54,20 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
 def header(
     described: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[str]]:
-    """The beginning of a safetensors file.
+    """The header of a safetensors file.
 
     Args:
         described: Dtype and shape of each tensor.
         metadata: Text for the file's header.
 
     Returns:
-        The bytes, and the names in the order in which the bytes of the tensors are to follow.
+        The bytes, and the names in the order in which the bytes of the tensors must follow.
 
     Raises:
         ValueError: There are too many tensors for one header.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Wide elements first, so that each tensor is aligned to its own.
+    # Wide elements first, so that each tensor is aligned to its element size.
     order = sorted(described, key=lambda name: -described[name][0].itemsize)
     end = 0
     for name in order:
@@ -86,10 +86,10 @@ def header(
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[Buffer]:
-    """The bytes of a safetensors file, without a copy of the tensors.
+    """The bytes of a safetensors file, without copying the tensors.
 
     Args:
-        tensors: Contiguous tensors on the CPU. They have to live as long as the buffers.
+        tensors: Contiguous tensors on the CPU. They must live as long as the buffers.
         metadata: Text for the file's header.
     """
     begin, order = header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata)
@@ -98,10 +98,10 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
 
 @contextmanager
 def open_tensors(folder: Path, path: str) -> Iterator[TensorFile]:
-    """A file of tensors in a checkpoint.
+    """Open a file of tensors in a checkpoint.
 
     Raises:
-        CheckpointError: It cannot be read, here or while it is in use.
+        CheckpointError: It cannot be read, now or while it is in use.
     """
     try:
         with open_regular(folder, path) as file:
@@ -111,20 +111,20 @@ def open_tensors(folder: Path, path: str) -> Iterator[TensorFile]:
 
 
 class TensorFile:
-    """A safetensors file to be read in parts.
+    """A safetensors file, read in parts.
 
     Attributes:
-        stored: Dtype and shape of each tensor as it is stored, by its name.
+        stored: Dtype and shape of each tensor as it is stored, by name.
     """
 
     def __init__(self, file: BufferedReader, path: str) -> None:
         """
         Args:
             file: The file, open for reading.
-            path: What it is called in an error.
+            path: Name of the file in error messages.
 
         Raises:
-            CheckpointError: Its header is not one of the format, or not that of a file of this size.
+            CheckpointError: Its header is not valid, or doesn't match the size of the file.
         """
         self._file, self._path = file, path
         try:
@@ -133,14 +133,14 @@ class TensorFile:
             raise CheckpointError(f"{path} is damaged: its header is not as safetensors has it ({ex})") from ex
 
     def continue_in(self, file: BufferedReader) -> None:
-        """Read from here on from the same file, which was opened again."""
+        """Continue reading from the same file, opened again."""
         self._file = file
 
     def check(self, key: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        """Raise unless a tensor is stored as the manifest says.
+        """Raise unless a tensor is stored with the dtype and shape in the manifest.
 
         Raises:
-            CheckpointError: It is not there, or has another dtype or shape.
+            CheckpointError: It is missing, or has another dtype or shape.
         """
         expected = (dtype.to_real() if dtype.is_complex else dtype, (*shape, 2) if dtype.is_complex else tuple(shape))
         found = self.stored.get(key)
@@ -149,14 +149,14 @@ class TensorFile:
             raise CheckpointError(f"{self._path} is damaged: it {has} {shown(key)}, which should be {_told(*expected)}")
 
     def empty(self, device: str) -> dict[str, torch.Tensor]:
-        """Tensors like those that are stored."""
+        """Empty tensors with the stored dtypes and shapes."""
         return {key: torch.empty(shape, dtype=dtype, device=device) for key, (dtype, shape) in self.stored.items()}
 
     def read_all(self) -> dict[str, torch.Tensor]:
-        """All tensors, on the CPU.
+        """Read all tensors, onto the CPU.
 
         Raises:
-            CheckpointError: The file ends before.
+            CheckpointError: The file ends too early.
         """
         tensors = self.empty("cpu")
         for key, tensor in tensors.items():
@@ -165,10 +165,10 @@ class TensorFile:
         return tensors
 
     def read_into(self, key: str, offset: int, memory: memoryview) -> None:
-        """Fill memory with the bytes of a tensor from `offset` on.
+        """Fill `memory` with the bytes of a tensor, starting at `offset`.
 
         Raises:
-            CheckpointError: The file ends before.
+            CheckpointError: The file ends too early.
         """
         self._file.seek(self._begins[key] + offset)
         if self._file.readinto(memory) != len(memory):
@@ -176,12 +176,12 @@ class TensorFile:
 
     @torch.no_grad()
     def read_box(self, key: str, box: Box, target: torch.Tensor) -> None:
-        """Fill a tensor with a part of a stored one, bit by bit.
+        """Fill a tensor with a part of a stored one, bit for bit.
 
         Args:
-            key: The stored tensor, which has passed `check` with the dtype of `target`.
+            key: Name of the stored tensor. It must have passed `check` with the dtype of `target`.
             box: The part.
-            target: Of the part's shape, on any device; any view.
+            target: A tensor of the part's shape, on any device; it may be a view.
         """
         if not target.numel():
             return
@@ -204,10 +204,10 @@ class TensorFile:
 
 
 def fill(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Write values, on the CPU, into any view.
+    """Write values from the CPU into a tensor, which may be any view.
 
     Raises:
-        CheckpointError: Elements of an expanded tensor, which are the same memory, would have to be different.
+        CheckpointError: Elements of an expanded tensor, which share memory, would need different values.
     """
     if is_expanded(target):
         sizes_strides = zip(target.shape, target.stride(), strict=True)
@@ -222,22 +222,24 @@ def fill(target: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether elements along a dimension are the same memory, as those of `Tensor.expand` are."""
+    """Whether elements along a dimension share memory, as after `Tensor.expand`."""
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the bytes in memory are the values, one after the other."""
+    """Whether the bytes in memory are the values, in order."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory. Not by way of numpy, which knows no bfloat16."""
+    """A contiguous tensor's memory. numpy can't be used for this, because it has no bfloat16."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _read_header(file: BufferedReader) -> tuple[dict[str, int], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """Where each tensor begins in the file, and its dtype and shape; every byte after the header is that of one."""
+    """The position of each tensor in the file, and its dtype and shape. The tensors must cover all bytes after the
+    header.
+    """
     num_bytes = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1

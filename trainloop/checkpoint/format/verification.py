@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are what its manifest says."""
+"""Checks the files of a checkpoint against its manifest."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Stored: TypeAlias = "Mapping[str, list[tuple[str, Chunk]]]"
 """By path: the chunks in a file, each with the dtype of its tensor."""
 
 VERIFY_LEVELS = ("full", "size", "off")
-_BLOCK = 2**20  # bytes read at once: they are still in the cache when their checksum is taken
+_BLOCK = 2**20  # bytes read at once; they are still in the cache for the checksum
 _NUM_THREADS = 4
 
 
 def find_problems(folder: Path, manifest: Manifest, paths: Collection[str], verify: Verify = "full") -> list[str]:
-    """What is wrong with files of a checkpoint, a sentence each that begins with the file's path.
+    """Find problems with files of a checkpoint. Each problem is a sentence that begins with the file's path.
 
     Args:
         folder: The checkpoint.
-        manifest: What it says of itself.
-        paths: The files to look at, inside `folder`.
-        verify: "full" reads every byte, and looks whether tensors and state are stored as the manifest says; "size"
-            only asks for the sizes; "off" looks at nothing.
+        manifest: Its manifest.
+        paths: The files to check, relative to `folder`.
+        verify: "full" reads every byte, and checks that tensors and state are stored as in the manifest. "size" checks
+            only the sizes. "off" checks nothing.
     """
     if verify == "off":
         return []
@@ -58,17 +58,17 @@ def find_problems(folder: Path, manifest: Manifest, paths: Collection[str], veri
         except OSError as ex:
             return f"{path} cannot be read ({ex.strerror or ex})"
 
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:  # reading and CRC-32 run beside one another: neither holds the GIL
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:  # reading and CRC-32 run in parallel, because both release the GIL
         return [problem for problem in pool.map(look, paths) if problem]
 
 
 def is_whole(folder: Path, manifest: Manifest) -> bool:
-    """Whether every file is there in its full size."""
+    """Whether every file exists in its full size."""
     return not find_problems(folder, manifest, manifest.files, "size")
 
 
 def stored_in(paths: Iterable[str], *tables: Mapping[str, TensorRecord]) -> Stored:
-    """What files must hold of tensors.
+    """The parts of tensors that files must contain.
 
     Args:
         paths: The files.
@@ -93,27 +93,27 @@ def stored_in(paths: Iterable[str], *tables: Mapping[str, TensorRecord]) -> Stor
 
 
 def check_stored(file: TensorFile, stored: Iterable[tuple[str, Chunk]]) -> None:
-    """Raise unless a file holds chunks with these dtypes and shapes.
+    """Raise unless a file contains chunks with these dtypes and shapes.
 
     Raises:
-        CheckpointError: It does not.
+        CheckpointError: It doesn't.
     """
     for dtype, chunk in stored:
         file.check(chunk.key, DTYPES[dtype], chunk.shape)
 
 
 def read_state(folder: Path, path: str, files: Collection[str], *, on_meta: bool = False) -> Any:
-    """The nested state in a file, with the tensors of the file beside.
+    """Read the nested state in a file, with its tensors from the file beside it.
 
     Args:
         folder: The checkpoint.
-        path: Of the file of nested state.
+        path: Path of the file of nested state.
         files: All files of the checkpoint.
-        on_meta: Read no tensors; those in the state are on the meta device.
+        on_meta: Don't read tensors; those in the state are on the meta device.
 
     Raises:
         OSError: The file cannot be read.
-        CheckpointError: It does not hold nested state, or not that of the tensors beside.
+        CheckpointError: It is not valid nested state, or doesn't match its tensors.
     """
     beside, tensors = tensors_beside(path), {}
     if beside in files:
@@ -147,7 +147,7 @@ def _size_problem(path: str, num_bytes: int, record: FileRecord) -> str:
 
 
 def _crc32_of(file: BufferedReader, num_bytes: int) -> int:
-    """CRC-32 of a file's bytes, read block by block; not more of them than it had when it was opened."""
+    """CRC-32 of a file's bytes, read in blocks. Stops at the size that the file had when it was opened."""
     crc = 0
     block = memoryview(bytearray(min(_BLOCK, max(num_bytes, 1))))
     while num_bytes > 0 and (num_read := file.raw.readinto(block[: min(len(block), num_bytes)])):

@@ -1,7 +1,7 @@
-"""Checkpoints of other tools, as names and tensors. Only a path that was named explicitly comes here: most are pickles.
+"""Reads checkpoints of other tools. Only paths that the user named are read here, because most contain pickles.
 
-In: a path, and no model: each module knows one form on the disk.
-Out: a `Foreign`, whose tensors are read when they are asked for; `state/adoption.py` puts them into the live model.
+In: a path; no model is needed. Each module knows one format.
+Out: a `Foreign`, whose tensors are read on demand. `state/adoption.py` puts them into the live model.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _OPEN: dict[str, Callable[[Path], Foreign]] = {
 
 
 def open_foreign(path: Path) -> Foreign:
-    """Open what another tool has saved. Reads the small files; tensors are read when they are asked for.
+    """Open a checkpoint of another tool. Reads only the small files; tensors are read on demand.
 
     Raises:
-        CheckpointError: It is nothing that we know, or cannot be read.
+        CheckpointError: The format is unknown, or a file cannot be read.
     """
     kind = foreign_kind(path) if path.exists() else None
     if kind not in _OPEN:

@@ -1,11 +1,11 @@
-"""Folders that `accelerator.save_state` writes.
+"""Reads folders that `accelerator.save_state` has written.
 
 ```
 model.safetensors | pytorch_model.bin            one process, DDP
 pytorch_model_fsdp.bin                           FSDP2, full state dict
-pytorch_model_fsdp_0/                            FSDP2, sharded state dict: a folder of DCP
-optimizer.bin | optimizer_0/                     by the parameters' places in the groups; under FSDP2 by their names
-scheduler.bin scaler.pt                          if there were some
+pytorch_model_fsdp_0/                            FSDP2, sharded state dict: a DCP folder
+optimizer.bin | optimizer_0/                     by the parameters' positions in the groups; under FSDP2 by name
+scheduler.bin scaler.pt                          if there were any
 random_states_{rank}.pkl sampler.bin dl_state_dict.bin custom_checkpoint_{i}.pkl      not read
 ```
 """
@@ -32,7 +32,7 @@ _NOT_TAKEN = {
 
 
 def open_accelerate(folder: Path) -> Foreign:
-    """What a `save_state` folder holds.
+    """Open a `save_state` folder.
 
     Raises:
         CheckpointError: A file cannot be read.

@@ -1,4 +1,4 @@
-"""What can be taken out of a checkpoint that another tool has written, in a form that all of them share."""
+"""The content of another tool's checkpoint, in a common form for all tools."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Described: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"
 
 
 class TensorSource(Protocol):
-    """Tensors on the disk, whole. Its methods send nothing, so any rank may call them alone."""
+    """Whole tensors on the disk. The methods don't communicate, so a single rank may call them."""
 
     def described(self) -> Described:
-        """What there is."""
+        """Shapes and dtypes of the tensors."""
 
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors, of a DTensor the part of this rank; values are cast to the target's dtype.
+        """Fill tensors; of a DTensor, this rank's shard. Values are cast to the dtype of the target.
 
         Args:
-            targets: By name, of those that are `described`, with their shapes.
+            targets: By name: tensors with the shapes of `described`.
         """
 
 
 @dataclass(frozen=True)
 class LoadedTensors:
-    """Tensors that `torch.load` has mapped: their memory is read only where something is copied out of it."""
+    """Tensors that `torch.load` has mapped. Their memory is read only when values are copied out."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -51,18 +51,18 @@ class LoadedTensors:
 
 @dataclass(frozen=True)
 class ForeignOptimizer:
-    """An optimizer's state. A key is a parameter's name, or where it stands in the parameter groups, from 0."""
+    """An optimizer's state. A key is a parameter's name, or its position in the parameter groups, from 0."""
 
     param_groups: list[dict[str, Any]]
-    """As torch has them; "params" holds keys."""
+    """In torch's form; "params" contains keys."""
     values: dict[int | str, dict[str, Any]]
-    """What is no tensor, by key and name."""
+    """The values that are not tensors, by key and name."""
     tensors: TensorSource
-    """By `f"{key}/{name}"`."""
+    """The tensors, by `f"{key}/{name}"`."""
 
     @classmethod
     def from_state_dict(cls, state_dict: Any, path: Path) -> ForeignOptimizer:
-        """Of what `Optimizer.state_dict` gave, or torch's `get_optimizer_state_dict`.
+        """Convert the result of `Optimizer.state_dict` or of torch's `get_optimizer_state_dict`.
 
         Raises:
             CheckpointError: It is neither.
@@ -82,37 +82,37 @@ class Foreign:
 
     path: Path
     what: str
-    """Whose it is: "an `accelerator.save_state` folder"."""
+    """What kind of checkpoint it is: "an `accelerator.save_state` folder"."""
     weights: Mapping[str, TensorSource]
-    """"model", and averages of it by their names."""
+    """"model", and averages of the model by their names."""
     optimizer: ForeignOptimizer | None = None
     lr_scheduler: dict[str, Any] | None = None
     grad_scaler: dict[str, Any] | None = None
     step: int | None = None
-    """Optimizer steps, if the checkpoint says it."""
+    """Number of optimizer steps, if the checkpoint contains it."""
     num_processes: int = 1
-    """Of those that saved it, where it can be told."""
+    """Number of processes that saved it, if known."""
     hooks: Mapping[str, Any] = field(default_factory=dict)
-    """What hooks are given beside `weights`, by the key that they look for."""
+    """State for hooks in addition to `weights`, by the key that each hook looks for."""
     not_taken: tuple[str, ...] = ()
-    """What it holds, or a resume needs, and cannot be taken from it."""
+    """Descriptions of content, or of state that a resume needs, that can't be taken from the checkpoint."""
 
 
-_REFUSED = re.compile(r"GLOBAL (\w+(?:\.\w+)+) was not an allowed global")  # no builtin: `getattr` is never allowed
+_REFUSED = re.compile(r"GLOBAL (\w+(?:\.\w+)+) was not an allowed global")  # no builtins: `getattr` is never allowed
 
 
 def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors and plain values: nothing in the file is run.
+    """Read tensors and plain values that `torch.save` has written. No code in the file is run.
 
     Raises:
-        CheckpointError: It holds anything else, or cannot be read.
+        CheckpointError: The file contains anything else, or cannot be read.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as ex:
-        if "mmap" not in str(ex):  # a file of torch before 1.6 has no pages to map
+        if "mmap" not in str(ex):  # files of torch before 1.6 can't be mapped
             raise CheckpointError(f"{path} cannot be read: {_first_line(ex)}") from ex
-    except Exception as ex:  # UnpicklingError for the most, but a pickle may raise anything
+    except Exception as ex:  # usually UnpicklingError, but a pickle may raise anything
         raise _unsafe(path, ex) from ex
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -141,7 +141,7 @@ def _first_line(ex: Exception) -> str:
 
 
 def is_flat(value: Any) -> bool:
-    """Whether it is tensors by name, as a `state_dict` of a module is."""
+    """Whether a value maps names to tensors, as a module's `state_dict` does."""
     return (
         isinstance(value, Mapping)
         and bool(value)
@@ -150,7 +150,7 @@ def is_flat(value: Any) -> bool:
 
 
 def check_whole(tensors: Mapping[str, torch.Tensor], path: Path) -> LoadedTensors:
-    """The tensors, if none of them is a rank's part.
+    """Return the tensors if none of them is a shard.
 
     Raises:
         CheckpointError: Some are.

@@ -1,7 +1,7 @@
-"""Folders of torch.distributed.checkpoint (DCP), which Accelerate writes under FSDP2. Read without its pickles' powers.
+"""Reads folders of torch.distributed.checkpoint (DCP), which Accelerate writes under FSDP2. Runs no code from pickles.
 
-DCP's `.metadata` is a pickle, and so is each value that is no tensor. torch reads both with the right to run code; here
-the first may name DCP's own records only, and the second goes through `torch.load(weights_only=True)`.
+DCP's `.metadata` is a pickle, and so is each value that is not a tensor. torch would let both run code. Here the first
+may only contain DCP's own records, and the second is read with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ALLOWED = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Of DCP's records, paths and dtypes."""
+    """Accepts only DCP's records, paths and dtypes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
@@ -45,7 +45,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class DcpFolder:
-    """A DCP folder. Needs no process group, and each rank reads only what its tensors need.
+    """A DCP folder. Needs no process group. Each rank reads only the parts that its tensors need.
 
     Raises:
         CheckpointError: It cannot be read.
@@ -63,7 +63,7 @@ class DcpFolder:
             raise CheckpointError(f"{folder / '.metadata'} cannot be read: {ex}") from ex
 
     def tensors(self, *root: Any) -> DcpTensors:
-        """Those below a place in the nested state that was saved; a name is the rest of the path, joined by "/"."""
+        """The tensors below a place in the saved nested state. A name is the rest of the path, joined by "/"."""
         found = {
             "/".join(map(str, path[len(root) :])): name
             for name, path in self._paths.items()
@@ -72,7 +72,7 @@ class DcpFolder:
         return DcpTensors(self, found)
 
     def values(self) -> dict[tuple[Any, ...], Any]:
-        """What is no tensor, by its path in the nested state."""
+        """The values that are not tensors, by their path in the nested state."""
         names = [name for name, record in self._metadata.state_dict_metadata.items() if not hasattr(record, "size")]
         flat: dict[str, Any] = dict.fromkeys(names)
         self.load(flat)
@@ -102,12 +102,12 @@ class DcpFolder:
         planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             load(flat, storage_reader=Reader(self.folder), planner=planner, no_dist=True)
-        except Exception as ex:  # torch wraps what went wrong in one of its own
+        except Exception as ex:  # torch wraps the errors in its own class
             raise CheckpointError(f"{self.folder} cannot be read: {ex}") from ex
 
 
 class DcpTensors:
-    """Some of a folder's tensors, under names of ours."""
+    """Some tensors of a DCP folder, under our names."""
 
     def __init__(self, folder: DcpFolder, names: Mapping[str, str]) -> None:
         self._folder, self._names = folder, names
@@ -121,7 +121,7 @@ class DcpTensors:
 
 
 def open_optimizer(folder: Path) -> ForeignOptimizer:
-    """What torch's `get_optimizer_state_dict` gave, saved under "optimizer"."""
+    """Read the result of torch's `get_optimizer_state_dict` that was saved under "optimizer"."""
     dcp = DcpFolder(folder)
     groups: dict[int, dict[str, Any]] = {}
     values: dict[int | str, dict[str, Any]] = {}

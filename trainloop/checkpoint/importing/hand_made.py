@@ -1,7 +1,7 @@
-"""Files that scripts make by hand with `torch.save`: a dict with the model, and an optimizer, a step or an average.
+"""Reads files that scripts save with `torch.save`: a dict with the model, and an optimizer, a step or an average.
 
 ```
-denoising-diffusion's Trainer   step model opt ema scaler version        ema: of the package ema_pytorch
+denoising-diffusion's Trainer   step model opt ema scaler version        ema: from the package ema_pytorch
 DiT                             model ema opt args
 nanoGPT                         model optimizer model_args iter_num best_val_loss config
 ```
@@ -18,21 +18,21 @@ import torch
 from .content import Foreign, ForeignOptimizer, TensorSource, check_whole, is_flat
 
 MODEL = ("state_dict", "model_state_dict", "model", "module")
-"""Under which people put a model's state into a dict that they save."""
+"""Usual keys for a model's state in a saved dict."""
 _OPTIMIZER = ("optimizer", "opt", "optim", "optimizer_state_dict")
 _EMA = ("ema", "ema_model", "model_ema", "ema_state_dict")
 _STEP = ("step", "global_step", "iter_num", "train_steps", "iteration")
 _SCHEDULER = ("lr_scheduler", "scheduler", "scheduler_state_dict", "lr_scheduler_state_dict")
 _SCALER = ("scaler", "grad_scaler")
 _INNER_EMA = "ema_model."
-"""Prefix of the averages in the state of ema_pytorch's `EMA`, which has the trained model and counters beside them."""
+"""Prefix of the averages in the state of ema_pytorch's `EMA`, which also contains the trained model and counters."""
 
 
 def open_hand_made(value: Any, path: Path) -> Foreign | None:
-    """What such a file holds; None: it is a model's state and nothing more that is known.
+    """Open such a file. None: it contains a model's state and nothing else that we know.
 
     Raises:
-        CheckpointError: A part is not what its name says.
+        CheckpointError: The content of a part doesn't match its key.
     """
     if not isinstance(value, Mapping) or is_flat(value):
         return None
@@ -83,13 +83,13 @@ def _is_step(value: Any) -> bool:
 
 
 def _num_steps(optimizer: Mapping[str, Any] | None) -> int:
-    """The steps that an optimizer has counted; 0: it counts none."""
+    """The number of steps that an optimizer has counted. 0: it has counted none."""
     states = optimizer["state"].values() if optimizer is not None else ()
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def _average(saved: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int | None]:
-    """The averages by name, and how often they were updated, if it is known."""
+    """The averages by name, and the number of their updates, if known."""
     inner = {key.removeprefix(_INNER_EMA): tensor for key, tensor in saved.items() if key.startswith(_INNER_EMA)}
     if inner:
         return inner, int(saved["step"]) if "step" in saved else None

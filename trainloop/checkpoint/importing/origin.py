@@ -1,12 +1,12 @@
-"""Folders of the trainer that this one descends from (trainloop up to 0.11): `checkpoints/1000/`, a file for each entry
-of its `state_dict`.
+"""Reads folders of the trainer that this one descends from (trainloop up to 0.11): `checkpoints/1000/`, with one file
+per entry of its `state_dict`.
 
 ```
 model.pt            tensors by name
-training_state.pt   {"step", "optimizer": by name, as torch's `get_optimizer_state_dict` gives it,
-                     "lr_scheduler": its state or None, "grad_scaler": its state, {} if it was not in use}
+training_state.pt   {"step", "optimizer": by name, in the form of torch's `get_optimizer_state_dict`,
+                     "lr_scheduler": its state or None, "grad_scaler": its state, {} if it was not used}
 ema.pt              an average of the weights: tensors by "module." + name, and "n_averaged"
-<name>.pt           what other hooks have put there
+<name>.pt           state of other hooks
 ```
 """
 
@@ -23,10 +23,10 @@ _UPDATES = "n_averaged"
 
 
 def open_origin(folder: Path) -> Foreign:
-    """What such a folder holds.
+    """Open such a folder.
 
     Raises:
-        CheckpointError: A file cannot be read, or is not of that form.
+        CheckpointError: A file cannot be read, or has another form.
     """
     model, state = load_pickle(folder / MODEL), load_pickle(folder / STATE)
     if not is_flat(model) or not isinstance(state, dict) or not isinstance(state.get("step"), int):
@@ -58,7 +58,7 @@ def open_origin(folder: Path) -> Foreign:
 
 
 def _average(path: Path) -> tuple[TensorSource, int] | None:
-    """An average of the weights and how often it was updated; None: the file holds something else."""
+    """An average of the weights and the number of its updates. None: the file contains something else."""
     try:
         saved = load_pickle(path)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, torch.save, and folders of either."""
+"""Reads files of weights: safetensors, torch.save, and folders of either."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOT_TAKEN = (
 
 
 class SafetensorsFiles:
-    """Tensors in safetensors files, of which only what is asked for is read.
+    """Tensors in safetensors files. Only the requested parts are read.
 
     Args:
         files: The file of each tensor, by its name.
@@ -64,10 +64,10 @@ class SafetensorsFiles:
 
 
 def open_weights(path: Path) -> Foreign:
-    """A file or folder of weights, or a file in which a script has saved more than these.
+    """Open a file or folder of weights, or a file in which a script has saved more than weights.
 
     Raises:
-        CheckpointError: It cannot be read, or which of several files is meant cannot be told.
+        CheckpointError: It cannot be read, or it is unclear which of several files has the weights.
     """
     if path.is_file() and path.suffix != ".safetensors":
         value = load_pickle(path)
@@ -87,8 +87,8 @@ def open_weights(path: Path) -> Foreign:
 
 
 def find_weights(folder: Path) -> TensorSource | None:
-    """The weights in a folder, by the usual names of their files, or the only file that may hold them; None: there are
-    none, or several.
+    """The weights in a folder: in a file with a usual name, or in the only file that may contain weights. None: there
+    is no such file, or more than one.
     """
     for name in (SAFE, PICKLED):
         if (folder / name).is_file():
@@ -123,7 +123,7 @@ def _open_parts(folder: Path, index: str) -> TensorSource:
 
 
 def _state_dict_in(value: Any, path: Path) -> Mapping[str, torch.Tensor]:
-    """A model's state, itself or in a dict under one of the usual names."""
+    """A model's state: the value itself, or an entry of it under one of the usual keys."""
     candidates = [value]
     if isinstance(value, Mapping):
         candidates += [value[key] for key in MODEL if key in value]

@@ -1,4 +1,4 @@
-"""One load: choose a checkpoint, verify it, read each rank's part.
+"""One load: choose a checkpoint, verify it, and read each rank's part.
 
-In: a folder and which checkpoint is wanted. Out: a `Checkpoint`, the same one on every rank.
+In: a folder and the requested checkpoint. Out: a `Checkpoint`, the same one on every rank.
 """

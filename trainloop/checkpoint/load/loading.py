@@ -1,4 +1,4 @@
-"""Finds the checkpoint to load; all ranks together verify it."""
+"""Finds the checkpoint to load. All ranks verify it together."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ..sharding import split_by_bytes
 from .reader import Checkpoint, RemovedError
 
 _PATIENCE = 3
-"""How often the run that saves into a folder may remove the checkpoint that is just being verified."""
+"""How often a search starts again because the run that owns the folder removed the checkpoint during verification."""
 
 
 @dataclass
 class Found:
-    """What a search ended with."""
+    """The result of a search."""
 
     checkpoint: Checkpoint | None
     damaged: dict[Path, str] = field(default_factory=dict)
-    """The ones that were tried before, and what is wrong with each."""
+    """The checkpoints that were tried before, and the problem with each."""
 
 
 def find_explicit(catalog: Catalog, which: int | str | Path, verify: Verify) -> Found:
-    """The checkpoint of a step or path. Call on every rank.
+    """Find the checkpoint of a step or path. Call on every rank.
 
     Raises:
-        RemovedError: Its run has removed it meanwhile.
-        CheckpointError: It is not there, or damaged.
+        RemovedError: Its run has removed it during verification.
+        CheckpointError: It doesn't exist, or is damaged.
     """
     ranks = Ranks()
     for _ in range(_PATIENCE if is_link_to_latest(which) else 1):
@@ -51,11 +51,11 @@ def find_explicit(catalog: Catalog, which: int | str | Path, verify: Verify) -> 
 
 
 def find_best(catalog: Catalog, best: Best, verify: Verify, logger: logging.Logger) -> Found:
-    """The checkpoint with the best value of a metric. Call on every rank.
+    """Find the checkpoint with the best value of a metric. Call on every rank.
 
     Raises:
         RemovedError: The run removes its checkpoints faster than they can be verified.
-        CheckpointError: No checkpoint has the metric, or the best one is damaged. No other is loaded then.
+        CheckpointError: No checkpoint has the metric, or the best one is damaged. Then no other is loaded.
     """
     ranks = Ranks()
     for _ in range(_PATIENCE):
@@ -76,7 +76,7 @@ def find_best(catalog: Catalog, best: Best, verify: Verify, logger: logging.Logg
 
 
 def locate_best(catalog: Catalog, best: Best, logger: logging.Logger) -> tuple[Path, str]:
-    """Folder of the best checkpoint by what the manifests say, and why it is the best. Call on rank 0.
+    """The folder of the best checkpoint, judging by the manifests, and why it is the best. Call on rank 0.
 
     Raises:
         CheckpointError: No checkpoint has the metric.
@@ -93,16 +93,16 @@ def locate_best(catalog: Catalog, best: Best, logger: logging.Logger) -> tuple[P
 
 
 def is_link_to_latest(which: int | str | Path) -> bool:
-    """Whether a path is that of the link that a run points to its newest checkpoint, which moves on."""
+    """Whether a path is the link that a run points to its newest checkpoint. The link moves."""
     return isinstance(which, str | Path) and which != "latest" and Path(which).name == LATEST
 
 
 def find_latest(catalog: Catalog, verify: Verify, logger: logging.Logger) -> Found:
-    """The newest healthy checkpoint that is whole; if none is healthy, the newest. Call on every rank. One that its run
-    removes meanwhile is passed over.
+    """Find the newest healthy checkpoint that is intact; if none is healthy, the newest. Call on every rank. It skips
+    checkpoints that their run removes in the meantime.
 
     Raises:
-        CheckpointError: There are some, but all are damaged.
+        CheckpointError: There are checkpoints, but all are damaged.
     """
     ranks = Ranks()
     for _ in range(_PATIENCE):
@@ -132,12 +132,12 @@ def find_latest(catalog: Catalog, verify: Verify, logger: logging.Logger) -> Fou
 
 @dataclass
 class _Tried:
-    """What became of the attempt to load one checkpoint."""
+    """The result of an attempt to load one checkpoint."""
 
     manifest: Manifest | None
     problem: str = ""
     is_gone: bool = False
-    """Whether its run has removed it, or saved its step again, meanwhile."""
+    """Whether its run has removed it, or saved its step again, in the meantime."""
 
 
 def _try(folder: Path, verify: Verify, ranks: Ranks) -> _Tried:
@@ -158,7 +158,7 @@ def _try(folder: Path, verify: Verify, ranks: Ranks) -> _Tried:
     texts, problem, is_gone = ranks.do(_nothing, read, f"{folder} cannot be loaded")
     if problem:
         return _Tried(None, problem, is_gone)
-    manifest = own[0] if own else parse_manifest(*texts)  # rank 0's text, so that no rank sees another checkpoint
+    manifest = own[0] if own else parse_manifest(*texts)  # rank 0's text, so that all ranks see the same checkpoint
     paths = list(manifest.files)
     parts = split_by_bytes([manifest.files[path].num_bytes for path in paths], ranks.world_size)
     mine = [path for path, part in zip(paths, parts, strict=True) if part == ranks.rank]
@@ -176,13 +176,13 @@ def _try(folder: Path, verify: Verify, ranks: Ranks) -> _Tried:
 def tell_choice(
     checkpoint: Checkpoint, damaged: Mapping[Path, str], entries: Sequence[Entry], logger: logging.Logger
 ) -> None:
-    """Say what the user may not expect of the choice.
+    """Log what the user may not expect about the chosen checkpoint.
 
     Args:
-        checkpoint: The one that was chosen.
-        damaged: What is wrong with those that were passed over.
-        entries: All of the folder.
-        logger: Hears it.
+        checkpoint: The chosen one.
+        damaged: The skipped ones, and the problem with each.
+        entries: All entries of the folder.
+        logger: The logger.
     """
     root, name, manifest = checkpoint.folder.parent, checkpoint.folder.name, checkpoint.manifest
     if damaged:
@@ -197,7 +197,7 @@ def tell_choice(
 
 
 def list_damaged(damaged: Mapping[Path, str]) -> str:
-    """Damaged checkpoints, each with what is wrong with it, as a part of a sentence."""
+    """Damaged checkpoints, each with its problem, as a part of a sentence."""
     return "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
 
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint into tensors that may lie on the ranks in another way than when it was saved."""
+"""Reads a checkpoint into tensors. Their layout over the ranks may differ from that at the save."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from ..sharding import Boxes, local_tensor
 
 _NUM_TOLD = 5  # names in an error
 _Read = tuple[str, Box, torch.Tensor]
-"""Key in the file, the box of the stored tensor that is wanted, and the memory to fill."""
+"""Key in the file, the wanted box of the stored tensor, and the memory to fill."""
 
 
 class RemovedError(CheckpointError):
-    """The run that a checkpoint belongs to removed it, or saved its step again, while it was read."""
+    """The run that owns a checkpoint removed it, or saved its step again, while it was read."""
 
 
 class Checkpoint:
-    """A checkpoint to be read. Its methods send nothing, so any rank may call them alone.
+    """A checkpoint to read from. Its methods don't communicate, so a single rank may call them.
 
     Attributes:
-        folder: Where it lies.
-        manifest: What it says of itself.
+        folder: The checkpoint's folder.
+        manifest: Its manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -43,10 +43,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Open a checkpoint by its folder, in one process and without looking at more than its manifest.
+        """Open a checkpoint by its folder. Call it in any single process. It reads only the manifest.
 
         Raises:
-            CheckpointError: It is none, or its manifest cannot be read.
+            CheckpointError: It is not a checkpoint, or its manifest cannot be read.
         """
         if not has_manifest(Path(folder)):
             raise CheckpointError(f"{folder} is not a checkpoint of trainloop: it {describe_folder(Path(folder))}.")
@@ -57,13 +57,13 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: {ex}.") from ex
 
     def find_problems(self, verify: Verify = "full") -> list[str]:
-        """What is wrong with its files, a sentence each; this process looks at all of them, as far as `verify` says
-        ("full", "size" or "off").
+        """Check the files. Returns one sentence per problem. This process alone checks all files, as thoroughly as
+        `verify` says ("full", "size" or "off").
         """
         return find_problems(self.folder, self.manifest, self.manifest.files, verify)
 
     def tensors(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of the tensors of a group, tied ones under each of their names.
+        """Shape and dtype of the tensors of a group. A tied tensor appears under each of its names.
 
         Raises:
             CheckpointError: There is no such group.
@@ -71,7 +71,7 @@ class Checkpoint:
         return {name: (record.shape, DTYPES[record.dtype]) for name, record in self.records(group).items()}
 
     def records(self, group: str) -> Mapping[str, TensorRecord]:
-        """Where the tensors of a group lie, by name.
+        """The records of a group's tensors (where each is stored), by name.
 
         Raises:
             CheckpointError: There is no such group.
@@ -84,17 +84,17 @@ class Checkpoint:
 
     @torch.no_grad()
     def read_into(self, group: str, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors with what was saved of a group, bit by bit.
+        """Fill tensors with the saved tensors of a group, bit for bit.
 
         Args:
-            group: Of weights or shards.
-            targets: By name, all tensors of the group. Of a DTensor only the part of this rank is read, whatever the
-                parts were when it was saved.
+            group: A group of weights or shards.
+            targets: All tensors of the group, by name. Of a DTensor only this rank's part is read, whatever the parts
+                were at the save.
 
         Raises:
-            RemovedError: The checkpoint's run has removed it meanwhile.
-            CheckpointError: Names, shapes or dtypes are not those that were saved, or a file does not hold what the
-                manifest says, and nothing was changed; or a file cannot be read.
+            RemovedError: The checkpoint's run has removed it in the meantime.
+            CheckpointError: Names, shapes or dtypes differ from the saved ones, or a file does not match the manifest;
+                nothing was changed then. Or a file cannot be read.
         """
         records = self.records(group)
         self._check(group, records, targets)
@@ -118,15 +118,15 @@ class Checkpoint:
                     for part in parts:
                         file.read_box(*part)
         except CheckpointError:
-            self.check_there()  # if it is gone, that is the reason
+            self.check_there()  # if the checkpoint is gone, report that instead
             raise
         self.check_there()
 
     def check_there(self) -> None:
-        """Raise if the folder holds this checkpoint no more. What was read until now is all of one commit.
+        """Raise if the folder no longer has this checkpoint. Otherwise, everything read so far is from one commit.
 
         Raises:
-            RemovedError: It does not.
+            RemovedError: The run has removed it, or saved its step again.
         """
         if not is_there(self.folder, self.manifest.seal):
             raise RemovedError(f"{self.folder} was removed or saved again while it was read, by its run. Try again.")
@@ -136,11 +136,11 @@ class Checkpoint:
         return self._state(state_file(None))
 
     def rank_state(self, rank: int) -> Any:
-        """The nested state of a rank; None if it was saved by another number of ranks than there are now."""
+        """The nested state of a rank. None if another number of ranks saved it."""
         return self.saved_rank_state(rank) if self.manifest.world_size == collectives.world_size() else None
 
     def saved_rank_state(self, rank: int) -> Any:
-        """The nested state of `rank`, one of those that there were."""
+        """The nested state of `rank`, one of the ranks that saved."""
         return self._state(state_file(rank))
 
     def _check(self, group: str, records: Mapping[str, TensorRecord], targets: Mapping[str, torch.Tensor]) -> None:
@@ -170,14 +170,14 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder} has no {path}.")
             state = read_state(self.folder, path, self.manifest.files)
         except (OSError, CheckpointError) as ex:
-            self.check_there()  # if it is gone, that is the reason
+            self.check_there()  # if the checkpoint is gone, report that instead
             raise CheckpointError(f"{self.folder / path} cannot be read: {ex}") from ex
         self.check_there()
         return state
 
 
 def _told(what: str, names: list[str]) -> str:
-    """A sentence that names the first few; empty if there are none."""
+    """A sentence with the first few names. Empty if there are none."""
     if not names:
         return ""
     more = f", and {len(names) - _NUM_TOLD} more" if len(names) > _NUM_TOLD else ""

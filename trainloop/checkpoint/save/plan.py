@@ -1,8 +1,9 @@
-"""Decides which rank writes which part of which tensor, the same on every rank without a message.
+"""Decides which rank writes which part of which tensor. Every rank computes the same plan, without communication.
 
-All ranks are to have about the same to write. What several ranks hold is written by the one with the least to do.
-What is much of a rank's share is cut along its first dimension, so that all who hold it write a part. Two things cannot
-be shared: what a single rank holds, and a whole weight, which lies in one file so that other software can read it.
+All ranks should write about the same number of bytes. If several ranks have a copy, the one with the least to do
+writes it. A tensor that is a large share of a rank's bytes is cut along its first dimension, so that all ranks with a
+copy write a part. Two things can't be shared: a shard that a single rank has, and a whole weight, which is in one file
+so that other software can read it.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from ..format.tables import Chunk, RankFiles, TensorRecord
 from ..placement import Layout, replicated
 
 Aliases: TypeAlias = Mapping[str, Mapping[str, str]]
-"""By group: the name of a tensor that is stored under another name, and that name."""
+"""By group: names of tensors that are stored under another name, each with that name."""
 _Name: TypeAlias = "tuple[str, str]"
 """Group and name of a tensor."""
 _MAX_SHARE = 0.2
-"""Of the mean of the ranks: the most that a tensor may be of which several ranks hold a copy, or it is cut."""
+"""A replicated tensor that is larger than this share of a rank's mean bytes is cut."""
 _FEW = 16
-"""Elements of a tensor that rank 0 writes, as it does all step counters of the optimizer. If they were spread over the
-ranks, each rank would have to open every file at the load.
+"""Tensors with at most this many elements are written by rank 0, for example the optimizer's step counters. If they
+were spread over the ranks, each rank would have to open every file when it loads.
 """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who writes what.
+    """Which rank writes what.
 
     Attributes:
-        tensors: By group and name. A record without a part is of a tensor that no rule can describe: each rank that is
-            the first to hold a part of it writes that part.
-        weights: By group: the tensors of the weights, and the rank that writes each.
-        num_bytes: For each rank what it writes of the tensors, about.
-        digest: The same number on ranks that have the same plan.
+        tensors: By group and name. A record without parts belongs to a tensor that no rule can describe. Then each rank
+            that is the first to have a part writes that part.
+        weights: By group: the names of the weights, and the rank that writes each.
+        num_bytes: For each rank, about how many bytes of tensors it writes.
+        digest: The same number on ranks with the same plan.
     """
 
     tensors: dict[str, dict[str, TensorRecord]]
@@ -52,7 +53,7 @@ class Plan:
     digest: int
 
     def is_cut(self, group: str) -> bool:
-        """Whether a rule says where tensors of a group lie. Then each rank has a file in it, perhaps an empty one."""
+        """Whether a rule describes tensors of a group. Then each rank has a file in the group, perhaps an empty one."""
         return any(record.ruled is not None for record in self.tensors[group].values())
 
 
@@ -64,7 +65,7 @@ def make_plan(
     irregular: Collection[_Name],
     world_size: int,
 ) -> Plan:
-    """Decide who writes what.
+    """Make the plan.
 
     Args:
         described: The tensors by group and name.
@@ -84,7 +85,7 @@ def make_plan(
             if 0 not in shape and (layout is None or not layout.irregular) and (group, name) not in irregular:
                 shard = _Shard(group, name, TensorRecord(dtype, shape))
                 by_layout[layout if layout is not None else replicated(world_size)].append(shard)
-    # In this order: what only one rank has; whole weights; what goes wherever there is room.
+    # In this order: tensors that only one rank has, then whole weights, then those that may go to any of several ranks.
     planned: dict[_Name, TensorRecord] = {}
     for layout, items in by_layout.items():
         if None not in layout.shards:
@@ -119,13 +120,13 @@ class _Shard:
 
 
 def _share(items: Sequence[_Shard], layout: Layout, limit: float, loads: list[int]) -> dict[_Name, TensorRecord]:
-    """Share tensors of one layout among the replicas.
+    """Distribute tensors with the same layout over the replicas.
 
     Args:
         items: The tensors.
-        layout: Theirs.
-        limit: Bytes of a rank's part; a larger part is cut, if other ranks hold it as well.
-        loads: Bytes of each rank, to which those of the tensors are added.
+        layout: Their layout.
+        limit: Limit in bytes for a rank's part. A larger part is cut if other ranks have it too.
+        loads: Bytes of each rank. The bytes of the tensors are added.
     """
     dims = list(zip(layout.sizes, layout.strides, layout.shards, strict=True))
     copies = [(size, stride) for size, stride, dim in dims if dim is None]
@@ -174,7 +175,7 @@ def _share(items: Sequence[_Shard], layout: Layout, limit: float, loads: list[in
 
 
 def _cut(item: _Shard, first: int, cuts: Iterable[Cut]) -> TensorRecord:
-    """The record of a tensor whose first part the rank `first` writes."""
+    """The record of a tensor. Rank `first` writes its first part."""
     dtype, shape = item.record.dtype, item.record.shape
     cuts = tuple(cut for cut in cuts if cut.rows < shape[cut.dim])
     if not cuts:
@@ -185,15 +186,15 @@ def _cut(item: _Shard, first: int, cuts: Iterable[Cut]) -> TensorRecord:
 def _assign(
     sizes: Mapping[_Name, int], of_rank_zero: Collection[_Name], mean: float, loads: list[int]
 ) -> dict[_Name, int]:
-    """The rank that writes each of the whole tensors: the largest first, each by the one with the least to do.
+    """Choose the rank that writes each whole tensor: the largest tensor first, each by the rank with the least to do.
 
-    No more ranks take part than are needed. The others are then free for the shards of which there are replicas.
+    Only as many ranks take part as are needed. The others stay free for replicated shards.
 
     Args:
         sizes: Bytes of the tensors.
-        of_rank_zero: Those that rank 0 writes.
-        mean: What a rank is to write of all.
-        loads: Bytes of each rank, to which those of the tensors are added.
+        of_rank_zero: The tensors that rank 0 writes.
+        mean: Mean number of bytes per rank in the whole save.
+        loads: Bytes of each rank. The bytes of the tensors are added.
     """
     writers = {name: 0 for name in sizes if name in of_rank_zero}
     loads[0] += sum(sizes[name] for name in writers)

@@ -1,4 +1,4 @@
-"""Makes the plan of a save, and keeps it for the saves that follow: the tensors are nearly always the same."""
+"""Makes the plan of a save, and keeps it for the next saves, whose tensors are nearly always the same."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .plan import Aliases, Plan, make_plan
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank writes of a tensor of a group of shards."""
+    """The part of a sharded group's tensor that this rank writes."""
 
     name: str
     chunk: Chunk
     index: tuple[slice, ...] | None
-    """The piece in what this rank holds of the tensor; None: all of it."""
+    """Index of the piece in this rank's local tensor. None: all of it."""
 
 
 class Planner:
-    """The plan of the last save. It is made again when names, shapes, dtypes, placements or tied weights differ.
+    """The plan of the last save. It is made again if names, shapes, dtypes, placements or tied weights have changed.
 
     Attributes:
-        described: What the ranks must agree on.
-        digest: Of `described`.
+        described: The description that must be the same on all ranks.
+        digest: Digest of `described`.
         irregular: Group and name of the tensors whose part on this rank is not where their layout says.
         plan: What each rank writes.
-        pieces: By group of shards: what this rank writes.
+        pieces: By group of shards: the pieces that this rank writes.
     """
 
     described: Described
@@ -48,10 +48,10 @@ class Planner:
         self._planned_for: Any = None
 
     def look_at(self, content: Content) -> None:
-        """Describe what is to be saved.
+        """Describe the content to be saved.
 
         Raises:
-            TypeError, ValueError: It cannot be.
+            TypeError, ValueError: It cannot be saved.
         """
         self._rank, self._world_size = collectives.rank(), collectives.world_size()
         described = content.describe(self._world_size)
@@ -63,12 +63,12 @@ class Planner:
             self.irregular = self._find_irregular(content)
 
     def make(self, content: Content, aliases: Aliases, irregular: Collection[tuple[str, str]]) -> None:
-        """Make the plan, unless it is there.
+        """Make the plan, unless it already exists.
 
         Args:
-            content: What was looked at.
+            content: The content that was passed to `look_at`.
             aliases: Tensors that are stored under another name, the same on each rank.
-            irregular: Those of all ranks.
+            irregular: The irregular tensors of all ranks.
         """
         planned_for = (list(content.weights), aliases, set(content.of_rank_zero), sorted(irregular))
         if planned_for != self._planned_for:

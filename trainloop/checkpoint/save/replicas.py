@@ -1,10 +1,10 @@
-"""Shows that tensors which the ranks hold copies of are the same, before each rank writes a part of them.
+"""Checks that replicated tensors are equal on all ranks, before each rank writes a part of them.
 
-A checkpoint of ranks that have diverged would mix them: one tensor of rank 0 beside another of rank 1. Each rank sends
-one number in place of its tensors, and a list of numbers only if the ranks do not agree.
+A checkpoint of ranks that have diverged would mix them: one tensor from rank 0, another from rank 1. Each rank sends
+one number for its tensors. Only if these differ, it sends a list of numbers.
 
-Costs a pass over the memory that is replicated, at the speed of a copy: 20 ms for 210 MB on one CPU core. Nothing in a
-single process, and nothing for what FSDP2 shards without replicas.
+Costs one pass over the replicated memory, at the speed of a copy: 20 ms for 210 MB on one CPU core. Costs nothing in a
+single process, or for tensors that FSDP2 shards without replicas.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..sharding import local_tensor
 from .writer import NUM_TOLD
 
 Checksums: TypeAlias = "dict[tuple[int, ...] | None, dict[str, int]]"
-"""By the part that a rank holds and by name. The part: the coordinates of its shards, None: the whole."""
+"""By part and by name. The part: the coordinates of its shards. None: the whole tensor."""
 _NUM_RANKS_TOLD = 8
 
 
 @torch.no_grad()
 def replica_checksums(content: Content, world_size: int) -> Checksums:
-    """Checksums of what other ranks should hold as well. No communication; one read for each device.
+    """Checksums of the tensors that other ranks should have too. No communication; one read for each device.
 
-    Sums of integers, which are exact: a norm would not see a small difference in a large tensor.
+    They are sums of integers, which are exact. A norm would miss a small difference in a large tensor.
     """
     if world_size == 1:
         return {}
@@ -44,7 +44,7 @@ def replica_checksums(content: Content, world_size: int) -> Checksums:
                 continue
             local = local_tensor(tensor)
             memory = (local.data_ptr(), local.shape, local.stride(), local.dtype, local.device)
-            if memory not in seen:  # a second group may show the same tensors
+            if memory not in seen:  # a second group may contain the same tensors
                 seen.add(memory)
                 held[part, f"{group}/{name}"] = local
     checksums: Checksums = defaultdict(dict)
@@ -54,21 +54,21 @@ def replica_checksums(content: Content, world_size: int) -> Checksums:
 
 
 def digests(checksums: Checksums) -> dict[tuple[int, ...] | None, bytes]:
-    """The checksums of each part in one."""
+    """One digest of all checksums, for each part."""
     return {part: hashlib.blake2b(repr(sums).encode(), digest_size=8).digest() for part, sums in checksums.items()}
 
 
 def do_agree(by_rank: Iterable[Mapping[tuple[int, ...] | None, bytes]]) -> bool:
-    """Whether all ranks that hold the same part have the same digest of it."""
+    """Whether all ranks with the same part have the same digest of it."""
     first: dict[tuple[int, ...] | None, bytes] = {}
     return all(first.setdefault(part, digest) == digest for own in by_rank for part, digest in own.items())
 
 
 def check_replicas(by_rank: Iterable[Checksums]) -> None:
-    """Raise if ranks hold different values of the same tensor.
+    """Raise if ranks have different values of the same tensor.
 
     Raises:
-        CheckpointError: It names the tensors, and the ranks that differ from the first one that holds them.
+        CheckpointError: It names the tensors, and the ranks that differ from the first rank that has them.
     """
     first: dict[tuple[int, ...] | None, dict[str, int]] = {}
     differing: dict[str, list[int]] = defaultdict(list)
@@ -94,8 +94,8 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _part(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Which part of the tensor this rank holds: its coordinates in the mesh, -1 along a dimension of replicas. None:
-    all of it; (): a part that no other rank holds.
+    """The part of the tensor on this rank: its coordinates in the mesh, with -1 in dimensions that replicate. None: the
+    whole tensor. (): a part that no other rank has.
     """
     if not is_dtensor(tensor):
         return None

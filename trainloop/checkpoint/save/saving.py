@@ -1,7 +1,7 @@
 """One save, from the live tensors to the durable checkpoint.
 
-begin      the ranks compare what they are about to save; rank 0 looks for space and makes the temporary folder
-snapshot   this rank's part is copied to the CPU
+begin      the ranks compare what they want to save; rank 0 checks the free space and makes the temporary folder
+snapshot   each rank copies its part to the CPU
 write      each rank writes and syncs its files
 commit     rank 0 checks that nothing is missing, writes the manifest, renames: the checkpoint exists
 """
@@ -35,17 +35,17 @@ from .writer import NUM_TOLD, Written, library_versions, make_manifest, write_dr
 _Begun: TypeAlias = "tuple[str, int, dict[str, dict[str, str]], list[tuple[str, str]]]"
 """Token, number of the commit, aliases, and the tensors that no rule can describe."""
 _Prepared: TypeAlias = "tuple[int, dict[Any, bytes], int, list[tuple[str, str]]]"
-"""Digests of the tensors' descriptions and of replicas, bytes of nested state, and the tensors that are irregular."""
+"""Digests of the descriptions and of the replicas, bytes of nested state, and the irregular tensors."""
 _SPARE_BYTES = 2**20
-"""What manifest and folders take, about."""
+"""About the size of the manifest and the folders."""
 
 
 class Saving:
-    """A save on its way. `start` and `finish` are called on every rank; `finish` may be called by a thread.
+    """A save in progress. Call `start` and `finish` on every rank; a thread may call `finish`.
 
     Attributes:
-        step: Names the checkpoint.
-        token: Makes the names of what lies beside the checkpoint unique.
+        step: The step of the checkpoint.
+        token: Makes the names of temporary folders unique.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Saving:
         """
         Args:
             fs: The disk.
-            catalog: Of the folder to save into.
-            step: Names the checkpoint.
+            catalog: The catalog of the folder to save into.
+            step: The step of the checkpoint.
             about: Fields of the manifest that the caller knows.
             clock: Gives the commit its time.
-            lock: Of the folder; rank 0 has it.
-            planner: Has the plan of the save before.
+            lock: The lock of the folder; None on the other ranks than 0.
+            planner: It may have the plan of the last save.
         """
         self._fs, self._catalog, self._about, self._clock, self._lock = fs, catalog, dict(about), clock, lock
         self._planner, self._plan = planner, Plan({}, {}, [], 0)
@@ -74,17 +74,17 @@ class Saving:
         self.failure = f"The checkpoint of step {step} was not saved, earlier ones are untouched"
 
     def start(self, content: Content, extra: Mapping[str, str], buffers: Buffers, ranks: Ranks, copy: bool) -> None:
-        """Begin and snapshot.
+        """Begin the save and take the snapshot.
 
         Args:
-            content: What to save; with `copy` it is not needed after the return.
-            extra: Texts to write besides, by path.
-            buffers: Hold the copies.
-            ranks: All of them.
+            content: The content to save. With `copy`, it is not needed after the return.
+            extra: More texts to write, by path.
+            buffers: Memory for the copies.
+            ranks: The ranks.
             copy: False: the live tensors do not change before `finish` has returned.
 
         Raises:
-            CheckpointError: On every rank: it cannot be saved, and nothing was written.
+            CheckpointError: On every rank: the content cannot be saved, and nothing was written.
         """
         self._about["frozen"] = content.frozen
         state: State | None = None
@@ -111,7 +111,7 @@ class Saving:
             return token, self._catalog.next_seq(), aliases, sorted(irregular)
 
         begun = ranks.do(prepare, begin, self.failure)
-        if begun is None:  # only now every rank sends its list
+        if begun is None:  # only in this case does every rank send its list
             described = self._planner.described
             each = [(group, *item) for group, tensors in described.items() for item in tensors.items()]
             sums = [zlib.crc32(repr(item).encode()) for item in each]
@@ -132,17 +132,17 @@ class Saving:
         """Write and commit.
 
         Returns:
-            On rank 0: what it replaced, to be discarded.
+            On rank 0: the replaced checkpoint, which must be discarded.
 
         Raises:
-            CheckpointError: On every rank, naming those that failed; the temporary folder is gone.
+            CheckpointError: On every rank. It names the ranks that failed. The temporary folder is removed.
         """
         temporary = temporary_folder(self._catalog.root, self.step, self.token)
         replaced: list[Path] = []
         non_finite: list[str] = []
 
         def commit(written: list[Written]) -> None:
-            self._check_lock()  # the writing may have taken minutes
+            self._check_lock()  # again, because writing may have taken minutes
             manifest = make_manifest(
                 self._plan,
                 written,
@@ -154,7 +154,7 @@ class Saving:
                 versions=library_versions(),
             )
             text, tables = manifest_texts(manifest)
-            parse_manifest(text, tables)  # whatever a reader would not accept must not be committed
+            parse_manifest(text, tables)  # a manifest that a reader would refuse must not be committed
             write_file(self._fs, temporary / TABLES, [tables.encode()])
             write_file(self._fs, temporary / MANIFEST, [text.encode()])
             self._fs.sync_dir(temporary)
@@ -179,13 +179,13 @@ class Saving:
         return replaced
 
     def _check_lock(self) -> None:
-        """On rank 0."""
+        """Call on rank 0."""
         assert self._lock is not None
         self._lock.check()
 
     def _tell_difference(self, by_rank: list[tuple[list[int], Checksums]]) -> None:
-        """On rank 0: raise for what the ranks do not agree on. They must save the same tensors, or gathering them would
-        hang, and those that each has a copy of must be equal.
+        """On rank 0: raise for the first difference between the ranks. They must save the same tensors, or gathering
+        would hang, and replicated tensors must be equal.
         """
         checksums = [described for described, _ in by_rank]
         own = [f"{group}/{name}" for group, tensors in self._planner.described.items() for name in tensors]
@@ -201,7 +201,7 @@ class Saving:
         check_replicas(values for _, values in by_rank)
 
     def _look_for_space(self, num_bytes: int) -> None:
-        """On rank 0."""
+        """Call on rank 0."""
         needed, free = num_bytes + _SPARE_BYTES, self._fs.free_bytes(self._catalog.root)
         if needed > free:
             raise CheckpointError(

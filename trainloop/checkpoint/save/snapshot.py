@@ -1,4 +1,4 @@
-"""Takes what a rank will write out of the live tensors, so that training may go on."""
+"""Copies the tensors that a rank will write, so that training can continue."""
 
 from __future__ import annotations
 
@@ -30,28 +30,30 @@ class Output:
 
 @dataclass
 class Draft:
-    """What one rank writes."""
+    """The files that one rank writes."""
 
     outputs: dict[str, Output] = field(default_factory=dict)
     """By path inside the checkpoint."""
     chunks: dict[str, dict[str, Chunk]] = field(default_factory=dict)
-    """By group and name: what the rank writes of tensors for which there is no rule."""
+    """By group and name: the parts that this rank writes of tensors without a rule."""
     plan: int = 0
-    """Digest of the plan by which it was made."""
+    """Digest of the plan that was used."""
     must_be_finite: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What this rank writes of those tensors, by full name."""
+    """The copies of tensors that must be finite, as far as this rank writes them, by full name."""
     wait_for_copies: Callable[[], None] = lambda: None
-    """Returns when the tensors have their values: copies from a device may still be on their way."""
+    """Returns when the tensors have their values. Copies from a device may still be running before that."""
     error: Exception | None = None
-    """What made it incomplete. It is told when the ranks vote: one that left earlier would leave the others waiting."""
+    """The error that made it incomplete. It is raised when the ranks vote: if a rank left earlier, the others would
+    wait."""
 
 
 class Buffers:
-    """Copies of tensors in CPU memory that the next snapshot uses again: fresh memory takes five times as long.
+    """Copies of tensors in CPU memory. The next snapshot uses the memory again, because new memory takes five times as
+    long.
 
-    Copies from a device are queued on its current stream, into pinned memory, and the host does not wait for them. What
-    is queued later runs after them, so nothing that training does gets into a copy. On a stream of their own they could
-    run beside the next forward pass, and what that writes (a BatchNorm, a codebook) would tear the snapshot.
+    Copies from a device are queued on its current stream, into pinned memory, and the host does not wait for them. Work
+    that is queued later runs after them, so training can't change a copy. On a separate stream they could run during
+    the next forward pass, and its writes (to BatchNorm's statistics or a codebook) would tear the snapshot.
     """
 
     def __init__(self) -> None:
@@ -60,16 +62,16 @@ class Buffers:
         self._devices: set[torch.device] = set()
 
     def start(self) -> None:
-        """Begin a snapshot: what was held is free to be overwritten."""
+        """Begin a snapshot. The memory of the last one may be overwritten now."""
         self._held, self._spare = {}, self._held
 
     def hold(self, key: Any, tensor: torch.Tensor, copy: bool) -> torch.Tensor:
-        """`tensor` as a contiguous one on the CPU, which has its values when what `finish` returns has been called.
+        """A contiguous copy of `tensor` on the CPU. Its values are complete after a call of `finish`'s result.
 
         Args:
-            key: Under which the memory is found again.
-            tensor: May be changed by what is queued on the device's current stream afterwards.
-            copy: False: if it is contiguous and on the CPU already, it is taken as it is.
+            key: Key by which the memory is found again.
+            tensor: Work that is queued on the device's current stream afterwards may change it.
+            copy: False: a contiguous CPU tensor is returned itself, without a copy.
         """
         on_cpu = tensor.device.type == "cpu"
         if not copy and on_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
@@ -85,10 +87,10 @@ class Buffers:
         return buffer
 
     def finish(self) -> Callable[[], None]:
-        """End the snapshot, and let go of memory that was not used again.
+        """End the snapshot, and free memory that was not used again.
 
         Returns:
-            Waits for the copies; call it on any thread.
+            A function that waits for the copies. Call it on any thread.
         """
         events: list[Any] = []
         for device in self._devices:
@@ -114,16 +116,16 @@ def _has_streams(device: torch.device) -> bool:
 
 
 class State:
-    """The nested state of this rank and of the run, encoded but with its tensors still live."""
+    """The encoded nested state of this rank and of the run. Its tensors are still live."""
 
     def __init__(self, content: Content, rank: int) -> None:
         """
         Args:
-            content: Has the state.
-            rank: Rank 0 writes the state of the run as well.
+            content: It contains the state.
+            rank: Rank 0 also writes the state of the run.
 
         Raises:
-            TypeError: The state holds what cannot be stored.
+            TypeError: The state contains something that cannot be stored.
         """
         self.files: dict[str, tuple[Json, dict[str, torch.Tensor]]] = {state_file(rank): encode(content.rank_state)}
         if rank == 0:
@@ -142,10 +144,10 @@ def take_snapshot(content: Content, state: State, planner: Planner, buffers: Buf
     """Make the draft of this rank. Call on every rank: DTensors among the weights are gathered, one at a time.
 
     Args:
-        content: What is saved.
+        content: The content to save.
         state: Its nested state.
-        planner: Has the plan for it.
-        buffers: Hold the copies.
+        planner: It has the plan for the content.
+        buffers: Memory for the copies.
         rank: This rank.
         copy: Whether the live tensors may change before the draft is written.
     """
@@ -168,7 +170,7 @@ def take_snapshot(content: Content, state: State, planner: Planner, buffers: Buf
         files = {name: r.chunks[0].file for name, r in plan.tensors[group].items() if r.alias_of is None}
         for name, path in files.items():
             tensor = tensors[name].detach()
-            # Gathering is a collective: it goes on when this rank has failed.
+            # Gathering is a collective, so it continues even if this rank has failed.
             whole = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
             if plan.weights[group][name] == rank:
                 hold(path, name, whole, f"{group}/{name}")

@@ -22,21 +22,21 @@ from .plan import Plan
 from .snapshot import Draft
 
 NUM_TOLD = 5
-"""How many tensors a message names."""
+"""Number of tensors that a message names."""
 _METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank has on the disk."""
+    """What one rank has written."""
 
     files: dict[str, FileRecord]
     chunks: dict[str, dict[str, Chunk]]
-    """Of tensors for which there is no rule."""
+    """The parts of tensors without a rule."""
     plan: int
-    """Digest of the plan by which it was written."""
+    """Digest of the plan that was used."""
     non_finite: list[str]
-    """Names of the tensors that had to be finite and are not; the first few."""
+    """Names of the first few tensors that must be finite but are not."""
 
 
 def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
@@ -45,7 +45,7 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
     Args:
         fs: The disk.
         folder: The temporary folder, which all ranks share.
-        draft: What to write; its error, if it has one, is raised.
+        draft: The files to write. If it has an error, that is raised.
     """
     if draft.error is not None:
         raise draft.error
@@ -58,7 +58,7 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
         buffers = [output.text] if output.text is not None else serialize(output.tensors, _METADATA)
         files[path] = write_file(fs, folder / path, buffers, sync=False)
     non_finite = [name for name, tensor in draft.must_be_finite.items() if not is_finite(tensor)]
-    for path in draft.outputs:  # when all are written: the disk then commits them together
+    for path in draft.outputs:  # after all are written, so that the disk commits them together
         fs.sync_path(folder / path)
     for parent in parents:
         fs.sync_dir(parent)
@@ -66,12 +66,12 @@ def write_draft(fs: FileSystem, folder: Path, draft: Draft) -> Written:
 
 
 def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool = True) -> FileRecord:
-    """Write a file, and take the checksum of what was meant to be written while the disk is busy."""
+    """Write a file, and compute the checksum of the intended content while the disk is busy."""
     checksum = BackgroundCrc32(buffers)
     try:
         fs.write(path, buffers, sync)
     except OSError as ex:
-        ex.filename = ex.filename or str(path)  # a full disk is not told with the name of the file
+        ex.filename = ex.filename or str(path)  # the error for a full disk doesn't contain the file's name
         raise
     finally:
         crc32 = checksum.result()
@@ -79,18 +79,18 @@ def write_file(fs: FileSystem, path: Path, buffers: Sequence[Buffer], sync: bool
 
 
 def make_manifest(plan: Plan, written: Sequence[Written], *, versions: Mapping[str, str], **fields: Any) -> Manifest:
-    """Describe a checkpoint that all ranks have written. Each rank has checked its parts against the plan, so nothing
-    is looked at here for each part.
+    """Describe a checkpoint that all ranks have written. Each rank has checked its own parts against the plan, so the
+    parts are not checked one by one here.
 
     Args:
-        plan: Who was to write what.
+        plan: The plan of rank 0.
         written: By rank.
-        versions: Of the libraries.
-        **fields: What else a `Manifest` has, besides health and the tables.
+        versions: Versions of the libraries.
+        **fields: The other fields of a `Manifest`, without health and the tables.
 
     Raises:
-        CheckpointError: The ranks had different plans, a file was written by two ranks, or a tensor not by exactly one
-            of them.
+        CheckpointError: The ranks had different plans, two ranks wrote the same file, or the written parts of a tensor
+            don't cover it exactly.
     """
     files: dict[str, FileRecord] = {}
     for rank, part in enumerate(written):
@@ -113,7 +113,7 @@ def make_manifest(plan: Plan, written: Sequence[Written], *, versions: Mapping[s
 
 
 def _complete(group: str, name: str, record: TensorRecord, written: Sequence[Written]) -> TensorRecord:
-    """A tensor with its parts; those that no rule says are the ones that the ranks have told."""
+    """The record of a tensor with its parts. Parts without a rule are those that the ranks have reported."""
     if record.ruled is not None or record.chunks:
         return record
     stored = record.alias_of or name
@@ -129,11 +129,11 @@ def _complete(group: str, name: str, record: TensorRecord, written: Sequence[Wri
 
 @functools.cache
 def library_versions() -> dict[str, str]:
-    """Versions of what a checkpoint may depend on."""
+    """Versions of the libraries that a checkpoint may depend on."""
     versions = {"python": platform.python_version(), DISTRIBUTION: __version__}
     for name in ("torch", "accelerate", "safetensors"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # a copy without metadata
+            continue  # a copy of the library without metadata
     return versions

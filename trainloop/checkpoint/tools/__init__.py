@@ -1,4 +1,4 @@
-"""What the command line does with checkpoints, in one process without a trainer.
+"""The work of the command line on checkpoints, in one process without a trainer.
 
-In: folders, perhaps damaged ones. Out: tables, exported files, and fewer checkpoints if that is what was asked for.
+In: folders, perhaps damaged ones. Out: tables, exported files, and fewer checkpoints if the user asks for that.
 """

@@ -1,7 +1,7 @@
-"""Takes a group of tensors out of a checkpoint: as one safetensors file, or as a folder for `from_pretrained`.
+"""Exports a group of tensors from a checkpoint: as one safetensors file, or as a folder for `from_pretrained`.
 
-Never is a whole tensor in memory, only a piece of it. What is written lies under a temporary name beside its
-target until it is complete and durable.
+Only pieces of tensors are in memory, never a whole one. The output has a temporary name beside its target until it is
+complete and durable.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from .sources import Sources
 
 FILE_SUFFIX = ".safetensors"
 CONFIG = "config.json"
-"""What `from_pretrained` reads first; a checkpoint has it beside the weights if the run put it there."""
+"""The first file that `from_pretrained` reads. A checkpoint has it beside the weights if the run put it there."""
 
 _SAVED_CONFIG = f"model/{CONFIG}"
 _INDEX = f"model{FILE_SUFFIX}.index.json"
 _EXPORT_FILE = re.compile(
     rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(_INDEX)}|{re.escape(CONFIG)}"
-    # Of `export_accelerate`:
+    # From `export_accelerate`:
     r"|pytorch_model_fsdp\.bin|(optimizer|scheduler)(_\d+)?\.bin|scaler\.pt|random_states_\d+\.pkl"
-    r"|adapter_config\.json|adapter_model\.safetensors|generation_config\.json"  # of `export_peft`
+    r"|adapter_config\.json|adapter_model\.safetensors|generation_config\.json"  # from `export_peft`
 )
-_PIECE_BYTES = 2**20  # larger ones are slower: they leave the processor's cache
+_PIECE_BYTES = 2**20  # larger pieces are slower, because they don't fit into the processor's cache
 _SPARE_BYTES = 2**20
-"""What headers and index take, about."""
+"""About the size of headers and index."""
 _CAST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Floats of 8 bits stay: they mean nothing without their scales, which are tensors of their own."""
+"""8-bit floats are not cast: they have no meaning without their scales, which are separate tensors."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     path: Path
     num_tensors: int
     num_files: int
-    """Of tensors."""
+    """Number of files with tensors."""
     num_bytes: int
-    """Of tensors."""
+    """Bytes of tensors."""
 
 
 def needed_files(manifest: Manifest, group: str) -> dict[str, FileRecord]:
@@ -72,14 +72,14 @@ def needed_files(manifest: Manifest, group: str) -> dict[str, FileRecord]:
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuse a path that must not be written to.
+    """Raise for a path that must not be written to.
 
     Args:
         output: The path.
-        force: Whether what an export wrote there may be replaced.
+        force: Whether an earlier export at this path may be replaced.
 
     Raises:
-        ValueError: It lies in a checkpoint, it exists, or its name is that of something else.
+        ValueError: The path is inside a checkpoint, it exists, or its name doesn't fit.
     """
     output = Path(os.path.abspath(output))
     if around := [path for path in (output, *output.parents) if has_manifest(path)]:
@@ -115,20 +115,20 @@ def export(
     force: bool = False,
     fs: FileSystem | None = None,
 ) -> Exported:
-    """Write the tensors of a group so that other software reads them.
+    """Write the tensors of a group in a form that other software can read.
 
-    A path that ends in .safetensors becomes one file, with tied tensors under each of their names, as a strict
-    `load_state_dict` wants them. Any other becomes a folder as `save_pretrained` makes it: the first name of tied
-    tensors only (transformers ties them itself), several files with an index beyond `max_shard_bytes`, and the
-    `config.json` of the checkpoint. A complex tensor is written as pairs of real numbers, as in the checkpoint.
+    A path that ends in .safetensors becomes one file. It has tied tensors under each of their names, because a strict
+    `load_state_dict` needs them. Any other path becomes a folder as made by `save_pretrained`: only the first name of
+    tied tensors (transformers ties them itself), several files with an index above `max_shard_bytes`, and the
+    checkpoint's `config.json`. A complex tensor is written as pairs of real numbers, as in the checkpoint.
 
     Args:
-        checkpoint: Its `needed_files` have been verified.
-        group: "model", or any other group of the checkpoint.
-        output: The path; folders above it are made.
-        dtype: Floats of 16 bits and more are cast to it. None: they stay as they are.
-        max_shard_bytes: Of tensors in one file of a folder; a larger tensor has a file of its own.
-        force: Replace what is there. A folder is replaced only if an export could have written all that it holds.
+        checkpoint: The checkpoint. Its `needed_files` must have been verified.
+        group: "model", or another group of the checkpoint.
+        output: The path. Missing parent folders are made.
+        dtype: Cast floats of 16 bits or more to this dtype. None: keep their dtypes.
+        max_shard_bytes: Limit of tensor bytes per file in a folder. A larger tensor gets its own file.
+        force: Replace an existing output. A folder is replaced only if an export could have written all its files.
         fs: The disk.
 
     Raises:
@@ -174,13 +174,13 @@ def export(
 
 
 def left_out(manifest: Manifest) -> str:
-    """What a user must know of a checkpoint that leaves out frozen parameters; "": it has all."""
+    """A text about the frozen parameters that a checkpoint leaves out. "": it has all."""
     names = sorted(manifest.frozen)
     return f"{len(names)} frozen parameters that `build_model` gives (first: {names[0]})" if names else ""
 
 
 def _check_whole(checkpoint: Checkpoint, is_file: bool) -> None:
-    """Refuse a folder for `from_pretrained` which that would fill up with random weights."""
+    """Refuse an incomplete folder, because `from_pretrained` would fill it up with random weights."""
     if is_file:
         return
     if PEFT in checkpoint.manifest.files:
@@ -206,7 +206,7 @@ def write_tensors(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> int:
-    """Write a safetensors file of a checkpoint's tensors, under the names of `records`; returns their bytes."""
+    """Write a safetensors file of a checkpoint's tensors, under the names of `records`. Returns their bytes."""
     described = {name: (_target_dtype(record, dtype), record.shape) for name, record in records.items()}
     begin, order = header(described, metadata)
     fs.write(path, _buffers(begin, {name: records[name] for name in order}, sources, described))
@@ -219,7 +219,7 @@ def _target_dtype(record: TensorRecord, dtype: torch.dtype | None) -> torch.dtyp
 
 
 def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in their order, such that each part has at most `max_bytes` or a single tensor."""
+    """Split names, in their order, into parts of at most `max_bytes` or a single tensor."""
     parts: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():
@@ -233,13 +233,13 @@ def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 @contextmanager
 def _opened(checkpoint: Checkpoint, records: Mapping[str, TensorRecord]) -> Iterator[tuple[Sources, bytes | None]]:
-    """The files of tensors, and the text of the configuration if there is one."""
+    """The files with the tensors, and the text of the configuration if there is one."""
     with closing(Sources(checkpoint, records)) as sources:
         try:
             has_config = _SAVED_CONFIG in checkpoint.manifest.files
             config = read_regular(checkpoint.folder, _SAVED_CONFIG, MAX_JSON_BYTES) if has_config else None
         except OSError:
-            checkpoint.check_there()  # if it is gone, that is the reason
+            checkpoint.check_there()  # if the checkpoint is gone, report that instead
             raise
         checkpoint.check_there()
         yield sources, config
@@ -251,7 +251,7 @@ def _buffers(
     sources: Sources,
     described: Mapping[str, tuple[torch.dtype, Sequence[int]]],
 ) -> Iterator[Buffer]:
-    """The bytes of a file. A buffer is valid until the next one is asked for."""
+    """The bytes of a file. Each buffer is valid until the next one is requested."""
     yield begin
     for name, record in records.items():
         for piece in _pieces(record, sources):
@@ -263,7 +263,7 @@ def _buffers(
 
 
 def _pieces(record: TensorRecord, sources: Sources) -> Iterator[torch.Tensor]:
-    """A tensor from its first row to its last, in pieces of `_PIECE_BYTES`, or of one row if that is more."""
+    """A tensor from its first row to its last, in pieces of `_PIECE_BYTES`, or of one row if that is larger."""
     dtype: torch.dtype = DTYPES[record.dtype]
     shape = record.shape or (1,)
     if 0 in shape:
@@ -286,7 +286,7 @@ def _pieces(record: TensorRecord, sources: Sources) -> Iterator[torch.Tensor]:
 
 
 def _config(text: bytes, dtype: torch.dtype | None) -> bytes:
-    """The model's configuration; it must not claim another dtype than the weights have."""
+    """The model's configuration, with the dtype of the exported weights."""
     if dtype is None:
         return text
     config = parse_json(text)
@@ -298,7 +298,7 @@ def _config(text: bytes, dtype: torch.dtype | None) -> bytes:
 
 
 def look_for_space(fs: FileSystem, folder: Path, num_bytes: int) -> None:
-    """Raise if the disk cannot hold so many bytes of tensors."""
+    """Raise if the disk has no space for so many bytes of tensors."""
     needed, free = num_bytes + _SPARE_BYTES, fs.free_bytes(folder)
     if needed > free:
         raise CheckpointError(
@@ -307,9 +307,9 @@ def look_for_space(fs: FileSystem, folder: Path, num_bytes: int) -> None:
 
 
 def put_in_place(fs: FileSystem, temporary: Path, output: Path) -> None:
-    """Give what was written its name, durably."""
+    """Rename the temporary output to its final name, durably."""
     replaced = None
-    if output.is_dir():  # a file is replaced by the rename itself
+    if output.is_dir():  # the rename itself replaces a file
         replaced = output.with_name(f"{temporary.name}-replaced")
         fs.rename(output, replaced)
     try:

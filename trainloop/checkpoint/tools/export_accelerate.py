@@ -1,7 +1,7 @@
-"""Writes a checkpoint as a folder that `accelerator.load_state` reads, for those who have to go back.
+"""Exports a checkpoint as a folder for `accelerator.load_state`, for users who go back to plain Accelerate.
 
-Unlike the weights alone, this is mostly pickles, which is the form that Accelerate has; model and optimizer are in
-memory once while they are written.
+Most of its files are pickles, because that is Accelerate's format. Model and optimizer are in memory once during the
+export.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ def needed_files(manifest: Manifest) -> dict[str, FileRecord]:
 def export_accelerate(
     checkpoint: Checkpoint, output: Path, *, fsdp2: bool = False, force: bool = False, fs: FileSystem | None = None
 ) -> Exported:
-    """Write model, optimizer, schedule, loss scale and the random generators of the CPU.
+    """Write model, optimizer, schedule, loss scale and the CPU's random generators.
 
-    Of several optimizers and schedules each gets a file, in the order of `build_optimizer`.
+    If there are several optimizers and schedules, each gets a file, in the order of `build_optimizer`.
 
-    What Accelerate has no place for is left out: the step, the position in the data, averages of the weights and what
-    other hooks keep. Those of the random generators that belong to a device are left out as well, since Accelerate
-    wants them of all devices of a process.
+    State that has no place in Accelerate's format is left out: the step, the position in the data, averages of the
+    weights, and the state of other hooks. Random generators of a device are left out too, because Accelerate needs
+    those of all devices of a process.
 
     Args:
-        checkpoint: Its `needed_files` have been verified.
-        output: A folder; folders above it are made.
-        fsdp2: For a script that runs under FSDP2, whose files are others; it must have FULL_STATE_DICT as its state
-            dict type. Else for one process or DDP.
-        force: Replace what is there. A folder is replaced only if an export could have written all that it holds.
+        checkpoint: The checkpoint. Its `needed_files` must have been verified.
+        output: A folder. Missing parent folders are made.
+        fsdp2: True: for a script under FSDP2, whose files differ; it must use FULL_STATE_DICT as its state dict type.
+            False: for one process or DDP.
+        force: Replace an existing output. A folder is replaced only if an export could have written all its files.
         fs: The disk.
 
     Raises:
@@ -63,7 +63,7 @@ def export_accelerate(
         raise ValueError(f"{checkpoint.folder} leaves out {missing}, but `load_state` needs them all")
     records = checkpoint.records("model")
     model, state = _read(checkpoint, "model"), checkpoint.global_state()
-    if not fsdp2:  # Accelerate reads it with safetensors' `load_model`, which takes one of tied tensors only
+    if not fsdp2:  # Accelerate reads it with safetensors' `load_model`, which accepts only one of tied tensors
         model = {name: model[name] for name, record in records.items() if record.alias_of is None}
     sizes: Mapping[str, int] = state["optimizer"].get("optimizers", {})
     if fsdp2 and sizes:
@@ -113,15 +113,15 @@ def _read(checkpoint: Checkpoint, group: str) -> dict[str, torch.Tensor]:
 
 
 def _numbered(name: str, i: int) -> str:
-    """The file of the i-th object, as Accelerate names it."""
+    """The file name of the i-th object, as in Accelerate."""
     return f"{name}.bin" if i == 0 else f"{name}_{i}.bin"
 
 
 def _optimizers(
     checkpoint: Checkpoint, saved: Mapping[str, Any], sizes: list[int], by_name: bool
 ) -> list[dict[str, Any]]:
-    """Of each optimizer what `Optimizer.state_dict` gives, or torch's `get_optimizer_state_dict`, which names the
-    parameters. `sizes` are the numbers of their groups; empty: there is one optimizer.
+    """For each optimizer, the state of `Optimizer.state_dict`, or with `by_name` of torch's `get_optimizer_state_dict`.
+    `sizes` are the numbers of their groups; empty: there is only one optimizer.
     """
     state = {name: dict(values) for name, values in saved["state"].items()}
     for full_name, tensor in _read(checkpoint, "optim").items():
@@ -137,14 +137,14 @@ def _optimizer(state: Mapping[str, Any], saved_groups: list[dict[str, Any]], by_
     keys: dict[str, Any] = {name: name if by_name else place for place, name in enumerate(names)}
     groups = []
     for group in saved_groups:
-        # JSON made lists of the tuples that torch has here ("betas").
+        # JSON turned torch's tuples ("betas") into lists.
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
         groups.append({**values, "params": [keys[name] for name in group["params"]]})
     return {"state": {keys[name]: state[name] for name in names if name in state}, "param_groups": groups}
 
 
 def _random_states(rng: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the CPU, in Accelerate's form; its "step" counts micro-batches of the window that is open, and none is."""
+    """The CPU's generators in Accelerate's form. Its "step" counts micro-batches of the open window; none is open."""
     version, internal, gauss = rng["python"]
     states: dict[str, Any] = {"step": 0, "random_state": (version, tuple(internal), gauss)}
     if "numpy" in rng:

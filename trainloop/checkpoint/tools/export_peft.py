@@ -1,4 +1,4 @@
-"""Writes the adapters of a checkpoint as `PeftModel.from_pretrained` reads them, or merges one into its base model."""
+"""Exports the adapters of a checkpoint for `PeftModel.from_pretrained`, or merges one into its base model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def peft_files(manifest: Manifest, group: str) -> dict[str, FileRecord]:
-    """The files that these exports of a group read."""
+    """The files that the exports in this module read."""
     files = {path: record for path, record in manifest.files.items() if path == PEFT}
     return {**needed_files(manifest, group), **files}
 
@@ -48,20 +48,20 @@ def export_peft(
     """Write an adapter as a folder with `adapter_config.json` and `adapter_model.safetensors`. Needs no peft.
 
     Args:
-        checkpoint: Its `peft_files` have been verified.
-        group: "model", or an average of it.
-        output: A folder; folders above it are made.
-        adapter: Its name. None: "default", or the only one.
-        dtype: Floats of 16 bits and more are cast to it. None: they stay as they are.
-        force: Replace what is there, if an export could have written it.
+        checkpoint: The checkpoint. Its `peft_files` must have been verified.
+        group: "model", or an average of the model.
+        output: A folder. Missing parent folders are made.
+        adapter: Name of the adapter. None: "default", or the only one.
+        dtype: Cast floats of 16 bits or more to this dtype. None: keep their dtypes.
+        force: Replace an existing output, if an export could have written it.
         fs: The disk.
 
     Returns:
-        What was written, and the names of the trained parameters that are in no adapter.
+        The result, and the names of trained parameters that belong to no adapter.
 
     Raises:
         ValueError: `output` cannot be written to, or there is no such adapter.
-        CheckpointError: The checkpoint has no adapters that peft knows, or the disk has no space.
+        CheckpointError: The checkpoint has no peft adapters, or the disk has no space.
     """
     fs = fs if fs is not None else FileSystem()
     output = _folder(output, force)
@@ -91,25 +91,25 @@ def export_merged(
     max_shard_bytes: int = 5 * 10**9,
     force: bool = False,
 ) -> Path:
-    """Write a model of transformers that an adapter is merged into, for `from_pretrained`. Needs peft, transformers and
-    memory for the whole model.
+    """Merge an adapter into a transformers model, and write the model for `from_pretrained`. Needs peft, transformers
+    and memory for the whole model.
 
-    The base model is that of `base`, or of the adapter's configuration. All that the checkpoint has is put over it.
-    What it has left out must be as in the run.
+    The base model is `base`, or the one that the adapter's configuration names. The checkpoint's weights overwrite it.
+    Weights that the checkpoint leaves out must be the same as in the run.
 
     Args:
-        checkpoint: Its `peft_files` have been verified.
-        group: "model", or an average of it.
-        output: A folder; folders above it are made.
-        base: The base model, as `from_pretrained` takes it. Not needed if the checkpoint has all weights.
-        adapter: Its name. None: "default", or the only one.
-        dtype: Of the model that is written. None: that of the weights.
-        max_shard_bytes: Of tensors in one file.
-        force: Replace what is there, if an export could have written it.
+        checkpoint: The checkpoint. Its `peft_files` must have been verified.
+        group: "model", or an average of the model.
+        output: A folder. Missing parent folders are made.
+        base: The base model, in a form that `from_pretrained` accepts. Not needed if the checkpoint has all weights.
+        adapter: Name of the adapter. None: "default", or the only one.
+        dtype: Dtype of the written model. None: that of the weights.
+        max_shard_bytes: Limit of tensor bytes per file.
+        force: Replace an existing output, if an export could have written it.
 
     Raises:
-        ValueError: An argument is wrong, or the base model is not given and not known.
-        CheckpointError: The base model is not that of the run, or the adapter cannot be merged.
+        ValueError: An argument is wrong, or the base model is neither given nor known.
+        CheckpointError: The base model differs from that of the run, or the adapter cannot be merged.
     """
     output = _folder(output, force)
     try:
@@ -164,10 +164,10 @@ def export_merged(
 
 
 def adapter_of(described: Mapping[str, Any], asked: str | None) -> str:
-    """The name of the adapter that is meant.
+    """The name of the requested adapter.
 
     Raises:
-        ValueError: There is no such adapter, or which one is meant cannot be told.
+        ValueError: There is no such adapter, or the request is ambiguous.
     """
     names = list(described["adapters"])
     name = asked if asked is not None else "default" if "default" in names or len(names) != 1 else names[0]
@@ -203,7 +203,7 @@ def _read_adapters(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _records(checkpoint: Checkpoint, group: str, names: Mapping[str, str]) -> dict[str, TensorRecord]:
-    """Of an adapter, by peft's names. An average has only what is trained; the model has the rest."""
+    """The records of an adapter, by peft's names."""
     own = checkpoint.records(group)
     if missing := [name for name in names.values() if name not in own]:
         raise CheckpointError(
@@ -221,7 +221,7 @@ def _write(
     records: Mapping[str, TensorRecord],
     dtype: torch.dtype | None,
 ) -> int:
-    """Returns the bytes of tensors."""
+    """Write the folder of an adapter. Returns the bytes of tensors."""
     fs.make_dir(folder)
     with closing(Sources(checkpoint, records)) as sources:
         num_bytes = write_tensors(fs, folder / ADAPTER, records, sources, dtype, {"format": "pt"})
@@ -232,7 +232,7 @@ def _write(
 
 @torch.no_grad()
 def _fill(checkpoint: Checkpoint, group: str, whole: Any, adapter: str) -> None:
-    """Put all that the checkpoint has into a model, whose adapter is named "default", and check what is left out."""
+    """Copy the checkpoint's weights into a model, whose adapter is named "default", and check the weights left out."""
     state = {_own_name(name, adapter): tensor for name, tensor in whole.state_dict().items()}
     saved = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors(group).items()}
     checkpoint.read_into(group, saved)

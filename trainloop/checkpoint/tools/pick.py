@@ -1,4 +1,4 @@
-"""Picks the checkpoint that something is to be taken out of, without a lock and without looking at all of it."""
+"""Picks the checkpoint that a command reads, without a lock, and verifies only the files that are needed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..load.loading import list_damaged, locate_best, tell_choice
 from ..load.reader import Checkpoint
 from .survey import Select, is_one_checkpoint, look_into
 
-_PATIENCE = 3  # how often a run may remove what is just being verified
+_PATIENCE = 3  # how often a run may remove the checkpoint that is being verified
 
 
 def pick(path: Path, step: int | None, select: Select, logger: logging.Logger, best: Best | None = None) -> Checkpoint:
-    """Find a checkpoint and verify the files that are needed of it, every byte.
+    """Find a checkpoint, and verify every byte of the files that are needed.
 
     Args:
         path: A folder of checkpoints, or a checkpoint.
-        step: None: the newest healthy one whose files are whole; if none is healthy, the newest.
-        select: The files that are needed.
-        logger: Hears what the user may not expect of the choice.
-        best: Asks for the one with the best value of a metric.
+        step: The step. None: the newest healthy checkpoint with intact files; if none is healthy, the newest.
+        select: Chooses the needed files.
+        logger: For warnings about the choice.
+        best: Requests the checkpoint with the best value of a metric.
 
     Raises:
-        CheckpointError: There is none, or the one that was asked for is damaged.
-        ValueError: Both a step and the best one are asked for, or the best one of a single checkpoint.
+        CheckpointError: There is no checkpoint, or the requested one is damaged.
+        ValueError: Both a step and the best one are requested, or the best one of a single checkpoint.
     """
     catalog = Catalog(path)
     if best is not None:
@@ -37,7 +37,7 @@ def pick(path: Path, step: int | None, select: Select, logger: logging.Logger, b
         logger.info(f"{folder} is the best checkpoint: {reason}.")
         path = folder
     if step is not None or is_one_checkpoint(path):
-        folder = catalog.explicit(path.resolve() if step is None else step)  # the link `latest` may move meanwhile
+        folder = catalog.explicit(path.resolve() if step is None else step)  # resolved, because the link may move
         seen = look_into(folder, "full", select)
         if seen is None:
             raise CheckpointError(f"{folder} was removed while it was verified, by its run")
@@ -53,7 +53,7 @@ def pick(path: Path, step: int | None, select: Select, logger: logging.Logger, b
                 continue
             seen = look_into(entry.folder, "full", select)
             if seen is None:
-                break  # its run has let go of it, so there is a newer one
+                break  # its run has removed it, so there is a newer one
             manifest, problems = seen
             if manifest is not None and not problems:
                 checkpoint = Checkpoint(entry.folder, manifest)

@@ -1,4 +1,4 @@
-"""Removes checkpoints that no policy wants, outside of a run and under its lock."""
+"""Removes checkpoints that no policy keeps. Runs outside of a run, and takes the folder's lock."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from .survey import Finding, Leftover, examine, leftovers, run_retention, survey
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pruning does."""
+    """The actions of a pruning."""
 
     policies: Sequence[RetentionPolicy]
     reasons: dict[int, list[str]]
-    """Why each whole checkpoint stays, by step, in the order of the commits; an empty list: it goes."""
+    """Why each intact checkpoint stays, by step, in the order of the commits. An empty list: it is removed."""
     stay: Sequence[Finding]
     go: Sequence[Finding]
     damaged: Sequence[Finding]
-    """Neither counted nor removed."""
+    """Damaged checkpoints. They are neither counted nor removed."""
     leftovers: Sequence[Leftover]
-    """Go as well."""
+    """These are removed as well."""
 
 
 def plan_pruning(
     root: Path, policies: Sequence[RetentionPolicy] | None, *, verify: Verify = "full", with_damaged: bool = False
 ) -> Plan:
-    """Decide what goes. Changes nothing.
+    """Decide which checkpoints to remove. Changes nothing.
 
     Args:
         root: A folder of checkpoints.
-        policies: What to keep besides the newest and the newest healthy. None: what the run itself keeps, as its newest
-            manifest says.
-        verify: How deep those are looked at that are to stay: a damaged one must not take a sound one's place.
-        with_damaged: Damaged ones go, too.
+        policies: Policies that choose checkpoints to keep, besides the newest and the newest healthy one. None: the
+            run's own policies, from its newest manifest.
+        verify: How thoroughly to verify the checkpoints that stay: a damaged one must not take the place of an intact
+            one.
+        with_damaged: Remove damaged ones too.
 
     Raises:
-        CheckpointError: No checkpoint is whole, or what the run keeps cannot be told.
-        ValueError: No checkpoint has the metric that one of `policies` looks at.
+        CheckpointError: No checkpoint is intact, or the run's policies are unknown.
+        ValueError: No checkpoint has a metric that one of `policies` needs.
     """
     findings = {finding.folder: finding for finding in survey(root, "size")}
     verified: set[Path] = set()
@@ -86,13 +87,13 @@ def prune(
     fs: FileSystem | None = None,
     logger: logging.Logger | None = None,
 ) -> Plan:
-    """Carry out what `plan_pruning` decides. What a run left behind that died is cleared away first.
+    """Do what `plan_pruning` decides. First, clean up after a run that died.
 
     Returns:
-        What was done.
+        The actions that were done.
 
     Raises:
-        CheckpointError: A run holds the folder; or as `plan_pruning`, and no checkpoint was removed.
+        CheckpointError: A run holds the folder; or as `plan_pruning`. No checkpoint was removed then.
     """
     fs = fs if fs is not None else FileSystem()
     remains = leftovers(root)
@@ -127,7 +128,7 @@ def _policies_of_run(root: Path, findings: Sequence[Finding]) -> list[RetentionP
 
 
 def _check_metrics(policies: Sequence[RetentionPolicy], infos: Sequence[ManifestInfo]) -> None:
-    """A name that is misspelt would keep nothing."""
+    """Raise for an unknown metric: a misspelt name would keep nothing."""
     there = sorted({name for info in infos for name in info.metrics})
     for policy in policies:
         if isinstance(policy, BestK) and infos and policy.metric not in there:

@@ -1,4 +1,4 @@
-"""What is said of a folder of checkpoints: lines for people, JSON for programs."""
+"""Formats a folder of checkpoints: lines for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .survey import Finding, Leftover, run_retention
 def listing(
     findings: Sequence[Finding], leftovers: Sequence[Leftover], metrics: Sequence[str] | None, now: float
 ) -> list[str]:
-    """A table of checkpoints; below it what is wrong with them, and what else lies there.
+    """A table of checkpoints. Below it, their problems and the leftovers in the folder.
 
     Args:
         findings: The checkpoints, from the oldest commit to the newest.
-        leftovers: What else lies there.
-        metrics: Columns, by name. None: all metrics that are not under "train/".
+        leftovers: The leftovers in the folder.
+        metrics: Names of the metrics to show. None: all that are not under "train/".
         now: Seconds since 1970.
     """
     names = _metric_names(findings) if metrics is None else metrics
@@ -51,8 +51,8 @@ def listing(
 def listing_json(
     findings: Sequence[Finding], leftovers: Sequence[Leftover], metrics: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The same for programs: sizes in bytes, times in seconds since 1970; all metrics, unless some are named. A metric
-    that is not finite is a string ("nan", "inf", "-inf"), since JSON has no such number.
+    """The same as JSON: sizes in bytes, times in seconds since 1970, all metrics or those that are named. A metric that
+    is not finite is a string ("nan", "inf", "-inf"), because JSON has no such number.
     """
     kept_by, _ = _kept_by(findings)
     checkpoints = []
@@ -82,7 +82,7 @@ def listing_json(
 
 
 def pruning(plan: Plan) -> list[str]:
-    """A table of what stays and why, and of what goes."""
+    """A table of the checkpoints that stay, with the reasons, and of those that are removed."""
     rows = [
         ["stays", finding.folder.name, size(finding.num_bytes), ", ".join(plan.reasons[finding.info.step])]
         for finding in plan.stay
@@ -97,7 +97,7 @@ def pruning(plan: Plan) -> list[str]:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people, as "1.2 GiB"."""
+    """Bytes for people, for example "1.2 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -106,7 +106,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people, as "3 h": whole units, rounded down; a clock that went back makes it 0 s."""
+    """Seconds for people, for example "3 h": whole units, rounded down. Negative values become 0 s."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 def _kept_by(findings: Sequence[Finding]) -> tuple[dict[str, list[str]], list[str]]:
-    """By which rule each checkpoint stays, by folder; and the policies that cannot be asked."""
+    """The policies that keep each checkpoint, by folder; and the policies that are unknown here."""
     policies, unknown = read_policies(run_retention(findings) or ())
     infos = [finding.info for finding in findings if finding.info is not None and not finding.problems]
     reasons = reasons_to_keep(infos, policies)
@@ -130,7 +130,7 @@ def _metric_names(findings: Sequence[Finding]) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]], num_right: int) -> list[str]:
-    """Lines with columns of equal width, of which the first are flush right."""
+    """Lines with columns of equal width. The first `num_right` columns are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

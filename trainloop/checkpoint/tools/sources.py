@@ -1,4 +1,4 @@
-"""Reads tensors out of any number of files, however few a process may have open."""
+"""Reads tensors from any number of files, even if a process may have only a few open."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..load.reader import Checkpoint
 
 
 class Sources:
-    """The files of a checkpoint that hold tensors, to be read in any order.
+    """The files of a checkpoint that contain tensors, for reading in any order.
 
-    What is open can be read to the end, even after the run has removed the checkpoint. So as many files as half of the
-    process's limit stay open. Any other is opened again for each visit.
+    An open file can be read to its end, even after the run has removed the checkpoint. So as many files stay open as
+    half of the process's limit allows. Each other file is opened again whenever it is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, records: Mapping[str, TensorRecord]) -> None:
         """Open and check each file once.
 
         Raises:
-            CheckpointError: The run has removed the checkpoint, or a file does not hold what the manifest says.
+            CheckpointError: The run has removed the checkpoint, or a file does not match the manifest.
         """
         self._checkpoint = checkpoint
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -40,20 +40,20 @@ class Sources:
                 check_stored(self._files[path], stored)
         except CheckpointError:
             self.close()
-            checkpoint.check_there()  # if it is gone, that is the reason
+            checkpoint.check_there()  # if the checkpoint is gone, report that instead
             raise
 
     def read_into(self, path: str, key: str, offset: int, memory: memoryview) -> None:
-        """Fill memory with the bytes of a tensor from `offset` on.
+        """Fill `memory` with the bytes of a tensor, starting at `offset`.
 
         Raises:
-            CheckpointError: The file cannot be read, or had to be opened again and the run has removed the checkpoint.
+            CheckpointError: The file cannot be read, or it was opened again and the run has removed the checkpoint.
         """
         if path not in self._open:
             try:
                 self._files[path].continue_in(self._opened(path))
             finally:
-                self._checkpoint.check_there()  # else it could be a file of another commit
+                self._checkpoint.check_there()  # otherwise it could be a file of another commit
         try:
             self._files[path].read_into(key, offset, memory)
         except OSError as ex:
@@ -67,7 +67,7 @@ class Sources:
 
     def _opened(self, path: str) -> BufferedReader:
         if len(self._open) >= self._max_open:
-            # The newest: in rounds over all files, the other ones are still open when their turn comes.
+            # Close the newest: in repeated rounds over all files, the others are still open when needed again.
             self._open.popitem()[1].close()
         try:
             file = self._open[path] = open_regular(self._checkpoint.folder, path)

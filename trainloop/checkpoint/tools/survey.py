@@ -1,4 +1,4 @@
-"""What a folder of checkpoints holds, looked at without its lock, while a run may be writing there."""
+"""Examines a folder of checkpoints without its lock, while a run may be writing there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..format.layout import (
 from ..format.verification import Verify, find_problems
 
 Select: TypeAlias = "Callable[[Manifest], Collection[str]]"
-"""Which files of a checkpoint to look at."""
+"""Chooses the files of a checkpoint to verify."""
 
 _LEFTOVERS = {
     TEMPORARY: "a save under way, or one that died",
@@ -37,19 +37,19 @@ _LEFTOVERS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A checkpoint as it was found."""
+    """The state of one checkpoint."""
 
     folder: Path
     info: ManifestInfo | None
     """None: the manifest cannot be read."""
     problems: Sequence[str]
-    """What is wrong, a sentence each that begins with the file's path."""
+    """One sentence per problem, each beginning with the file's path."""
     num_bytes: int
-    """On the disk."""
+    """Size on the disk."""
 
     @property
     def state(self) -> str:
-        """One word: "healthy", "non-finite" (whole, but not all parameters are finite), "damaged" or "unreadable"."""
+        """One word: "healthy", "non-finite" (intact, but some parameter is not finite), "damaged" or "unreadable"."""
         if self.info is None:
             return "unreadable"
         return "damaged" if self.problems else "healthy" if self.info.health else "non-finite"
@@ -57,27 +57,26 @@ class Finding:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something in the folder that no load considers."""
+    """Something in the folder that a load ignores."""
 
     path: Path
     what: str
     num_bytes: int
-    """On the disk."""
+    """Size on the disk."""
     time: float
     """When its last file was written, in seconds since 1970."""
 
 
 def look_into(folder: Path, verify: Verify, select: Select) -> tuple[Manifest | None, list[str]] | None:
-    """Read a checkpoint's manifest and verify files of it.
+    """Read a checkpoint's manifest and verify some of its files.
 
     Args:
         folder: The checkpoint.
-        verify: How deep; "full" reads every byte.
-        select: Which of its files.
+        verify: How thoroughly; "full" reads every byte.
+        select: Chooses the files.
 
     Returns:
-        The manifest if it can be read, and what is wrong, a sentence each; None: the checkpoint is gone, or went
-        meanwhile.
+        The manifest if it can be read, and one sentence per problem. None: the checkpoint doesn't exist any more.
 
     Raises:
         NewerFormatError: Only a newer trainloop can read it.
@@ -92,11 +91,11 @@ def look_into(folder: Path, verify: Verify, select: Select) -> tuple[Manifest | 
             return None
         if _read(folder)[0] == manifest:
             return manifest, problems
-        # Here the run has saved this step again: the files are not those of the manifest that was read.
+        # The run has saved this step again, so the files don't belong to the manifest that was read. Try again.
 
 
 def examine(folder: Path, verify: Verify) -> Finding | None:
-    """Look at one checkpoint; see `look_into`."""
+    """Examine one checkpoint; see `look_into`."""
     seen = look_into(folder, verify, lambda manifest: manifest.files)
     if seen is None:
         return None
@@ -105,7 +104,7 @@ def examine(folder: Path, verify: Verify) -> Finding | None:
 
 
 def survey(root: Path, verify: Verify) -> list[Finding]:
-    """Look at all checkpoints of a folder.
+    """Examine all checkpoints of a folder.
 
     Returns:
         The unreadable ones, then the others from the oldest commit to the newest.
@@ -119,7 +118,7 @@ def survey(root: Path, verify: Verify) -> list[Finding]:
 
 
 def leftovers(root: Path) -> list[Leftover]:
-    """What runs left behind that died, or are at work on."""
+    """Folders of saves and removals that are in progress or have died."""
     return [
         Leftover(path, what, *_measure(path))
         for prefix, what in _LEFTOVERS.items()
@@ -128,7 +127,7 @@ def leftovers(root: Path) -> list[Leftover]:
 
 
 def run_retention(findings: Sequence[Finding]) -> Sequence[Mapping[str, Any]] | None:
-    """The policies that the newest whole checkpoint names; None: it names none, or there is no such."""
+    """The policies in the manifest of the newest intact checkpoint. None: it has none, or there is no checkpoint."""
     infos = [finding.info for finding in findings if finding.info is not None and not finding.problems]
     return infos[-1].retention if infos else None
 
@@ -139,10 +138,10 @@ def is_one_checkpoint(path: Path) -> bool:
 
 
 def check_folder(root: Path) -> None:
-    """Refuse what cannot be a folder of checkpoints; an empty one may be.
+    """Raise for a path that cannot be a folder of checkpoints. An empty folder is accepted.
 
     Raises:
-        ValueError: It is none; the error says what it looks like.
+        ValueError: It is not one; the message says what it looks like.
     """
     if is_one_checkpoint(root):
         raise ValueError(f"{root} is a checkpoint itself. Give the folder that it lies in: {root.resolve().parent}")
@@ -164,7 +163,7 @@ def _read(folder: Path) -> tuple[Manifest | None, list[str]]:
 
 
 def _measure(path: Path) -> tuple[int, float]:
-    """Bytes of a file or of all files in a folder, and when the last of them was written; zeros if it is gone."""
+    """Size of a file or of all files in a folder, and when the last of them was written. Zeros if it is gone."""
     num_bytes, newest = 0, 0.0
     for place in (path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)):
         try:
