@@ -25,6 +25,7 @@ from trainloop.data.mixture import check_samples_per_step
 
 from .launching import NUM_PROCESSES, launch
 from .test_data_kinds import CPU, Stream, seed_differently
+from .workers import data_sets
 
 BATCH = 4
 LENGTH = 6
@@ -413,7 +414,9 @@ def test_other_weights_at_the_resume_are_refused() -> None:
 
 @pytest.mark.parametrize("form", ["ddp2", pytest.param("ddp3", marks=pytest.mark.slow)])
 def test_runs_log_what_they_skip_and_mix(form: str, tmp_path: Path) -> None:
-    """All ranks count the same, a resumed run counts on, and too many bad samples end the run on every rank."""
+    """All ranks count the same, a resumed run counts on, and too many bad samples end the run on every rank. It makes
+    no difference that the first life fetches batches ahead and the second one doesn't.
+    """
     launch(Path(__file__).parent / "workers" / "data_sets.py", form, str(tmp_path))
     ranks = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(NUM_PROCESSES[form])]
     first, whole = ranks[0], ranks[0]["whole"]
@@ -425,6 +428,7 @@ def test_runs_log_what_they_skip_and_mix(form: str, tmp_path: Path) -> None:
     )
     for rank in ranks:
         lives = rank["lives"]
+        assert [life["num_ahead"] for life in lives] == [data_sets.KILLED_AT, 0]
         assert rank["whole"]["logged"] == whole["logged"]
         assert lives[0]["seen"] + lives[1]["seen"] == rank["whole"]["seen"]
         assert lives[0]["logged"] + lives[1]["logged"] == rank["whole"]["logged"]

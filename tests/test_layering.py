@@ -61,7 +61,7 @@ LAYERS = [
     "checkpoint.tools.export checkpoint.tools.survey",
     "checkpoint.tools.export_accelerate checkpoint.tools.export_peft checkpoint.tools.pick checkpoint.tools.prune",
     "checkpoint.tools.report",
-    "data.per_rank data.checksums data.workers",
+    "data.per_rank data.checksums data.workers data.look_ahead",
     "data.order data.shares data.read_cost",
     "data.bad_samples data.tokens",
     "data.sampling data.stream_reading data.mixture",

@@ -124,6 +124,7 @@ class WeightedTrainer(SmallTrainer):
 
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
+    "workers": {},
     "clipped": {"grad_clip": 1e-4},
     "accumulated": {"gradient_accumulation_steps": 3, "grad_clip": 1.0},
     "weighted": {"gradient_accumulation_steps": 2},
@@ -154,7 +155,9 @@ def test_a_step_reads_one_number_and_waits_for_nothing_else(device: str, case: s
         LAST,
         workspace=tmp_path,
         device=device,
-        data_loader=lambda self: DataLoader(TensorDataset(x), batch_size=8, pin_memory=device == "cuda"),
+        data_loader=lambda self: DataLoader(
+            TensorDataset(x), batch_size=8, pin_memory=device == "cuda", num_workers=2 * (case == "workers")
+        ),
         model_=lambda self: nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, 1)),
         optimizer_=optimizer,
         # A scale that fits from the start: what an overflow costs is another question.

@@ -1,5 +1,7 @@
 """Trains on a mixture with samples that can't be read, in one life and in two, and writes what each rank saw.
 
+The first of the two lives looks ahead, as on a GPU.
+
 Usage: accelerate launch data_sets.py OUT
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trainloop import BaseHook, BaseTrainer, CheckpointingHook, LoggingHook
-from trainloop.data import Mixture, SkipBadSamples
+from trainloop.data import Mixture, SkipBadSamples, look_ahead
 
 NUM_STEPS, KILLED_AT, BATCH = 12, 5, 2
 BAD = range(0, 20, 7)
@@ -48,6 +51,7 @@ class Recorder(BaseHook):
 
 class Trainer(BaseTrainer):
     max_failures = 100
+    num_ahead = 0
 
     def build_data_loader(self) -> Any:
         self.seen: list[int] = []
@@ -68,6 +72,11 @@ class Trainer(BaseTrainer):
 
     def forward(self, batch: torch.Tensor) -> Any:
         self.seen += batch.tolist()
+        if not look_ahead.HOSTS:
+            begin = time.monotonic()
+            while not self._feed._source.has_ready_batch() and time.monotonic() - begin < 60:
+                time.sleep(0.002)
+            self.num_ahead += self._feed.can_look_ahead
         return self.model(batch[:, None].float()).mean(), {}
 
 
@@ -80,7 +89,8 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def life(max_steps: int, workspace: Path | None) -> dict[str, Any]:
+def life(max_steps: int, workspace: Path | None, looks_ahead: bool = False) -> dict[str, Any]:
+    look_ahead.HOSTS = set() if looks_ahead else {"cpu"}
     lines = Lines()
     logging.getLogger("trainloop").addHandler(lines)
     trainer = Trainer(max_steps, seed=1, workspace=workspace)
@@ -88,6 +98,7 @@ def life(max_steps: int, workspace: Path | None) -> dict[str, Any]:
     logging.getLogger("trainloop").removeHandler(lines)
     return {
         "seen": trainer.seen,
+        "num_ahead": trainer.num_ahead,
         "logged": trainer.recorder.logged,
         "skipped": [line for line in lines.lines if "could not be read" in line],
         "weights": [param.flatten().tolist() for param in trainer.model.parameters()],
@@ -98,7 +109,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     results: dict[str, Any] = {"whole": life(NUM_STEPS, None), "lives": []}
     for max_steps in (KILLED_AT, NUM_STEPS):
-        results["lives"].append(life(max_steps, out / "workspace"))
+        results["lives"].append(life(max_steps, out / "workspace", looks_ahead=max_steps == KILLED_AT))
     strict = Trainer(NUM_STEPS, seed=1)
     strict.max_failures = 1
     try:

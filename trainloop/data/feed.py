@@ -1,7 +1,7 @@
 """Where the run stands in its data: each rank's batches, without end, on the device, at a position that can be saved.
 
 `sources.py` chooses the source for each kind of data. torch's own loader fetches the data everywhere, and only its
-workers prefetch.
+workers prefetch. `look_ahead.py` takes one batch from them ahead of time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..records import map_nested
 from .bad_samples import BadSampleCount
 from .indexed import IndexedSource
 from .iterable import IterableSource
+from .look_ahead import LookAhead, has_to, looks_ahead
 from .per_rank import SHARD_REMEDY, PerRank
 from .shares import UNSEEDED
 from .sources import source_of
@@ -72,6 +73,7 @@ class DataFeed:
         self.non_blocking = non_blocking
         is_prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
         self._transfer = None if is_prepared and loader.device is not None else transfer(loader, device, non_blocking)
+        self._ahead = LookAhead(device, self._transfer) if looks_ahead(device) else None
 
     @property
     def epoch(self) -> int:
@@ -141,12 +143,29 @@ class DataFeed:
         self._next = batches.__next__
 
     def __next__(self) -> Any:
-        batch = self._next()
-        return batch if self._transfer is None else self._transfer(batch)
+        if self._ahead is None or self._ahead.is_empty:
+            batch = self._next()
+            self._source.advance()
+            return batch if self._transfer is None else self._transfer(batch)
+        return self._ahead.take(self._source.advance)
+
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether the workers have the next batch ready, and it can be copied while the device works."""
+        return self._ahead is not None and self._ahead.is_empty and self._source.has_ready_batch()
+
+    def look_ahead(self) -> None:
+        """Fetch the next batch, which `can_look_ahead` says is there, and start to copy it to the device. Its position
+        is counted, and its exception raised, when it is drawn.
+        """
+        assert self._ahead is not None
+        self._ahead.fetch(self._next)
 
     def close(self) -> None:
         """End the iterator and its workers; `start` goes on where it stood."""
         self._next = None
+        if self._ahead is not None:
+            self._ahead.drop()
         self._source.close()
 
     def __enter__(self) -> DataFeed:
@@ -189,4 +208,4 @@ def transfer(loader: Any, device: torch.device, non_blocking: bool = False) -> C
     # Asynchronous where the user's loader has pinned the batch; from pageable memory the copy waits anyway.
     is_pinned = bool(getattr(loader, "pin_memory", False))
     send = partial(send_to_device, device=device, non_blocking=non_blocking or is_pinned)
-    return partial(map_nested, send, is_leaf=lambda value: hasattr(value, "to"))
+    return partial(map_nested, send, is_leaf=has_to)

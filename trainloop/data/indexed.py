@@ -6,19 +6,20 @@ Sharded here. It goes to any position at once, at any number of processes.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from ..rng import derived_seed, lent_rng
-from .bad_samples import BadSampleCount, CollateWithBadSamples, Fetched, SkipBadSamples
+from .bad_samples import BadSample, BadSampleCount, CollateWithBadSamples, Fetched, SkipBadSamples
 from .checksums import sample_checksum
 from .loaders import with_sampler
 from .mixture import Mixture
 from .order import DatasetOrder, is_stateful, sampler_name
 from .sampling import EndlessSampler, batch_keys, sample_key, sampling_of
-from .workers import end_workers, start_iterator
+from .workers import end_workers, has_ready_batch, start_iterator
 
 
 class IndexedSource:
@@ -59,6 +60,8 @@ class IndexedSource:
         self._compares = world_size > 1
         """Whether the next `open` fetches what the ranks compare."""
         self._iterator: Iterator[Any] | None = None
+        self._bad_samples_ahead: deque[list[BadSample]] = deque()
+        """Of the batches that were fetched and not yet consumed."""
 
     @property
     def epoch(self) -> int:
@@ -87,6 +90,7 @@ class IndexedSource:
             if isinstance(self._data.dataset, SkipBadSamples):
                 loader.collate_fn = CollateWithBadSamples(loader.collate_fn, self._data.dataset)
             self._iterator = start_iterator(loader)
+        self._bad_samples_ahead.clear()
         return self._batches(self._iterator)
 
     def compared_checksum(self) -> int | None:
@@ -107,15 +111,21 @@ class IndexedSource:
     def _batches(self, iterator: Iterator[Any] | None) -> Iterator[Any]:
         if iterator is None:
             for index in self._sampler:
-                self._sampler.advance()
                 yield self._data[index]  # type: ignore[index]
             return
         for batch in iterator:
-            self._sampler.advance()
             if self.bad_samples is not None:
-                self.bad_samples.new += batch.bad_samples
+                self._bad_samples_ahead.append(batch.bad_samples)
                 batch = batch.batch
             yield batch
+
+    def advance(self) -> None:
+        self._sampler.advance()
+        if self.bad_samples is not None:
+            self.bad_samples.new += self._bad_samples_ahead.popleft()
+
+    def has_ready_batch(self) -> bool:
+        return has_ready_batch(self._iterator)
 
     def close(self) -> None:
         end_workers(self._iterator)

@@ -73,6 +73,12 @@ class IterableSource:
                 load_rng_state(before, _CPU)  # the run has drawn on, and must not draw the same again
         return self._batches()
 
+    def advance(self) -> None:
+        self._position += 1
+
+    def has_ready_batch(self) -> bool:
+        return False  # the loader counts what it has given, and may draw from the generators of this process
+
     def compared_checksum(self) -> int | None:
         return None
 
@@ -85,8 +91,7 @@ class IterableSource:
     def _batches(self) -> Iterator[Any]:
         while True:
             assert self._iterator is not None
-            for batch in self._iterator:
-                self._position += 1
+            for batch in self._iterator:  # noqa: UP028 -- `yield from` would close the user's iterator with this one
                 yield batch
             if self._position == 0:
                 raise ValueError(EMPTY if self._epoch == 0 else EXHAUSTED)

@@ -50,7 +50,15 @@ class Source(Protocol):
     """Whether the length of an epoch is known."""
 
     def open(self) -> Iterator[Any]:
-        """Batches without end, from the current position on."""
+        """Batches without end, from the current position on. The position moves with `advance` only."""
+
+    def advance(self) -> None:
+        """Count the oldest batch that was fetched, and not counted yet, as consumed."""
+
+    def has_ready_batch(self) -> bool:
+        """Whether a batch can be fetched now, before it is due, without waiting and with nothing that could tell: the
+        workers have it ready. The generators of this process and the state of the data aren't touched then.
+        """
 
     def compared_checksum(self) -> int | None:
         """Of samples that are the same on all ranks, if all have the same data; None: there are none to compare. Call

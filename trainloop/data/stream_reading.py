@@ -62,6 +62,21 @@ class Place(NamedTuple):
         return self.num_seen - self.num_at_state
 
 
+class Consumed(NamedTuple):
+    """What was consumed, or what was fetched, which may be a batch more."""
+
+    epoch: int = 0
+    places: tuple[Place, ...] = (Place(),)
+    """Of the epoch, by worker."""
+    next_worker: int = 0
+    checksum: int = 0
+
+    @property
+    def num_seen(self) -> int:
+        """Samples of the epoch."""
+        return sum(place.num_seen for place in self.places)
+
+
 class StreamReading(IterableDataset[Item]):
     """What a worker reads in one epoch; without workers, this process.
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,8 +32,8 @@ from ..rng import derived_seed
 from .order import count_batches, is_stateful, length_of
 from .read_cost import ReadCost
 from .shares import lost_by_state, share_of, shuffle_checksum
-from .stream_reading import Collate, Item, Place, Reader, StreamReading, as_it_is
-from .workers import WithOwnDataset, end_workers, start_iterator
+from .stream_reading import Collate, Consumed, Item, Place, Reader, StreamReading, as_it_is
+from .workers import WithOwnDataset, end_workers, has_ready_batch, start_iterator
 
 EMPTY = "`build_data_loader` returned data without a batch."
 EXHAUSTED = (
@@ -69,11 +70,10 @@ class SampledSource:
         self._unit = "batches" if loader.batch_size is None else "samples"
         self._compares = num_readers > 1
         self._cost = ReadCost(world_size, share.obstacle) if self._compares and rank == 0 else None
-        self.epoch = 0
-        self.checksum = 0
-        self._places = [Place()] * max(1, self._num_workers)
-        """What was consumed of the epoch, by worker."""
-        self._next_worker = 0
+        self._consumed = Consumed(places=(Place(),) * max(1, self._num_workers))
+        self._ahead: deque[Consumed] = deque()
+        """What will be consumed with each batch that was fetched."""
+        self._read_on(self._consumed)
         self._reader: Reader | None = None
         """Reads in this process; None: workers do."""
         self._is_at_tail = False
@@ -82,34 +82,45 @@ class SampledSource:
         self._batches: Iterator[Any] | None = None
 
     @property
+    def epoch(self) -> int:
+        return self._consumed.epoch
+
+    @property
+    def checksum(self) -> int:
+        return self._consumed.checksum
+
+    @property
     def num_epochs_done(self) -> int:
         min_left = self._group_size if self._given.drop_last else 1
-        return self.epoch + (self._length is not None and self._num_seen + min_left > self._length)
+        return self.epoch + (self._length is not None and self._consumed.num_seen + min_left > self._length)
 
     def num_batches_left(self, num_epochs: int) -> int | None:
-        position = num_epochs - self.epoch, self._length, self._num_seen
+        position = num_epochs - self.epoch, self._length, self._consumed.num_seen
         own = count_batches(*position, self._group_size, self._given.drop_last)
         return most_of_ranks(own) if self._is_own else own
 
     @property
     def position(self) -> tuple[int, int]:
-        return (0, 0) if self._is_own else (self.epoch, self._num_seen)
+        return (0, 0) if self._is_own else self.own_position
 
     @property
     def own_position(self) -> tuple[int, int]:
         """This rank's epoch, and the samples of it that were consumed."""
-        return self.epoch, self._num_seen
-
-    @property
-    def _num_seen(self) -> int:
-        return sum(place.num_seen for place in self._places)
+        return self.epoch, self._consumed.num_seen
 
     def open(self) -> Iterator[Any]:
         if self._batches is None:
             self._begin_epoch(head=(0, 0))
+            self._consumed = self._fetched()
             batches = self._endless()
-            self._batches = batches if self._cost is None else self._cost.measured(batches, lambda: self.epoch)
+            self._batches = batches if self._cost is None else self._cost.measured(batches, lambda: self._epoch)
         return self._batches
+
+    def advance(self) -> None:
+        self._consumed = self._ahead.popleft()
+
+    def has_ready_batch(self) -> bool:
+        return has_ready_batch(self._items)
 
     def compared_checksum(self) -> int | None:
         return self._shuffle_checksum if self._is_own else None  # else what was read first is part of `checksum`
@@ -118,11 +129,13 @@ class SampledSource:
         if self._num_workers:  # else nothing runs in the background, and a stream can't be read again where it stood
             end_workers(self._items)
             self._items, self._batches = iter(()), None
+            self._read_on(self._consumed)
 
     # ------------------------------------------------------------------ the position
 
     def state_dict(self) -> dict[str, Any]:
-        place = {"epoch": self.epoch, "position": self._num_seen} if self._is_own else self._position()
+        own = {"epoch": self.epoch, "position": self._consumed.num_seen}
+        place = own if self._is_own else self._position()
         return {
             "kind": type(self).__name__,
             "seed": self._seed,
@@ -137,16 +150,19 @@ class SampledSource:
     def _position(self) -> dict[str, Any]:
         reader = self._reader
         if reader is not None and reader.has_begun and not self._is_at_tail and (state := reader.state()) is not None:
-            self._places = [Place(self._num_seen, self._num_seen, state)]
+            num_seen = self._consumed.num_seen
+            self._places = [Place(num_seen, num_seen, state)]
+            self._consumed = self._fetched()
+        consumed = self._consumed
         return {
-            "epoch": self.epoch,
-            "position": self._num_seen,
-            "seen": [place.num_seen for place in self._places],
-            "next_worker": self._next_worker,
+            "epoch": consumed.epoch,
+            "position": consumed.num_seen,
+            "seen": [place.num_seen for place in consumed.places],
+            "next_worker": consumed.next_worker,
             "shuffle": self._shuffle_checksum,
             "states": [
                 None if place.state is None else {"num_seen": place.num_at_state, **pickle.loads(place.state)}
-                for place in self._places
+                for place in consumed.places
             ],
         }
 
@@ -158,7 +174,7 @@ class SampledSource:
             position = rank_state
         elif was_own or self._is_own:
             position = self._told_as_many(state, was_own)
-        self.epoch, self._next_worker = position["epoch"], position.get("next_worker", 0)
+        epoch, next_worker = position["epoch"], position.get("next_worker", 0)
         num_seen, num_workers = position["position"], len(self._places)
         seen, states = position.get("seen", [num_seen]), position.get("states", [])
         if state.get("dataset") is not None:  # of trainloop 0.1.0
@@ -175,18 +191,20 @@ class SampledSource:
                     stacklevel=2,
                 )
             seen = [num_seen // num_workers + (worker < num_seen % num_workers) for worker in range(num_workers)]
-            self._next_worker, states = 0, []
-        self._places = [Place(num) for num in seen]
+            next_worker, states = 0, []
+        places = [Place(num) for num in seen]
         if num_seen and position.get("shuffle", self._shuffle_checksum) != self._shuffle_checksum:
             raise ValueError(
-                f"The data set is shuffled in another way than in the saved run, so samples of epoch {self.epoch} would"
+                f"The data set is shuffled in another way than in the saved run, so samples of epoch {epoch} would"
                 " be seen twice and others never. Give it the same seed in every run: `dataset.shuffle(seed=…)`."
             )
         for worker, saved in enumerate(states):
             if saved is not None:
                 saved = dict(saved)
-                self._places[worker] = Place(seen[worker], saved.pop("num_seen"), pickle.dumps(saved))
-        if num_seen and any(place.state for place in self._places) and (lost := lost_by_state(self._dataset)):
+                places[worker] = Place(seen[worker], saved.pop("num_seen"), pickle.dumps(saved))
+        self._consumed = Consumed(epoch, tuple(places), next_worker, self.checksum)
+        self._read_on(self._consumed)
+        if num_seen and any(place.state for place in places) and (lost := lost_by_state(self._dataset)):
             warnings.warn(lost, DataReplayWarning, stacklevel=2)
 
     def _told_as_many(self, state: dict[str, Any], was_own: bool) -> dict[str, Any]:
@@ -207,6 +225,15 @@ class SampledSource:
 
     # ------------------------------------------------------------------ reading
 
+    def _read_on(self, consumed: Consumed) -> None:
+        """Go on after what was consumed."""
+        self._ahead.clear()
+        self._epoch, self._places = consumed.epoch, list(consumed.places)
+        self._next_worker, self._checksum = consumed.next_worker, consumed.checksum
+
+    def _fetched(self) -> Consumed:
+        return Consumed(self._epoch, tuple(self._places), self._next_worker, self._checksum)
+
     def _begin_epoch(self, head: tuple[int, int]) -> None:
         """Begin to read the epoch, at the position.
 
@@ -214,7 +241,7 @@ class SampledSource:
             head: How many samples the end of the last epoch still needs for a group, and the worker that gives them.
         """
         if hasattr(self._dataset, "set_epoch"):
-            self._dataset.set_epoch(self.epoch)
+            self._dataset.set_epoch(self._epoch)
         if num_again := sum(place.num_skipped for place in self._places if place.state is None):
             warnings.warn(
                 f"The data has no `state_dict` that can be used, so the {num_again} {self._unit} that this run has"
@@ -223,7 +250,7 @@ class SampledSource:
                 DataReplayWarning,
                 stacklevel=2,
             )
-        reader = Reader(self._dataset, derived_seed(self._seed, "stream", self.epoch))
+        reader = Reader(self._dataset, derived_seed(self._seed, "stream", self._epoch))
         stream = StreamReading(
             reader=reader,
             collate=self._collate,
@@ -236,7 +263,7 @@ class SampledSource:
         )
         if not self._num_workers and self._places[0].state is None and is_stateful(self._dataset):
             self._places[0] = self._places[0]._replace(state=reader.state())  # what an epoch's tail is counted from
-        seed = derived_seed(self._seed, "workers", self.epoch, self._rank)
+        seed = derived_seed(self._seed, "workers", self._epoch, self._rank)
         loader: DataLoader[Any] = DataLoader(
             stream,
             batch_size=None,
@@ -253,7 +280,7 @@ class SampledSource:
         self._items = start_iterator(loader)
 
     def _advance(self, worker: int, count: int, state: bytes | None = None) -> None:
-        """Count samples of a worker as consumed; the state is the one after them."""
+        """Note that samples of a worker make a batch; the state is the one after them."""
         place = self._places[worker]
         num_seen = place.num_seen + count
         self._places[worker] = place._replace(num_seen=num_seen) if state is None else Place(num_seen, num_seen, state)
@@ -264,7 +291,7 @@ class SampledSource:
             has_batch = False
             tails: dict[int, list[Any]] = {}
             for item in self._items:
-                self.checksum = (31 * self.checksum + item.checksum) % 2**31
+                self._checksum = (31 * self._checksum + item.checksum) % 2**31
                 self._next_worker = (item.worker + 1) % len(self._places)
                 is_short = item.kind == "head" and len(carried) + len(item.payload) < self._group_size
                 self._is_at_tail = item.kind == "tail" or is_short
@@ -274,7 +301,7 @@ class SampledSource:
                 if item.kind == "group" and carried:
                     raise ValueError(
                         f"No worker gives the {self._group_size - len(carried)} samples that a global batch at the end"
-                        f" of epoch {self.epoch - 1} needs. Use fewer workers, a smaller batch, or `drop_last=True`."
+                        f" of epoch {self._epoch - 1} needs. Use fewer workers, a smaller batch, or `drop_last=True`."
                     )
                 if item.kind == "group":
                     num_samples, batch = self._group_size, item.payload
@@ -284,10 +311,11 @@ class SampledSource:
                 if num_samples:
                     self._advance(item.worker, num_samples, item.state)
                     has_batch = True
+                    self._ahead.append(self._fetched())
                     yield batch
             rest = [(worker, sample) for worker in sorted(tails) for sample in tails[worker]]
-            if not self._num_seen and not rest:
-                raise ValueError(EMPTY if self.epoch == 0 else EXHAUSTED)
+            if not self._fetched().num_seen and not rest:
+                raise ValueError(EMPTY if self._epoch == 0 else EXHAUSTED)
             from_rest = [[worker for worker, _ in rest].count(i) for i in range(len(self._places))]
             shares = [place.num_seen + count for place, count in zip(self._places, from_rest, strict=True)]
             while (num_missing := self._group_size - len(carried)) <= len(rest):
@@ -296,6 +324,7 @@ class SampledSource:
                     self._advance(worker, 1)
                 batch, carried = self._collate([*carried, *(sample for _, sample in group)]), []
                 has_batch = True
+                self._ahead.append(self._fetched())
                 yield batch
             if self._given.drop_last:
                 if not has_batch:
@@ -305,5 +334,5 @@ class SampledSource:
                     )
             else:
                 carried += [sample for _, sample in rest]
-            self.epoch, self._places, self._next_worker = self.epoch + 1, [Place()] * len(shares), 0
+            self._epoch, self._places, self._next_worker = self._epoch + 1, [Place()] * len(shares), 0
             self._begin_epoch(head=(-len(carried) % self._group_size, shares.index(max(shares))))

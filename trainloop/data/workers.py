@@ -42,6 +42,14 @@ def end_workers(iterator: Any) -> None:
         shutdown()
 
 
+def has_ready_batch(iterator: Any) -> bool:
+    """Whether the workers of a loader's iterator have finished a batch. torch has no public method for this; False if
+    it is not known, or if there are no workers.
+    """
+    queue = getattr(iterator, "_data_queue", None)
+    return queue is not None and not queue.empty()
+
+
 @dataclass
 class WithOwnDataset:
     """A `worker_init_fn` that puts the user's data set at `get_worker_info().dataset`, in place of ours around it, and

@@ -67,7 +67,9 @@ class Update:
             The norm, the same on every rank.
         """
         readable = self._agreement.readable(norm)
+        window = self._trainer._window
         if not self.reads_last:
+            window.look_ahead()
             value = self._agreement.read_norm(readable)
             if math.isfinite(value):
                 self._gradients.clip(norm, value)
@@ -75,9 +77,9 @@ class Update:
         reading = self._start_reading(readable)
         self._gradients.clip_unread(norm)
         nums_with_state = [len(part.state) for part in self._parts]
-        window = self._trainer._window
         was_updating, window.is_updating = window.is_updating, True
         self._step_if_finite(norm)
+        window.look_ahead()
         value = self._agreement.read_norm(reading())
         self._is_queued = math.isfinite(value)
         if not self._is_queued:

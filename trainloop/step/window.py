@@ -223,6 +223,14 @@ class Window:
         self._trainer.step_info.data_time += time.perf_counter() - start
         return batch
 
+    def look_ahead(self) -> None:
+        """Fetch the next batch while the device works on this window. Call it before the host waits for the device."""
+        trainer = self._trainer
+        if self._feed.can_look_ahead and trainer.step != trainer.max_steps:
+            start = time.perf_counter()
+            self._feed.look_ahead()
+            trainer.step_info.data_time += time.perf_counter() - start
+
     def _draw_weighted(self, num_micro_steps: int) -> None:
         """Draw the window before its first backward, because each micro-batch's factor depends on all weights."""
         trainer, info = self._trainer, self._trainer.step_info

@@ -1,0 +1,115 @@
+"""The next batch, fetched and copied to the device while the device still works on this step.
+
+```
+host     queue backward pass and update ─► fetch ─► read the norm ─► hooks ─► take ─► forward
+device   ─────── backward pass ──────────── update ──────────────┘             │
+copies                                          └─ host to device ─────────────┘
+```
+
+A batch counts as consumed only when it is taken, so nothing that a run can observe depends on this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..records import map_nested
+
+HOSTS = {"cpu"}
+"""Types of devices that have nothing to do while the host fetches."""
+
+
+def looks_ahead(device: torch.device) -> bool:
+    """Whether fetching ahead saves time: the device computes by itself, and torch can copy to it meanwhile."""
+    return device.type not in HOSTS and hasattr(getattr(torch, device.type, None), "Stream")
+
+
+class LookAhead:
+    """Holds at most one batch.
+
+    Args:
+        device: Where the batches go; `looks_ahead` is true of it.
+        send: Moves a batch to the device; None: it is there already.
+    """
+
+    def __init__(self, device: torch.device, send: Callable[[Any], Any] | None) -> None:
+        self._device, self._send = device, send or _as_it_is
+        self._module: Any = torch.get_device_module(device)
+        self._stream = self._module.Stream(device)
+        self.is_empty = True
+        self._batch: Any = None
+        self._is_sent = False
+        self._event: Any = None
+        """The copy is complete."""
+        self._error: Exception | None = None
+
+    def fetch(self, next_batch: Callable[[], Any]) -> None:
+        """Fetch a batch, and start to copy it to the device. What this raises is raised by `take`."""
+        self.is_empty = False
+        try:
+            self._batch = next_batch()
+        except Exception as ex:
+            self._error = ex
+            return
+        if not all(map(_is_on_host, _to_be_moved(self._batch))):
+            return
+        try:
+            # On a stream of its own: the copy waits for no work of the step, and neither does the host.
+            with self._module.stream(self._stream):
+                self._batch, self._is_sent = self._send(self._batch), True
+                self._event = self._stream.record_event()
+        except Exception:  # the device's memory may be full now, and not when the step is over
+            return
+
+    def take(self, count: Callable[[], None]) -> Any:
+        """Give the batch away, on the device, for use on the current stream.
+
+        Args:
+            count: Called when fetching has raised nothing, and before anything else can fail.
+        """
+        batch, is_sent, event, error = self._batch, self._is_sent, self._event, self._error
+        self.drop()
+        if error is not None:
+            raise error
+        count()
+        if not is_sent:
+            return self._send(batch)
+        stream = self._module.current_stream(self._device)
+        stream.wait_event(event)
+        for tensor in _to_be_moved(batch):
+            if tensor.device.type != "cpu":
+                tensor.record_stream(stream)  # else the next copy might get its memory while it is still in use
+        return batch
+
+    def drop(self) -> None:
+        """Forget the batch, so that it is fetched again."""
+        self.is_empty = True
+        self._batch, self._is_sent, self._event, self._error = None, False, None, None
+
+
+def has_to(value: Any) -> bool:
+    """Whether a part of a batch is something to move, as a whole: a tensor, or what has its own `to`."""
+    return hasattr(value, "to")
+
+
+def _to_be_moved(batch: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def keep(value: Any) -> Any:
+        found.append(value)
+        return value
+
+    map_nested(keep, batch, has_to)
+    return found
+
+
+def _is_on_host(value: Any) -> bool:
+    """Whether it is a plain tensor on the host. Anything else might use the device in a way of its own."""
+    return type(value) is torch.Tensor and value.device.type == "cpu" and value.layout == torch.strided
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
