@@ -18,6 +18,7 @@ from .hooks.early_stopping import EarlyStoppingHook
 from .hooks.ema import EmaHook
 from .hooks.evaluation import EvaluationHook
 from .hooks.images import ImageFileLoggerHook
+from .hooks.metrics_file import MetricsFileHook
 from .hooks.stats import LoggingHook, ProgressHook
 from .hooks.throughput import ThroughputHook
 from .hooks.trackers import TrackerHook
@@ -42,6 +43,7 @@ __all__ = [
     "ImageFileLoggerHook",
     "LoggingHook",
     "LossNoneWarning",
+    "MetricsFileHook",
     "NonFiniteGradientError",
     "PerSample",
     "ProgressHook",

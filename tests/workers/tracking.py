@@ -1,7 +1,7 @@
 """Trains with a hook for an experiment tracker, and ends as it is told to.
 
 Usage: python tracking.py WORKSPACE TRACKER HOW STEP
-TRACKER: "wandb", "tensorboard"
+TRACKER: "wandb", "tensorboard", or the format of a metrics file
 HOW, in `on_after_step` of STEP: "never", "kill" (SIGKILL), "raise", "term" (SIGTERM)
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tests.small import SmallTrainer
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, LoggingHook, TrackerHook, WandbHook
+from trainloop import BaseHook, BaseTrainer, CheckpointingHook, LoggingHook, MetricsFileHook, TrackerHook, WandbHook
 
 LAST_STEP = 30
 IMAGES_EVERY, VALIDATE_EVERY, SAVE_EVERY = 3, 4, 5
@@ -55,6 +55,8 @@ def make(workspace: str, tracker: list[BaseHook], how: str = "never", step: int 
 if __name__ == "__main__":
     workspace, tracker, how, step = sys.argv[1:]
     hook: Any = TrackerHook("tensorboard") if tracker == "tensorboard" else None
+    if tracker in ("jsonl", "csv"):
+        hook = MetricsFileHook(tracker)
     if hook is None:
         settings: dict[str, Any] = {}
         if os.environ.get("WANDB_MODE") == "online":

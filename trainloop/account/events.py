@@ -71,24 +71,42 @@ class EventLog:
         except OSError as ex:
             self._give_up(ex)
 
-    def end_torn_line(self) -> None:
-        """End the line that a killed process has left unfinished, so that the next one stands for itself."""
-        if self.path is None:
-            return
-        try:
-            with self.path.open("rb+") as file:
-                if file.seek(0, os.SEEK_END) > 0:
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        file.write(b"\n")
-        except FileNotFoundError:
-            pass
-        except OSError as ex:
-            self._give_up(ex)
+    def cut_torn_line(self) -> None:
+        """Cut off the line that a killed process has left unfinished, so that the next one stands for itself."""
+        if self.path is not None:
+            try:
+                cut_torn_line(self.path)
+            except OSError as ex:
+                self._give_up(ex)
 
     def _give_up(self, error: OSError) -> None:
         self._logger.warning(f"{self.path} cannot be written, so this run keeps no account of itself: {error}")
         self.path = None
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cut off the line that a killed process has left unfinished.
+
+    Returns:
+        The size of the file; 0: there is none.
+    """
+    try:
+        with path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            end = size
+            while end > 0:
+                start = max(0, end - 2**16)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    end = start + newline + 1
+                    break
+                end = start
+            if end < size:
+                file.truncate(end)
+            return end
+    except FileNotFoundError:
+        return 0
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

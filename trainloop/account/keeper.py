@@ -74,7 +74,7 @@ class Account:
         before = None
         if self._ledger is not None:
             before = dict(zip(("time", "step"), self._ledger.last_word(), strict=True))
-        self._log.end_torn_line()
+        self._log.cut_torn_line()
         self._log.life = 1 + max((life.number for life in self._lives()), default=0)
         collectives.broadcast_object(self._log.life)
         self._log.write(

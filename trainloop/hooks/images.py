@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import FileSystem
+from ..account.step_lines import TEMPORARY, write_whole
 from ..checkpoint.format.layout import step_name
 from ..errors import describe
 from ..hook import BaseHook
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from ..trainer import BaseTrainer
 
-_TEMPORARY = ".tmp-"
-_MAX_NAME_BYTES = 255  # limit of the usual file systems
+_MAX_NAME_BYTES = 255  # what the usual file systems take
 
 
 class ImageFileLoggerHook(BaseHook):
@@ -62,8 +61,8 @@ class ImageFileLoggerHook(BaseHook):
     def on_before_train(self, trainer: BaseTrainer) -> None:
         if trainer.accelerator.is_main_process:
             root = self._root(trainer)
-            root.mkdir(parents=True, exist_ok=True)  # fails before the first step if the folder can't be made
-            for leftover in root.glob(f"{_TEMPORARY}*"):
+            root.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before the first step
+            for leftover in root.glob(f"{TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
 
     def on_log_images(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
@@ -82,7 +81,7 @@ class ImageFileLoggerHook(BaseHook):
                 trainer.logger.info(f"Would write {file} ({len(content)} bytes).")
                 continue
             try:
-                _write_whole(file, content, self._root(trainer) / f"{_TEMPORARY}{uuid.uuid4().hex}")
+                write_whole(file, content, self._root(trainer) / f"{TEMPORARY}{uuid.uuid4().hex}")
             except OSError as ex:
                 trainer.logger.error(f"Step {trainer.step}: {file} was not written, training goes on. {ex}")
 
@@ -142,15 +141,3 @@ def _checked_encoding(key: str, image: Image.Image, extension: str) -> bytes:
             f"`{key}` cannot be written as {extension}: {ex}. Convert it, for example by `image.convert('RGB')`, or let"
             " `image_format` choose another format for this key."
         ) from ex
-
-
-def _write_whole(file: Path, content: bytes, temporary: Path) -> None:
-    """Write to a temporary file, then rename: `file` is complete or doesn't exist, even after a loss of power."""
-    disk = FileSystem()
-    disk.make_dir(file.parent)
-    try:
-        disk.write(temporary, [content])
-        disk.rename(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
