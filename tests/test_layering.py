@@ -117,7 +117,8 @@ LAYERS = [
     "testing.proof",
     "testing.__init__",
     "__init__",
-    "commands.__init__ commands.parser commands.runs_plot",
+    "commands.__init__ commands.parser commands.pictures",
+    "commands.curves commands.runs_plot",
     "commands",
     "__main__",
 ]

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import checkpoints, diff, evaluate, prove, runs, tokens
+from .commands import checkpoints, diff, evaluate, plot, prove, runs, tokens
 from .commands.parser import Parser
 from .errors import CheckpointError
 
-_COMMANDS = (checkpoints, evaluate, prove, runs, diff, tokens)
+_COMMANDS = (checkpoints, evaluate, prove, runs, plot, diff, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -174,7 +174,10 @@ class AveragingHook(BaseHook):
         """
 
 
-_WRITERS = {"log": "WandbHook, TrackerHook", "log_images": "ImageFileLoggerHook, WandbHook, TrackerHook"}
+_WRITERS = {
+    "log": "MetricsFileHook, WandbHook, TrackerHook",
+    "log_images": "ImageFileLoggerHook, WandbHook, TrackerHook",
+}
 
 
 def listeners(trainer: BaseTrainer, method: str, records: Any) -> Sequence[BaseHook]:

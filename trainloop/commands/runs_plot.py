@@ -10,6 +10,7 @@ from typing import Any
 from ..account.goodput import again_until
 from ..account.ledger import LEDGER, read_ledger
 from ..account.lives import FAILURES, Life
+from .pictures import DARK, FAILURE, LIGHT, Theme, make_figure, style_axes, thinned
 
 _COLOURS = {  # by Wong, told apart by people who do not see all colours; legible on white and on black
     "done again": "#E69F00",
@@ -17,10 +18,6 @@ _COLOURS = {  # by Wong, told apart by people who do not see all colours; legibl
     "evaluating": "#CC79A7",
     "starting": "#999999",
 }
-_LIGHT = {"background": "#ffffff", "text": "#1f2328", "line": "#d0d7de", "training": "#0072B2"}
-_DARK = {"background": "#0d1117", "text": "#e6edf3", "line": "#30363d", "training": "#56B4E9"}
-_FAILURE = "#D55E00"
-_MAX_POINTS = 4000
 _MAX_ROWS = 12  # of lives that are named
 _UNITS = ((3 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
 
@@ -37,36 +34,24 @@ def draw(run: Sequence[Life], workspace: Path, path: Path, *, is_dark: bool = Fa
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as ex:
-        raise ValueError("--plot needs matplotlib. Install it with `pip install 'trainloop-accelerate[plot]'`") from ex
-    theme = _DARK if is_dark else _LIGHT
+    theme = DARK if is_dark else LIGHT
     start, end = run[0].started, run[-1].ended
     _, scale, unit = next(row for row in _UNITS if end - start >= row[0])
     losses = _losses(run, workspace)
     height = 0.7 + 0.35 * min(len(run), _MAX_ROWS)
     size = (9, height + (3.6 if losses else 1.2))
-    figure = Figure(figsize=size, layout="constrained", facecolor=theme["background"])
+    figure = make_figure(size, theme, "--plot")
     ratios = [height, 2.4] if losses else [1.0]
     axes = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-    _draw_lives(axes[0], run, start, scale, {**_COLOURS, "training": theme["training"]})
+    _draw_lives(axes[0], run, start, scale, {**_COLOURS, "training": theme.series[0]})
     if losses:
         _draw_losses(axes[1], run, losses, start, scale, theme)
     for ax in axes:
-        ax.set_facecolor(theme["background"])
-        ax.tick_params(colors=theme["text"], labelsize=9)
-        ax.grid(axis="x", color=theme["line"], linewidth=0.6)
-        ax.set_axisbelow(True)
-        for side, spine in ax.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(theme["line"])
-        for text in (ax.xaxis.label, ax.yaxis.label):
-            text.set_color(theme["text"])
+        style_axes(ax, theme, grid="x")
     axes[-1].set_xlabel(f"{unit} since the first start")
     axes[-1].set_xlim(0, (end - start) / scale * 1.02)
     _add_legend(figure, axes[0], run, theme)
-    figure.savefig(path, dpi=150, facecolor=theme["background"])
+    figure.savefig(path, dpi=150, facecolor=theme.background)
 
 
 def _draw_lives(ax: Any, run: Sequence[Life], start: float, scale: float, colours: dict[str, str]) -> None:
@@ -75,7 +60,7 @@ def _draw_lives(ax: Any, run: Sequence[Life], start: float, scale: float, colour
             left, width = (begin - start) / scale, max(end - begin, 0.0) / scale
             ax.barh(row, width, left=left, height=0.62, color=colours[category], linewidth=0)
         if life.reason in FAILURES:
-            ax.plot((life.ended - start) / scale, row, "x", color=_FAILURE, markersize=8, markeredgewidth=2)
+            ax.plot((life.ended - start) / scale, row, "x", color=FAILURE, markersize=8, markeredgewidth=2)
     shown = range(0, len(run), -(-len(run) // _MAX_ROWS))
     ax.set_yticks(shown, [f"{run[row].number}: {run[row].start_step} → {run[row].step}" for row in shown])
     ax.set_ylabel("life: steps")
@@ -108,10 +93,9 @@ def _losses(run: Sequence[Life], workspace: Path) -> dict[int, tuple[list[float]
         if life.ready is None or ledger is None or not ledger.losses:
             continue
         steps = [step for step in sorted(ledger.losses) if life.start_step < step <= life.step]
-        steps = steps[:: max(1, len(steps) // _MAX_POINTS)]
         marks = _marks(life)
         times = [_time_of(step, marks) for step in steps]
-        curves[life.number] = (times, [ledger.losses[step] for step in steps])
+        curves[life.number] = thinned(times, [ledger.losses[step] for step in steps])
     return curves
 
 
@@ -142,12 +126,12 @@ def _draw_losses(
     losses: dict[int, tuple[list[float], list[float]]],
     start: float,
     scale: float,
-    theme: dict[str, str],
+    theme: Theme,
 ) -> None:
     for times, values in losses.values():
-        ax.plot([(time - start) / scale for time in times], values, color=theme["training"], linewidth=1.4)
+        ax.plot([(time - start) / scale for time in times], values, color=theme.series[0], linewidth=1.4)
     for life in run[1:]:
-        ax.axvline((life.started - start) / scale, color=theme["text"], linewidth=0.8, linestyle=(0, (3, 3)))
+        ax.axvline((life.started - start) / scale, color=theme.text, linewidth=0.8, linestyle=(0, (3, 3)))
     retries = [
         (event["time"] - start) / scale
         for life in run
@@ -155,26 +139,26 @@ def _draw_losses(
         if event["event"] == "discarded" and event.get("retries")
     ]
     if retries:
-        ax.plot(retries, [0.06] * len(retries), "^", color=_FAILURE, markersize=7, transform=ax.get_xaxis_transform())
+        ax.plot(retries, [0.06] * len(retries), "^", color=FAILURE, markersize=7, transform=ax.get_xaxis_transform())
     if all(value > 0 for _, values in losses.values() for value in values):
         ax.set_yscale("log")
     ax.set_ylabel("loss (rank 0)")
 
 
-def _add_legend(figure: Any, ax: Any, run: Sequence[Life], theme: dict[str, str]) -> None:
+def _add_legend(figure: Any, ax: Any, run: Sequence[Life], theme: Theme) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     used = {category for row, life in enumerate(run) for category, *_ in _segments(life, run[:row])}
-    colours = {"training": theme["training"], **_COLOURS}
+    colours = {"training": theme.series[0], **_COLOURS}
     handles: list[Any] = [Patch(color=colour, label=name) for name, colour in colours.items() if name in used]
-    marker: dict[str, Any] = {"color": _FAILURE, "linestyle": "none", "markeredgewidth": 2}
+    marker: dict[str, Any] = {"color": FAILURE, "linestyle": "none", "markeredgewidth": 2}
     if any(life.reason in FAILURES for life in run):
         handles.append(Line2D([], [], marker="x", label="failed", **marker))
     if any(event.get("retries") for life in run for event in life.events if event["event"] == "discarded"):
         handles.append(Line2D([], [], marker="^", label="window discarded", **marker))
     if len(run) > 1:
-        handles.append(Line2D([], [], color=theme["text"], linewidth=0.8, linestyle="--", label="restart"))
+        handles.append(Line2D([], [], color=theme.text, linewidth=0.8, linestyle="--", label="restart"))
     legend = figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     for text in legend.get_texts():
-        text.set_color(theme["text"])
+        text.set_color(theme.text)
