@@ -94,7 +94,7 @@ def test_evaluations_waits_retries_and_async_saves_are_events(tmp_path: Path) ->
 
 
 def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
-    """A line that a killed process left unfinished is passed over; the next life cuts it off, and is read as any other."""
+    """A line that a killed process left unfinished is passed over, and the next life cuts it off."""
     small(tmp_path, max_steps=2).train()
     path = tmp_path / "events.jsonl"
     whole = path.read_text().splitlines()
