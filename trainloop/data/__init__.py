@@ -1,8 +1,8 @@
-"""Where the run stands in its data.
+"""The data of a run: sharding, order, and position.
 
-In: whatever `build_data_loader` returns, the seed, and the number of processes.
-Out: an endless stream of this rank's micro-batches on its device, each sample once an epoch, and the position in it,
-which a checkpoint keeps.
+In: the return value of `build_data_loader`, the seed, and the number of processes.
+Out: an endless stream of this rank's micro-batches on its device, with each sample once an epoch; and the position in
+the stream, which checkpoints save.
 """
 
 from .bad_samples import SkipBadSamples

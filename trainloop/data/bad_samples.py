@@ -1,10 +1,10 @@
-"""Samples that cannot be read: the next of the order takes the place of each, and the run counts them.
+"""Samples that cannot be read: each is replaced by the next sample of the order, and the run counts them.
 
 ```
-sampler: index, and the 8 that come next ─► worker: reads ─► batch, and what could not be read ─► rank: logs, counts
+sampler: index, and the next 8 ─► worker: reads ─► batch, and the samples that failed ─► rank: logs, counts
 ```
 
-The counts are of consumed batches only, and the ranks exchange them only after a failure.
+Only samples of consumed batches are counted. The ranks exchange the counts only after a failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..ranks import collectives
 from .order import EpochOrdered
 
 NUM_SUBSTITUTES = 8
-_MAX_LENGTH = 300  # of the text of an error
+_MAX_LENGTH = 300  # characters of an error's text
 
 
 class BadSample(NamedTuple):
@@ -29,42 +29,42 @@ class BadSample(NamedTuple):
 
     name: str
     substitute: str
-    """The name of what was read in its place."""
+    """The name of the sample that was read instead."""
     error: str
 
 
 class Candidates(NamedTuple):
-    """What `SkipBadSamples` is asked for: an index, and those to be tried in its place, one after another."""
+    """The key that `SkipBadSamples` gets: an index, and the indices to try instead, one after another."""
 
     first: Any
     substitutes: tuple[Any, ...]
 
 
 class Fetched(NamedTuple):
-    """A batch, and what could not be read for it."""
+    """A batch, and the samples that could not be read for it."""
 
     batch: Any
     bad_samples: list[BadSample]
 
 
 class SkipBadSamples(Dataset[Any]):
-    """A map-style data set, for training, in which a sample whose reading raises is skipped.
+    """A map-style data set for training that skips a sample if reading it raises.
 
-    The next sample of the epoch's order takes its place, or one of the seven after that. So it is the same one after a
-    resume, at any number of processes and workers. The log names each skipped sample with its error, and
-    `data/bad_samples` in the records of `LoggingHook` counts them, over all ranks and since the run began. Checkpoints
-    keep the count.
+    The sample is replaced by the next one in the epoch's order, or by one of the seven after that. So the replacement
+    is the same after a resume, at any number of processes and workers. The log names each skipped sample with its
+    error. `data/bad_samples` in the records of `LoggingHook` counts them, over all ranks and since the run began.
+    Checkpoints save the count.
 
-    It must be the data set of the `DataLoader` that `build_data_loader` returns, around all others. Anywhere else, an
-    evaluation included, the error of a bad sample is raised: an evaluation counts every sample.
+    It must be the data set of the `DataLoader` that `build_data_loader` returns, and the outermost wrapper. Anywhere
+    else, including evaluations, a bad sample raises its error: an evaluation must count every sample.
 
     Args:
-        dataset: Has `__getitem__` and `__len__`. It is read sample by sample.
-        max_failures: A run that has skipped more samples than this ends with a `trainloop.TrainingError`. A bad sample
-            counts once in each epoch.
+        dataset: A data set with `__getitem__` and `__len__`. It is read sample by sample.
+        max_failures: If a run has skipped more samples than this, it ends with a `trainloop.TrainingError`. A bad
+            sample counts once in each epoch.
 
     Raises:
-        TypeError: `dataset` has no index.
+        TypeError: `dataset` has no `__getitem__`, or is an `IterableDataset`.
     """
 
     def __init__(self, dataset: Any, max_failures: int) -> None:
@@ -99,7 +99,7 @@ class SkipBadSamples(Dataset[Any]):
         ) from first_error
 
     def take_bad_samples(self) -> list[BadSample]:
-        """Those since the last call, in this process."""
+        """The bad samples since the last call, in this process."""
         taken, self._bad_samples = self._bad_samples, []
         return taken
 
@@ -109,7 +109,7 @@ class SkipBadSamples(Dataset[Any]):
 
 @dataclass
 class CollateWithBadSamples:
-    """A `collate_fn` that sends along what could not be read."""
+    """A `collate_fn` that adds the samples that could not be read to the batch."""
 
     collate_fn: Callable[[Any], Any]
     dataset: SkipBadSamples
@@ -119,19 +119,19 @@ class CollateWithBadSamples:
 
 
 class BadSampleCount:
-    """How many samples a run could not read, on all ranks together."""
+    """Counts the samples that a run could not read, over all ranks together."""
 
     def __init__(self, max_failures: int) -> None:
         self.total = 0
         self.new: list[BadSample] = []
-        """This rank's, of which the others have not heard yet."""
+        """This rank's bad samples that the other ranks don't know yet."""
         self._max_failures = max_failures
 
     def exchange(self, logger: logging.Logger, step: int) -> None:
-        """Log and count what the ranks have met. Call on every rank, after one of them has met something.
+        """Log and count the bad samples of all ranks. Call on every rank, after one of them has found any.
 
         Raises:
-            TrainingError: On every rank; these are too many.
+            TrainingError: On every rank. There are too many bad samples.
         """
         by_rank: Sequence[list[BadSample]] = collectives.gather_objects(self.new)
         self.new = []

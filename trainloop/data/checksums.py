@@ -1,4 +1,4 @@
-"""Checksums of orders and samples, the same in every process: by them the ranks find out whether they read alike."""
+"""Checksums of orders and samples, the same in every process. With them the ranks check that they read the same."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-_NUM_SAMPLES = 64  # of a group
-_NUM_ELEMENTS = 1024  # of an array in a sample
+_NUM_SAMPLES = 64  # first samples of a list
+_NUM_ELEMENTS = 1024  # first elements of an array in a sample
 
 
 def checksum(value: Any, seed: int = 0) -> int:
-    """CRC of nested containers of numbers, texts, tensors and arrays. Of any other object only the type counts."""
+    """CRC of nested containers of numbers, texts, tensors and arrays. Of other objects, only the type is included."""
     if isinstance(value, torch.Tensor):
         return _of_tensor(value, seed)
     if isinstance(value, range | int | float | complex | str | bytes | None):
@@ -25,7 +25,7 @@ def checksum(value: Any, seed: int = 0) -> int:
         return checksum([item for pair in value.items() for item in pair], seed)
     if isinstance(value, list | tuple):
         try:
-            return zlib.crc32(array("q", value), seed)  # a list of indices: 10 ns each
+            return zlib.crc32(array("q", value), seed)  # fast path for a list of indices: 10 ns each
         except (TypeError, OverflowError, ValueError):
             for item in value:
                 seed = checksum(item, seed)
@@ -36,7 +36,7 @@ def checksum(value: Any, seed: int = 0) -> int:
 
 
 def sample_checksum(samples: list[Any]) -> int:
-    """`checksum` of the first samples of a list, and of the beginning of each array in them."""
+    """`checksum` of the first samples of a list, and of the first elements of each array in them."""
     return checksum(_beginning(samples[:_NUM_SAMPLES]))
 
 

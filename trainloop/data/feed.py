@@ -1,7 +1,7 @@
-"""Where the run stands in its data: each rank's batches, without end, on the device, at a position that can be saved.
+"""The stream of each rank's batches: endless, on the device, with a position that can be saved.
 
-`sources.py` chooses the source for each kind of data. torch's own loader fetches the data everywhere, and only its
-workers prefetch. `look_ahead.py` takes one batch from them ahead of time.
+`sources.py` chooses the source for each kind of data. torch's own loader always fetches the data, and only its workers
+prefetch. `look_ahead.py` takes one batch from them ahead of time.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class DataFeed:
 
     Args:
         loader: The user's data.
-        seed: Of the order, in [0, 2^31).
+        seed: Seed of the order, in [0, 2^31).
         rank: This rank.
         world_size: Number of ranks.
-        device: Where the batches go.
-        non_blocking: Whether the host doesn't wait for the copy, also of a loader without `pin_memory`.
+        device: The device for the batches.
+        non_blocking: Whether the copy to the device is asynchronous even if the loader has no `pin_memory`.
 
     Raises:
         TypeError: `loader` is not iterable.
@@ -82,31 +82,31 @@ class DataFeed:
 
     @property
     def num_epochs_done(self) -> int:
-        """How many epochs are over on this rank. The end of data without a length is noticed with the first batch after
-        it.
+        """Number of completed epochs on this rank. If the data has no length, its end is noticed only with the first
+        batch after it.
         """
         return self._source.num_epochs_done
 
     def num_batches_left(self, num_epochs: int) -> int | None:
-        """This rank's micro-batches from the current position until `num_epochs` epochs are over; None: the data has
-        no length. Call on every rank.
+        """Number of this rank's micro-batches from the current position to the end of `num_epochs` epochs. None: the
+        data has no length. Call on every rank.
         """
         return self._source.num_batches_left(num_epochs)
 
     @property
     def position(self) -> tuple[int, int]:
-        """Epoch and consumed samples of it; (0, 0) for data of which each rank has its own."""
+        """Epoch, and its consumed samples. (0, 0) if each rank has its own data."""
         return self._source.position
 
     def position_checksum(self) -> int:
-        """Where this rank stands: `position` and `checksum`; if the rank has its own data, its epoch and batch."""
+        """Checksum of `position` and `checksum`; if each rank has its own data, of this rank's epoch and batch."""
         source = self._source
         epoch, position = source.own_position if isinstance(source, IterableSource | SampledSource) else source.position
         return zlib.crc32(_POSITION.pack(epoch, position, source.checksum))
 
     @property
     def checksum(self) -> int:
-        """Of the order of the epoch, or of its first samples. It must be the same on all ranks."""
+        """Checksum of the epoch's order, or of its first samples. It must be the same on all ranks."""
         return self._source.checksum
 
     @property
@@ -116,24 +116,24 @@ class DataFeed:
 
     @property
     def bad_samples(self) -> BadSampleCount | None:
-        """Of the samples that could not be read; None: such a sample ends the run."""
+        """The count of samples that could not be read. None: such a sample ends the run."""
         return self._source.bad_samples if isinstance(self._source, IndexedSource) else None
 
     def records(self) -> dict[str, Any]:
-        """What the log shows of the data, the same on all ranks."""
+        """Records of the data for the log, the same on all ranks."""
         return self._source.records() if isinstance(self._source, IndexedSource) else {}
 
     @property
     def is_started(self) -> bool:
-        """Whether a `train` draws from it."""
+        """Whether a `train` is drawing from it."""
         return self._next is not None
 
     def start(self) -> None:
-        """Make the iterator, at the current position. Call on every rank. After it the random generators may be
-        restored.
+        """Create the iterator, at the current position. Call on every rank. The random generators may be restored only
+        after it.
 
         Raises:
-            RankDisagreementError: The ranks read other samples at the same place of the order.
+            RankDisagreementError: The ranks read different samples at the same place of the order.
         """
         batches = self._source.open()
         if self._compares:
@@ -162,7 +162,7 @@ class DataFeed:
         self._ahead.fetch(self._next)
 
     def close(self) -> None:
-        """End the iterator and its workers; `start` goes on where it stood."""
+        """End the iterator and its workers. `start` continues at the same position."""
         self._next = None
         if self._ahead is not None:
             self._ahead.drop()
@@ -179,12 +179,12 @@ class DataFeed:
         return self._source.state_dict()
 
     def rank_state_dict(self) -> dict[str, Any] | None:
-        """What belongs to this rank only, if anything."""
+        """The state that belongs to this rank only, if any."""
         return self._source.rank_state_dict()
 
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
-        """Go to a saved position; `rank_state` is None if it was saved at another number of processes."""
-        if state["kind"] == "IterableSource" and self._was_each_ranks_own:  # of trainloop 0.1.0
+        """Go to a saved position. `rank_state` is None if another number of processes saved it."""
+        if state["kind"] == "IterableSource" and self._was_each_ranks_own:  # saved by trainloop 0.1.0
             self._source = IterableSource(self._loader, 0, 1)
         if state["kind"] != type(self._source).__name__:
             raise ValueError(
@@ -196,16 +196,16 @@ class DataFeed:
 
 
 def check_same_data(by_rank: Sequence[int | None], text: str = DIFFERENT_SAMPLES) -> None:
-    """Raise if the ranks have fetched other samples from the same place of the order; None: a rank cannot compare."""
+    """Raise if the ranks have fetched different samples from the same place of the order. None: no comparison."""
     if None not in by_rank and len(set(by_rank)) > 1:
         raise RankDisagreementError(text)
 
 
 def transfer(loader: Any, device: torch.device, non_blocking: bool = False) -> Callable[[Any], Any] | None:
-    """What moves a batch of this loader to the device; None: it is there already."""
+    """A function that moves a batch of this loader to the device. None: the batch is already there."""
     if device.type == "cpu":
         return None
-    # Asynchronous where the user's loader has pinned the batch; from pageable memory the copy waits anyway.
+    # Asynchronous if the user's loader has pinned the batch. From pageable memory the copy blocks anyway.
     is_pinned = bool(getattr(loader, "pin_memory", False))
     send = partial(send_to_device, device=device, non_blocking=non_blocking or is_pinned)
     return partial(map_nested, send, is_leaf=has_to)

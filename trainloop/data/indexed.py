@@ -1,6 +1,6 @@
 """Data with an index: a `DataLoader` over a map-style data set, or a sequence of batches.
 
-Sharded here. It goes to any position at once, at any number of processes.
+It is sharded here. It can go to any position directly, at any number of processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class IndexedSource:
             key = batch_keys if holds_batches else sample_key
         dataset = data.dataset if isinstance(data, DataLoader) else None
         self.bad_samples = BadSampleCount(dataset.max_failures) if isinstance(dataset, SkipBadSamples) else None
-        """None: a sample that cannot be read ends the run."""
+        """The count of bad samples. None: a sample that cannot be read ends the run."""
         self._given_sampler = sampler
         self._sampler = EndlessSampler(
             sampler,
@@ -58,7 +58,7 @@ class IndexedSource:
             with_substitutes=self.bad_samples is not None,
         )
         self._compares = world_size > 1
-        """Whether the next `open` fetches what the ranks compare."""
+        """Whether the next `open` also fetches the samples that the ranks compare."""
         self._iterator: Iterator[Any] | None = None
         self._bad_samples_ahead: deque[list[BadSample]] = deque()
         """Of the batches that were fetched and not yet consumed."""
@@ -83,7 +83,7 @@ class IndexedSource:
         return self._sampler.checksum
 
     def open(self) -> Iterator[Any]:
-        # The iterator is made here, and not in the generator, so that `close` can end it.
+        # The iterator is created here, not in the generator, so that `close` can end it.
         if isinstance(self._data, DataLoader):
             sampler = itertools.chain(self._items_to_compare(), self._sampler)
             loader = with_sampler(self._data, sampler, self._sampler.seed)
@@ -103,8 +103,8 @@ class IndexedSource:
         return checksums[0] if checksums[:1] == checksums[1:] else None
 
     def _items_to_compare(self) -> list[Any]:
-        """What rank 0 draws next, on every rank: the same samples, if all ranks have the same data. They are fetched
-        twice, because a data set that draws from generators of its own gives others each time.
+        """The item that rank 0 draws next, twice, on every rank. If all ranks have the same data, it gives the same
+        samples. It is fetched twice, because a data set with its own random generators gives other samples each time.
         """
         return [self._sampler.first_of_rank_zero()] * 2 if self._compares else []
 
@@ -132,7 +132,7 @@ class IndexedSource:
         self._iterator = None
 
     def records(self) -> dict[str, Any]:
-        """What the log shows of the data, the same on all ranks."""
+        """Records of the data for the log, the same on all ranks."""
         records: dict[str, Any] = {}
         if self.bad_samples is not None:
             records["bad_samples"] = float(self.bad_samples.total)
@@ -167,7 +167,7 @@ class IndexedSource:
             self.bad_samples.total, self.bad_samples.new = state.get("num_bad_samples", 0), []
         self._sampler.go_to(state["seed"], state["epoch"], state["position"])
         saved, own = state.get("order"), self._order_record(state["epoch"])
-        if saved is None:  # of trainloop 0.1.0, which counted an own batch sampler's batches
+        if saved is None:  # saved by trainloop 0.1.0, which counted the batches of a custom batch sampler
             self._sampler.position = self._sampler.num_samples(state["epoch"], state["position"])
         elif state["position"] and saved != own and {**saved, "checksum": 0} == {**own, "checksum": 0}:
             if isinstance(self._given_sampler, DatasetOrder):

@@ -50,11 +50,11 @@ class IterableSource:
 
     @property
     def position(self) -> tuple[int, int]:
-        return 0, 0  # the ranks may have unequally many batches an epoch
+        return 0, 0  # the ranks may have different numbers of batches an epoch
 
     @property
     def own_position(self) -> tuple[int, int]:
-        """This rank's epoch, and the batches of it that were drawn."""
+        """This rank's epoch, and the number of batches that it has drawn of the epoch."""
         return self._epoch, self._position
 
     def open(self) -> Iterator[Any]:
@@ -70,7 +70,7 @@ class IterableSource:
             if num_replayed:
                 assert self._iterator is not None
                 _replay(self._iterator, num_replayed, self._is_first)
-                load_rng_state(before, _CPU)  # the run has drawn on, and must not draw the same again
+                load_rng_state(before, _CPU)  # otherwise the run would draw the same random numbers again
         return self._batches()
 
     def advance(self) -> None:
@@ -103,7 +103,7 @@ class IterableSource:
     def close(self) -> None:
         is_prepared = isinstance(self._iterable, DataLoaderShard | DataLoaderDispatcher)
         if not is_prepared and not (isinstance(self._iterable, DataLoader) and self._iterable.num_workers):
-            return  # nothing runs in the background; it is kept where it stands
+            return  # no background work, so keep the iterator at its position
         if self._is_stateful and self._iterator is not None:
             self._state = self._iterable.state_dict()  # type: ignore[attr-defined]
         end_workers(self._iterator)
@@ -145,7 +145,7 @@ class IterableSource:
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the epoch to a loader that is used as it is, and to its samplers and data set."""
+    """Pass the epoch to a loader that is used unchanged, and to its samplers and data set."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (batch_sampler, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
     parts: list[Any] = [loader, *samplers, getattr(loader, "dataset", None)]
@@ -155,14 +155,14 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _is_stateful(data: Any) -> bool:
-    """Accelerate's loaders always have the methods, but they only work with `use_stateful_dataloader`."""
+    """Whether it can save its position. Accelerate's loaders can only with `use_stateful_dataloader`."""
     if isinstance(data, DataLoaderShard | DataLoaderDispatcher):
         return bool(data.use_stateful_dataloader)
     return is_stateful(data)
 
 
 def _replay(iterator: Iterator[Any], count: int, is_shown: bool) -> None:
-    """Draw again what the run has already seen of this epoch."""
+    """Draw again the batches of this epoch that the run has already seen."""
     warnings.warn(
         f"The data has no `state_dict`, so the {count} batches that this run has already seen of the epoch are drawn"
         " again. Give the data set `state_dict` and `load_state_dict` to go there at once.",

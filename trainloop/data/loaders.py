@@ -1,6 +1,6 @@
-"""A user's `DataLoader` made anew, with a sampler of ours.
+"""Rebuilds a user's `DataLoader` with one of our samplers.
 
-Everything else about it stays as the user set it: collate function, workers, pinning, timeout.
+All other settings stay: collate function, workers, pinning, timeout.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from .workers import WithOwnDataset
 
 
 def is_map_style(loader: Any) -> TypeGuard[DataLoader[Any]]:
-    """Whether `loader` is a `DataLoader` of a map-style data set that yields what torch's own would."""
+    """Whether `loader` is a `DataLoader` of a map-style data set that yields the same as torch's own class."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
     return iterates_as_torchs(loader)
 
 
 def iterates_as_torchs(loader: DataLoader[Any]) -> bool:
-    """Whether `loader` yields what torch's own would."""
+    """Whether `loader` yields the same as torch's own class."""
     return type(loader).__iter__ is DataLoader.__iter__ or is_of_torchdata(loader)
 
 
 def with_sampler(loader: DataLoader[Any], sampler: Iterable[Any], seed: int) -> DataLoader[Any]:
-    """Give a loader of a map-style data set another sampler, of batches or of items, whichever its own one yields.
+    """Give a loader of a map-style data set another sampler. Like the old one, it yields either batches or items.
 
     The loader also gets its own generator. Otherwise each new iterator would draw from the process's generator, and a
-    resumed run makes one iterator more. With workers, the sampler must yield keys of `SeededDataset`.
+    resumed run makes one more iterator. With workers, the sampler must yield keys of `SeededDataset`.
     """
     if loader.batch_sampler is None:
         sampling: dict[str, Any] = {"batch_size": None, "sampler": sampler}

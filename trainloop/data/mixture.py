@@ -1,10 +1,10 @@
 """Several data sets as one, each with its share of the samples.
 
-The source of sample n is a function of the seed and n only. So are the passes through each source:
+The source of sample n depends only on the seed and n. The same is true for the passes through each source:
 
 ```
-sample of the mixture   0   1   2   3   4   5   …    positions go on from epoch to epoch
-source                  a   b   a   a   b   a   …    shares as `weights` has them, in each short stretch too
+sample of the mixture   0   1   2   3   4   5   …    positions continue from epoch to epoch
+source                  a   b   a   a   b   a   …    shares follow `weights`, also in each short stretch
 sample of the source    a0  b0  a1  a2  b1  a3  …    a permutation of a, then another one of it
 ```
 """
@@ -28,16 +28,16 @@ from .order import EpochOrdered, permutation
 
 Weights: TypeAlias = Mapping[str, float]
 _GOLDEN = 2654435769  # 2^32 divided by the golden ratio: its multiples are spread evenly in [0, 2^32)
-_CHUNK = 1 << 16  # samples whose sources are found together
-_BLOCK = 1 << 20  # samples that are counted together
+_CHUNK = 1 << 16  # samples whose sources are computed at a time
+_BLOCK = 1 << 20  # samples that are counted at a time
 
 
 class Mixture(EpochOrdered):
     """Several map-style data sets as one, each with its share of the samples, for `build_data_loader`.
 
-    Each source is read through before one of its samples comes again, from epoch to epoch too. With
+    Each source is read completely before one of its samples is repeated, also across epochs. With
     `DataLoader(..., shuffle=True)`, each pass through a source is another permutation of it. The shares hold in each
-    stretch of the order, so nearly in each batch. The order depends only on the seed, so a run goes on exactly, at any
+    stretch of the order, so nearly in each batch. The order depends only on the seed, so a run resumes exactly, at any
     number of processes and workers. `data/share/<name>` in the records of `LoggingHook` is the share of each source
     among the samples that all ranks have seen since the run began.
 
@@ -45,17 +45,17 @@ class Mixture(EpochOrdered):
 
     Args:
         datasets: The sources by name: map-style data sets.
-        weights: The share of each source by name, in any unit. To change them in the course of the run: a list of pairs
-            (step, weights), of which each holds from its step on, or a function from the step to the weights. It must
-            depend on the step only. Steps count from 1, as `trainer.step`.
-        num_samples: Samples that make an epoch. None: as many as the sources have together.
-        samples_per_step: How many samples of all processes make an optimizer step. Needed where the weights depend on
-            the step: sample n belongs to step `n // samples_per_step + 1`. So the order stays the same if a run goes on
-            with another global batch, and a window that is discarded counts as a step.
+        weights: The share of each source by name, in any unit. To change the shares during the run: a list of pairs
+            (step, weights), each valid from its step on, or a function from the step to the weights, which must depend
+            only on the step. Steps count from 1, as in `trainer.step`.
+        num_samples: Samples in an epoch. None: the total of all sources.
+        samples_per_step: Samples in an optimizer step, over all processes. Needed if the weights depend on the step:
+            sample n belongs to step `n // samples_per_step + 1`. So the order stays the same if a run resumes with
+            another global batch. A discarded window counts as a step.
 
     Raises:
-        TypeError: A source has no index, or is a `SkipBadSamples`, which must stand around the mixture.
-        ValueError: A source is empty, or the weights are not those of the sources.
+        TypeError: A source has no `__getitem__`, or is a `SkipBadSamples`, which must wrap the mixture instead.
+        ValueError: A source is empty, or the names in `weights` differ from the sources.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Mixture(EpochOrdered):
         self._in_order: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples in an epoch."""
         return self._num_samples
 
     def __getitem__(self, index: int) -> Any:
-        """A sample. The indices from `len` on, which `epoch_indices` gives, name a sample of a source."""
+        """A sample. An index of `len` or more, as `epoch_indices` returns them, names a sample of a source."""
         if index < 0:
             index += len(self)
         if index < 0:
@@ -123,18 +123,18 @@ class Mixture(EpochOrdered):
         return f"{dataset.name_of(index) if isinstance(dataset, EpochOrdered) else index} of {self._names[source]!r}"
 
     def shares(self, seed: int, epoch: int, position: int) -> dict[str, float]:
-        """The share of each source in what comes before a position of the order.
+        """The share of each source among the samples before a position of the order.
 
         Args:
-            seed: Of the run.
-            epoch: From 0.
-            position: Samples of the epoch that were seen.
+            seed: Seed of the run.
+            epoch: The epoch, from 0.
+            position: Number of samples of the epoch that have been seen.
         """
         counts = self._seen.at(seed, epoch * len(self) + position)
         return {name: count / max(1, sum(counts)) for name, count in zip(self._names, counts, strict=True)}
 
     def _sources(self, seed: int, start: int, stop: int) -> torch.Tensor:
-        """Which source each sample from `start` to `stop` comes from, counted over all epochs: int16."""
+        """The source of each sample from `start` to `stop`, counted over all epochs: int16."""
         offset = derived_seed(seed, "mixture")
         found = torch.empty(stop - start, dtype=torch.int16)
         for places in torch.arange(start, stop).split(_CHUNK):  # type: ignore[no-untyped-call]
@@ -147,12 +147,12 @@ class Mixture(EpochOrdered):
         return {**vars(self), "_in_order": None}
 
     def _split(self, index: int) -> tuple[int, int]:
-        """Source, and index in it."""
+        """The source, and the index in it."""
         index, source = divmod(index - len(self), len(self._names))
         return source, index
 
     def _read_on(self, source: int, seed: int, num_before: int, count: int, shuffle: bool) -> torch.Tensor:
-        """The next `count` indices of a source of which `num_before` were read."""
+        """The next `count` indices of a source, after the first `num_before`."""
         name, dataset = self._names[source], self._datasets[source]
         pieces = [torch.empty(0, dtype=torch.int64)]
         while count:
@@ -166,7 +166,7 @@ class Mixture(EpochOrdered):
         return torch.cat(pieces)
 
     def _limits_at(self, places: torch.Tensor) -> torch.Tensor:
-        """The limits that hold at samples of the mixture: 1 or N x number of sources - 1."""
+        """The limits of the sources at samples of the mixture: 1 or N x number of sources - 1."""
         if self._constant is not None or self.samples_per_step is None:
             assert self._constant is not None
             return self._constant[None]
@@ -182,7 +182,7 @@ class Mixture(EpochOrdered):
         return weights(step) if callable(weights) else weights
 
     def _limits(self, weights: Any) -> torch.Tensor:
-        """Where in [0, 2^32] the part of one source ends and that of the next begins: number of sources - 1."""
+        """The borders between the parts of the sources in [0, 2^32]: number of sources - 1."""
         if not isinstance(weights, Mapping) or set(weights) != set(self._names):
             raise ValueError(
                 f"`weights` must be given for each source, {', '.join(map(repr, self._names))}, but are"
@@ -196,7 +196,7 @@ class Mixture(EpochOrdered):
 
 
 class _Count:
-    """How many samples of each source come before a place of the order. It counts on from where it was asked last."""
+    """Counts the samples of each source before a place in the order. It continues from its last place."""
 
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture
@@ -215,11 +215,11 @@ class _Count:
 
 
 def check_samples_per_step(loader: Any, num_batches: int) -> None:
-    """Warn if the loader is of a mixture whose weights depend on the step, and it counts the steps unlike the run.
+    """Warn if the loader has a mixture whose weights depend on the step, and whose `samples_per_step` is not the run's.
 
     Args:
-        loader: What `build_data_loader` returned.
-        num_batches: How many batches make an optimizer step, of all processes together.
+        loader: The return value of `build_data_loader`.
+        num_batches: Number of batches in an optimizer step, over all processes.
     """
     dataset, batch_size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
     if isinstance(dataset, SkipBadSamples):

@@ -1,8 +1,8 @@
-"""The order of one epoch: what a sampler yields, the same on every rank and after every restart.
+"""The order of one epoch: the items of a sampler, the same on every rank and after every restart.
 
-A sampler draws its order from the process's generators, which are lent to it with a seed of (seed, epoch), or from
-generators of its own, which are found and seeded. What else it may draw from cannot be seen. So each order has a
-checksum: the ranks compare theirs, and a resumed run compares its order with the saved one.
+A sampler draws its order from the process's generators, which are seeded for it with (seed, epoch), or from its own
+generators, which are found and seeded. Other sources of randomness can't be seen. So each order has a checksum: the
+ranks compare theirs, and a resumed run compares its order with the saved one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from ..rng import OwnRng, derived_seed, lent_rng
 from .checksums import checksum
 
-_NUM_COMPARED = 64  # first items of a sampler without a length
-_BLOCK = 256  # items of a tensor that are made a list at a time
-_LONGEST_LIST = 64  # in which generators are looked for
+_NUM_COMPARED = 64  # first items that are compared if a sampler has no length
+_BLOCK = 256  # items of a tensor that are converted to a list at a time
+_LONGEST_LIST = 64  # longest list that is searched for generators
 
 
 class Order:
     """The items of one epoch.
 
     Attributes:
-        checksum: Of the items; of a sampler without a length, which may have no end, of the first 64.
-        state: The sampler's `state_dict` before it began, if it has one.
-        length: Number of items; None: the sampler has no length.
+        checksum: Checksum of the items. If the sampler has no length, and perhaps no end: of the first 64.
+        state: The sampler's `state_dict` before the epoch began, if it has one.
+        length: Number of items. None: the sampler has no length.
     """
 
     def __init__(self, sampler: Iterable[Any], seed: int, epoch: int) -> None:
@@ -58,7 +58,7 @@ class Order:
         self.checksum = checksum(self._items)
 
     def count(self, start: int, limit: int) -> int:
-        """How many of the `limit` items from `start` on there are."""
+        """How many items there are from `start` on, at most `limit`."""
         num_left = self._num_items - start
         if num_left >= limit:
             return limit
@@ -70,55 +70,55 @@ class Order:
         return max(0, min(limit, num_left))
 
     def items(self, start: int, stop: int) -> Sequence[Any]:
-        """The items from `start` to `stop`, which `count` has found to be there."""
+        """The items from `start` to `stop`. `count` must have found that they exist."""
         if not isinstance(self._items, torch.Tensor):
             part: Sequence[Any] = self._items[start:stop]
             return part
         first = start - self._block_start
         if first < 0 or stop > self._block_start + len(self._block):
-            # Slicing a tensor for each batch takes longer than all else that is done for it.
+            # Slicing the tensor for each batch would take longer than all other work for the batch.
             self._block_start, first = start, 0
             self._block = self._items[start : max(stop, start + _BLOCK)].tolist()
         return self._block[first : first + stop - start]
 
     def all_items(self) -> Sequence[Any]:
-        """All items; a sampler without a length must end."""
+        """All items. A sampler without a length must end."""
         while self.count(self._num_items, 1024):
             pass
         return self.items(0, self._num_items)
 
 
 class EpochOrdered(Dataset[Any]):
-    """A map-style data set that gives the order of each epoch itself."""
+    """A map-style data set that determines the order of each epoch itself."""
 
     def __len__(self) -> int:
-        """Samples of an epoch, the same for each."""
+        """Number of samples in each epoch."""
         raise NotImplementedError
 
     def epoch_indices(self, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
-        """The order of an epoch. The trainer calls it, in place of a sampler.
+        """The order of an epoch. The trainer calls this instead of using a sampler.
 
         Args:
-            seed: Of the run.
-            epoch: From 0.
+            seed: Seed of the run.
+            epoch: The epoch, from 0.
             shuffle: Whether the loader was made with `shuffle=True`.
 
         Returns:
-            The indices that `__getitem__` will be asked for, one after another: int64, `len(self)` of them.
+            The indices for `__getitem__`, in order: int64, `len(self)` of them.
         """
         raise NotImplementedError
 
     def name_of(self, index: int) -> str:
-        """How the log names a sample.
+        """The name of a sample in the log.
 
         Args:
-            index: As `__getitem__` gets it.
+            index: An index, as `__getitem__` gets it.
         """
         return str(index)
 
 
 class DatasetOrder(Sampler[int]):
-    """Takes the place of torch's sampler where the data set orders its epochs itself."""
+    """Replaces torch's sampler if the data set orders its epochs itself."""
 
     def __init__(self, dataset: EpochOrdered, shuffle: bool) -> None:
         self.dataset, self.shuffle = dataset, shuffle
@@ -131,14 +131,14 @@ class DatasetOrder(Sampler[int]):
 
 
 def sampler_name(sampler: Any) -> str:
-    """What the records of a run call it."""
+    """The name of a sampler in the records of a run."""
     if isinstance(sampler, DatasetOrder):
         return type(sampler.dataset).__name__ + (" (shuffled)" if sampler.shuffle else "")
     return type(sampler).__name__
 
 
 def permutation(num_items: int, *seed: Any) -> torch.Tensor:
-    """A permutation that depends on `seed` only: int64."""
+    """A permutation that depends only on `seed`: int64."""
     return torch.randperm(num_items, generator=torch.Generator().manual_seed(derived_seed(*seed)))
 
 
@@ -148,7 +148,7 @@ def is_stateful(data: Any) -> bool:
 
 
 def length_of(data: Any) -> int | None:
-    """The length of data or of a sampler; None: it has none."""
+    """The length of data or of a sampler. None: it has none."""
     try:
         return len(data)
     except TypeError:
@@ -156,9 +156,9 @@ def length_of(data: Any) -> int | None:
 
 
 def count_batches(num_epochs: int, length: int | None, num_seen: int, size: int, drop_last: bool) -> int | None:
-    """Batches of `size` items that `num_epochs` epochs give, of whose first one `num_seen` items are gone. A batch may
-    begin in one epoch and end in the next, and the last one is counted whole, unless `drop_last`. None: the length is
-    not known.
+    """Number of batches of `size` items in `num_epochs` epochs, if `num_seen` items of the first one are gone. A batch
+    may begin in one epoch and end in the next, and the last batch counts in full, unless `drop_last`. None: the length
+    is unknown.
     """
     if length is None:
         return None
@@ -180,7 +180,7 @@ def _all_items(sampler: Iterable[Any], seed: int, epoch: int) -> Any:
 
 
 def _permutations(sampler: RandomSampler) -> torch.Tensor:
-    """What `list(sampler)` gives, as a tensor: 8 bytes an item instead of 40."""
+    """The same as `list(sampler)`, as a tensor: 8 bytes an item instead of 40."""
     num, num_samples = len(sampler.data_source), sampler.num_samples
     generator = sampler.generator
     if generator is None:
@@ -192,7 +192,7 @@ def _permutations(sampler: RandomSampler) -> torch.Tensor:
 
 
 def _seed_parts(sampler: Any, seed: int, epoch: int) -> None:
-    """Tell a sampler and the samplers inside it the epoch, and seed the generators that they hold."""
+    """Pass the epoch to a sampler and the samplers inside it, and seed their generators."""
     num_seeded = 0
     for part in _parts(sampler, set()):
         if not _is_generator(part):
@@ -209,7 +209,7 @@ def _seed_parts(sampler: Any, seed: int, epoch: int) -> None:
 
 
 def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Generators in a sampler, and samplers in it, itself included, that have `set_epoch`; each once."""
+    """All generators in a sampler, and all samplers with `set_epoch` in it, including itself. Each appears once."""
     if id(value) in seen:
         return
     seen.add(id(value))

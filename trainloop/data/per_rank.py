@@ -1,4 +1,4 @@
-"""Data that shards itself: each rank trains on what its own loader yields."""
+"""Data that shards itself: each rank trains on the batches of its own loader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARD_REMEDY = (
 
 
 class PerRank:
-    """What `per_rank` returns."""
+    """The return value of `per_rank`."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -26,16 +26,16 @@ class PerRank:
 def per_rank(loader: Iterable[Any]) -> PerRank:
     """Mark data that shards itself, for `build_data_loader` and `build_eval_data_loader`.
 
-    The trainer takes it as it is, on every rank. Examples are a loader with a sampler of your own that yields
-    `range(rank, n, world_size)`, a data set that `split_dataset_by_node` has split, or a WebDataset pipeline.
+    The trainer uses it unchanged, on every rank. Examples are a loader with your own sampler that yields
+    `range(rank, n, world_size)`, a data set that was split by `split_dataset_by_node`, or a WebDataset pipeline.
 
-    - Training: each rank iterates its own loader. When it ends, the rank begins its next epoch, whatever the others do.
-      `set_epoch` of the loader, its samplers and its data set is called with the number of the epoch.
-    - Evaluation: every batch of every rank counts once. Ranks that end early run a batch again that does not count.
+    - Training: each rank iterates its own loader. When it ends, the rank begins its next epoch, independently of the
+      other ranks. `set_epoch` of the loader, its samplers and its data set is called with the number of the epoch.
+    - Evaluation: every batch of every rank counts once. Ranks that end early repeat a batch that doesn't count.
     - A resume at the same number of processes is exact, by the loader's `state_dict` and `load_state_dict`. Without
-      them the seen batches of the epoch are drawn again, with a `trainloop.DataReplayWarning`.
+      them, the batches of the epoch that were seen are drawn again, with a `trainloop.DataReplayWarning`.
     - A resume at another number of processes cannot be exact: each rank skips as many batches of its new part as each
-      rank had seen of its old one. A `trainloop.DataReplayWarning` says how many.
+      rank had seen of its old part. A `trainloop.DataReplayWarning` gives the number.
 
     Args:
         loader: An iterable of this rank's batches, for example a DataLoader.

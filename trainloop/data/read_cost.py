@@ -1,4 +1,4 @@
-"""What it costs that every rank reads the whole stream: measured in the first steps, and told once."""
+"""Measures in the first steps what it costs that every rank reads the whole stream, and reports it once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from ..errors import RedundantReadWarning
 
-_NUM_MEASURED = 32  # batches
-_LIMIT = 0.01  # of a step
+_NUM_MEASURED = 32  # number of batches
+_LIMIT = 0.01  # share of a step
 
 
 class ReadCost:
     """Measures how long a rank waits for a stream of which every rank reads all samples.
 
     Args:
-        world_size: Number of ranks. Each uses one part in so many of what it reads.
-        obstacle: Why the data cannot be read in shares. It is told whatever it costs.
+        world_size: Number of ranks. Each rank uses 1/`world_size` of the samples that it reads.
+        obstacle: Why the data cannot be read in shares. It is reported whatever the cost.
     """
 
     def __init__(self, world_size: int, obstacle: str) -> None:
@@ -26,9 +26,9 @@ class ReadCost:
         self._is_told = False
 
     def measured(self, batches: Iterator[Any], epoch: Callable[[], int]) -> Iterator[Any]:
-        """The batches. Two readings of this rank's clock for each of the first ones, and nothing after that."""
+        """The batches. Reads the clock twice for each of the first batches, and never after that."""
         if not self._is_told:
-            yield next(batches)  # with it the workers start, and a resume reads again
+            yield next(batches)  # not measured: workers start with it, and a resume reads again
             waited, since, num_measured = 0.0, time.perf_counter(), 0
             while num_measured < _NUM_MEASURED:
                 before, start = epoch(), time.perf_counter()
@@ -37,7 +37,7 @@ class ReadCost:
                 if epoch() == before:
                     waited, num_measured = waited + end - start, num_measured + 1
                 else:
-                    since += end - start  # an epoch that begins starts workers
+                    since += end - start  # not measured: a new epoch starts workers
                 yield batch
             self._tell(waited * (1 - 1 / self._world_size) / (time.perf_counter() - since))
         yield from batches

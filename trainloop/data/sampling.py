@@ -1,4 +1,4 @@
-"""Which samples each rank takes, and when: the endless order of a map-style data set, and where a run stands in it.
+"""Decides which samples each rank takes and when: the endless order of a map-style data set, and the position in it.
 
 ```
 order(epoch 0) + order(epoch 1) + …        f(seed, epoch), the same on all ranks
@@ -6,8 +6,8 @@ order(epoch 0) + order(epoch 1) + …        f(seed, epoch), the same on all ran
 └ rank 0 ┘└ rank 1 ┘                       rank r takes the r-th slice
 ```
 
-A batch may begin in one epoch and end in the next. All ranks always have equally many samples. None is seen twice in an
-epoch, and none is left out, except for the tail of each epoch with `drop_last`.
+A batch may begin in one epoch and end in the next. All ranks always have equally many samples. In an epoch, no sample
+is repeated and none is left out, except for the tail of each epoch with `drop_last`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from .order import DatasetOrder, EpochOrdered, Order, count_batches, length_of
 
 
 def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, bool]:
-    """How a user's loader samples: what orders its items, how many make a batch, and whether a tail is dropped.
+    """How a user's loader samples: the sampler of its items, the batch size, and whether the tail is dropped.
 
-    A batch size of None: each item is all that a batch needs. It is the list of a batch sampler of another kind than
-    torch's, or the index of what the data set itself calls a batch.
+    A batch size of None means that each item is a whole batch. The item is a list from a custom batch sampler, or the
+    index of a batch in the data set itself.
     """
     batch_sampler = loader.batch_sampler
-    if isinstance(batch_sampler, BatchSamplerShard):  # Accelerate's, around the user's
+    if isinstance(batch_sampler, BatchSamplerShard):  # Accelerate's wrapper around the user's
         batch_sampler = batch_sampler.batch_sampler
     sampler: Any
-    if batch_sampler is None:  # no automatic batching: each item is what the data set calls a batch
+    if batch_sampler is None:  # no automatic batching: each item is a batch of the data set
         sampler, batch_size, drop_last = loader.sampler, None, False
     elif isinstance(batch_sampler, BatchSampler) and _is_known(batch_sampler, BatchSampler):
         sampler, batch_size, drop_last = batch_sampler.sampler, batch_sampler.batch_size, batch_sampler.drop_last
     else:
         return batch_sampler, None, False
-    if _is_known(sampler, DistributedSampler):  # it shards; here that is done below, for any number of processes
+    if _is_known(sampler, DistributedSampler):  # it shards; we shard below instead, for any number of processes
         sampler = (RandomSampler if sampler.shuffle else SequentialSampler)(loader.dataset)  # type: ignore[arg-type]
     dataset = loader.dataset.dataset if isinstance(loader.dataset, SkipBadSamples) else loader.dataset
     if isinstance(dataset, EpochOrdered) and not getattr(sampler, "replacement", False):
@@ -52,7 +52,7 @@ def sampling_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, boo
 
 
 def is_of_torchdata(value: Any) -> bool:
-    """Whether `value` is a `StatefulDataLoader` or a sampler that it has made itself."""
+    """Whether `value` is a `StatefulDataLoader`, or a sampler that one has made."""
     return type(value).__module__.startswith("torchdata.stateful_dataloader.")
 
 
@@ -70,18 +70,18 @@ class _Piece(NamedTuple):
 
 
 class EndlessSampler:
-    """What one rank's loader samples by: batches without end, from a position on.
+    """The sampler of one rank's loader: endless batches, from a position on.
 
     Args:
-        sampler: Orders the items of one epoch.
-        batch_size: Items a batch; None: one, and it is yielded without a list around it.
+        sampler: Yields the items of one epoch, in order.
+        batch_size: Items a batch. None: one item, which is yielded without a list around it.
         drop_last: Leave out the tail of each epoch that doesn't fill a global batch.
-        seed: Of the order.
+        seed: Seed of the order.
         rank: This rank.
         world_size: Number of ranks.
-        key: Makes of (seed, epoch, item) what is yielded for an item. None: the item.
-        holds_batches: Each item is the list of a batch's indices. The position counts the indices in it.
-        with_substitutes: Each index comes with those that follow it in the order, as `Candidates`.
+        key: Converts (seed, epoch, item) to the yielded value. None: the item is yielded.
+        holds_batches: Each item is the list of a batch's indices. The position counts these indices.
+        with_substitutes: Each index is yielded with those that follow it in the order, as `Candidates`.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class EndlessSampler:
     ) -> None:
         self.seed = seed
         self.epoch = 0
-        """Epoch of the sample that comes next."""
+        """Epoch of the next sample."""
         self.position = 0
-        """Samples of that epoch that were consumed, by all ranks together."""
+        """Number of samples of that epoch that all ranks together have consumed."""
         self.checksum = 0
-        """Of the order of that epoch; 0 before the first batch."""
+        """Checksum of the order of that epoch. 0 before the first batch."""
         self.ends_epoch = False
         """Whether the batch that was consumed last is the last one of that epoch."""
         self._sampler, self._drop_last, self._key = sampler, drop_last, key
@@ -111,24 +111,24 @@ class EndlessSampler:
         self._with_substitutes = with_substitutes
         self._rank, self._size = rank, batch_size or 1
         self._global_batch = self._size * world_size
-        self._min_left = self._global_batch if drop_last else 1  # items that the next batch of an epoch needs
+        self._min_left = self._global_batch if drop_last else 1  # items needed for another batch in the epoch
         self._ahead: deque[tuple[int, int, int, bool]] = deque()
         self._orders: dict[int, Order] = {}
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches from the current position on. The position itself moves with `advance` only: workers draw ahead."""
+        """Batches from the current position on. The position moves only with `advance`, because workers draw ahead."""
         self._ahead.clear()
         for pieces, position in self._global_batches():
             self._ahead.append(position)
             yield self._own(pieces, self._rank)
 
     def first_of_rank_zero(self) -> Any:
-        """What rank 0 draws next, on every rank."""
+        """The next item of rank 0, on every rank."""
         pieces, _ = next(self._global_batches())
         return self._own(pieces, 0)
 
     def _global_batches(self) -> Iterator[tuple[list[_Piece], tuple[int, int, int, bool]]]:
-        """The pieces of each global batch; with epoch, position, checksum and whether the epoch is over after it."""
+        """The pieces of each global batch. Also the epoch, position, checksum and end of the epoch after it."""
         epoch, position = self.epoch, self.position
         pieces: list[_Piece] = []
         num_drawn = 0
@@ -160,24 +160,24 @@ class EndlessSampler:
             epoch, position = epoch + 1, 0
 
     def advance(self) -> None:
-        """The oldest batch that was drawn has been consumed."""
+        """Move the position past the oldest drawn batch, which has been consumed."""
         self.epoch, self.position, self.checksum, self.ends_epoch = self._ahead.popleft()
         for epoch in [epoch for epoch in self._orders if epoch < self.epoch]:
             del self._orders[epoch]
 
     def order(self, epoch: int) -> Order:
-        """The order of an epoch. It is kept until the epoch is over: a sampler might not give it a second time."""
+        """The order of an epoch. It is kept until the epoch ends, because a sampler might not repeat it."""
         if epoch not in self._orders:
             self._orders[epoch] = Order(self._sampler, self.seed, epoch)
         return self._orders[epoch]
 
     def go_to(self, seed: int, epoch: int, position: int) -> None:
-        """Go to a position that was saved."""
+        """Go to a saved position."""
         self.seed, self.epoch, self.position = seed, epoch, position
         self.ends_epoch, self._orders = False, {}
 
     def num_batches_left(self, num_epochs: int) -> int | None:
-        """Global batches from the current position until `num_epochs` epochs are over; None: there is no length."""
+        """Number of global batches from the current position to the end of `num_epochs` epochs. None: no length."""
         index = self.position
         if self._holds_batches and self.position:
             index, rest = self._seek(self.order(self.epoch), self.position)
@@ -186,14 +186,14 @@ class EndlessSampler:
         return count_batches(num_epochs - self.epoch, length, index, self._global_batch, self._drop_last)
 
     def num_samples(self, epoch: int, num_items: int) -> int:
-        """How many samples the first items of an epoch hold."""
+        """Number of samples in the first `num_items` items of an epoch."""
         if not self._holds_batches:
             return num_items
         order = self.order(epoch)
         return sum(map(len, order.items(0, order.count(0, num_items))))
 
     def _seek(self, order: Order, position: int) -> tuple[int, Order | None]:
-        """The first item that was not consumed; before it comes the rest of one that was consumed in part."""
+        """The first item that was not consumed; and before it, the rest of one that was partly consumed, or None."""
         if not self._holds_batches:
             return position, None
         index = num_seen = 0
@@ -219,7 +219,7 @@ class EndlessSampler:
 
 
 def _candidates(order: Order, start: int, stop: int, holds_batches: bool) -> list[Any]:
-    """The items from `start` to `stop`, each index with those that follow it; after the last comes the first."""
+    """The items from `start` to `stop`; each index comes with those that follow it. The order wraps at its end."""
     num_after = order.count(stop, NUM_SUBSTITUTES)
     items = [*order.items(start, stop + num_after), *order.items(0, order.count(0, NUM_SUBSTITUTES - num_after))]
     flat = [index for batch in items for index in batch] if holds_batches else items
@@ -231,20 +231,20 @@ def _candidates(order: Order, start: int, stop: int, holds_batches: bool) -> lis
 
 
 def sample_key(seed: int, epoch: int, index: Any) -> tuple[int, int, Any]:
-    """What `SeededDataset` finds a sample by."""
+    """The key of a sample in `SeededDataset`."""
     return seed, epoch, index
 
 
 def batch_keys(seed: int, epoch: int, indices: Iterable[Any]) -> list[tuple[int, int, Any]]:
-    """What `SeededDataset` finds the samples of a batch sampler's batch by."""
+    """The keys in `SeededDataset` of a batch from a batch sampler."""
     return [(seed, epoch, index) for index in indices]
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set whose random augmentation depends on the sample and the epoch only, not on which worker serves it.
+    """A data set whose random augmentation depends only on the sample and the epoch, not on the worker.
 
-    Its keys are (seed, epoch, index). The generators keep the last sample's state, so that a random collate function
-    repeats itself too.
+    Its keys are (seed, epoch, index). The generators keep the state after the last sample, so that a random collate
+    function is reproducible too.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -1,8 +1,8 @@
-"""One pass over held-out data: every sample counts once over all ranks, and the training run is not touched.
+"""One pass over held-out data. Every sample counts once over all ranks, and the training run doesn't change.
 
 batch i ─► rank i mod world size ─► eval_forward ─► weighted sums on the device ─► one read ─► sums over the ranks
 
-In: the built trainer, held-out data, and how each record is reduced.
+In: the built trainer, held-out data, and the reduction of each record.
 Out: nested numbers, the same on every rank.
 """
 
@@ -44,18 +44,18 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     limit_batches: int | None = None,
 ) -> dict[str, Any] | None:
-    """Run `eval_forward` over a loader, or over each of a mapping. Call on every rank, between steps.
+    """Run `eval_forward` over a loader, or over each loader of a mapping. Call on every rank, between steps.
 
     Args:
-        trainer: The trainer; it is built.
-        data: An iterable of batches, or a mapping from names to such.
-        reduce: How a record is reduced over batches and ranks, by its name ("a/b"); the others are averaged.
-        should_stop: Asked after each round, on every rank, and must answer alike.
-        limit_batches: Batches of each data set, of all ranks together, that it is evaluated on. None: all.
+        trainer: The trainer. It must be built.
+        data: An iterable of batches, or a mapping from names to iterables.
+        reduce: How a record is reduced over batches and ranks, by its name ("a/b"). Other records are averaged.
+        should_stop: Called after each round, on every rank. It must return the same on every rank.
+        limit_batches: Limit of batches for each data set, over all ranks together. None: all batches.
 
     Returns:
-        What `finish_evaluation` made of the metrics, the same on every rank; by name for a mapping. None: it was
-        stopped.
+        The metrics that `finish_evaluation` returned, the same on every rank; for a mapping, by the names of the
+        loaders. None: `should_stop` stopped it.
     """
     check_int("limit_batches", limit_batches, 1, optional=True)
     for name, how in reduce.items():
@@ -120,8 +120,8 @@ def _finished(trainer: BaseTrainer, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def rounds(trainer: BaseTrainer, loader: Any, title: str, limit_batches: int | None) -> Iterator[Round]:
-    """The rounds of one pass, with a bar on rank 0 if it takes long. Before each of them the random generators are
-    seeded, for noise that is the same at every evaluation. Iterate it on every rank, inside `untouched`.
+    """The rounds of one pass, with a bar on rank 0 if it takes long. The random generators are seeded before each
+    round, so that the noise is the same at every evaluation. Iterate on every rank, inside `untouched`.
     """
     assert trainer.seed is not None, "the trainer is built"
     batches = EvaluationBatches(loader, trainer.seed, trainer.device, limit_batches)
@@ -133,7 +133,7 @@ def rounds(trainer: BaseTrainer, loader: Any, title: str, limit_batches: int | N
 
 @contextmanager
 def alone(trainer: BaseTrainer, one: Round) -> Iterator[None]:
-    """Around the user's code of a round: a batch that does not count stays out of what other ranks gather."""
+    """The context for the user's code in a round. A batch that doesn't count is hidden from gathers of other ranks."""
     with padding(not one.is_counted), guarded(trainer.model, one.gap):
         yield
 
@@ -163,8 +163,8 @@ def _weight(trainer: BaseTrainer, batch: Any, num_samples: int) -> Any:
 
 @contextmanager
 def untouched(trainer: BaseTrainer) -> Iterator[None]:
-    """Around an evaluation: the model in eval mode with rank 0's buffers, which are the ones that a checkpoint shows to
-    others; afterwards modes, buffers and random generators are as they were.
+    """The context of an evaluation: the model is in eval mode, with rank 0's buffers (those in a checkpoint). At its
+    end, modes, buffers and random generators are restored.
     """
     model, device = trainer.model, trainer.device
     with ExitStack() as stack:
@@ -172,7 +172,7 @@ def untouched(trainer: BaseTrainer) -> Iterator[None]:
         stack.callback(_set_modes, [(module, module.training) for module in model.modules()])
         stack.callback(collectives.reshard, model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            # A forward pass without gradients has DDP leave out its sharing of buffers at the next one.
+            # After a forward pass without gradients, DDP would not share its buffers in the next one.
             stack.callback(setattr, model, "require_forward_param_sync", model.require_forward_param_sync)
         stack.enter_context(trainer._window.buffers.fork(trainer.unwrapped_model).kept())
         share_rank_zero_buffers(trainer.unwrapped_model)

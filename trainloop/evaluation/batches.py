@@ -1,7 +1,7 @@
-"""The batches of one evaluation: which rank takes which, such that each counts once.
+"""The batches of one evaluation: distributes them over the ranks so that each counts once.
 
-Whole batches go to the ranks, so a batch is the same one at any number of processes. Where the last round has none left
-for a rank, the rank runs one again that does not count: under FSDP2 and DDP every forward pass is a collective.
+Each batch goes to one rank as a whole, so batches are the same at any number of processes. If a rank has no batch left
+in the last round, it repeats one that doesn't count: under FSDP2 and DDP every forward pass is a collective.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from ..rng import OwnRng, derived_seed, seed_all
 from .guard import Gap
 
 _compared: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
-"""Loaders whose samples were found to be the same on all ranks."""
+"""Loaders whose samples have been found to be the same on all ranks."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one rank does in a round, in which every rank runs one batch."""
+    """The batch of one rank in a round. In a round every rank runs one batch."""
 
     index: int
     """The batch's number in the data."""
     batch: Any
     num_samples: int | None
-    """-1: to be counted; None: the batch does not count."""
+    """-1: still to be counted. None: the batch doesn't count."""
     gap: Gap
-    """What is not equal over the ranks."""
+    """What differs between the ranks in this round."""
 
     @property
     def is_counted(self) -> bool:
@@ -52,20 +52,20 @@ class Round:
 
 
 class EvaluationBatches:
-    """This rank's batches of one pass, on the device, as many on each rank. Iterate it on every rank.
+    """This rank's batches of one pass, on the device. Every rank gets the same number. Iterate on every rank.
 
     Args:
-        data: A `DataLoader` of a map-style data set, of which each rank fetches its batches only; what `per_rank`
-            returned, which each rank iterates for itself; or any other iterable of batches, which each rank reads
-            whole. One that Accelerate has prepared is taken apart again.
-        seed: Of the order, and of random transforms.
-        device: Where the batches go.
-        limit: Batches of all ranks together that the pass ends after. None: after all.
+        data: A `DataLoader` of a map-style data set: each rank fetches only its own batches. Or the result of
+            `per_rank`: each rank iterates its own. Or another iterable of batches: each rank reads all of it. A loader
+            that Accelerate has prepared is unwrapped.
+        seed: Seed of the order and of random transforms.
+        device: The device for the batches.
+        limit: Limit of batches, over all ranks together. None: all batches.
 
     Raises:
         TypeError: `data` is not an iterable of batches.
         ValueError: It shards itself in a way that repeats samples.
-        RankDisagreementError: It is not the same on all ranks.
+        RankDisagreementError: It differs between the ranks.
     """
 
     def __init__(self, data: Any, seed: int, device: torch.device, limit: int | None = None) -> None:
@@ -93,7 +93,7 @@ class EvaluationBatches:
                 " to make the ranks equal. Return the plain loader; it is sharded so that each sample counts once."
             )
         self.num_rounds = -(-len(self._items) // self._world_size) if self._items is not None else None
-        """None: not known before the end."""
+        """None: unknown before the end."""
 
     def __iter__(self) -> Iterator[Round]:
         num_batches = 0
@@ -113,7 +113,7 @@ class EvaluationBatches:
         mine = list(range(self._rank, len(items), self._world_size))
         padding = [0] * ((self.num_rounds or 0) - len(mine))
         loader: DataLoader[Any] = self._data
-        # The first batch, twice: a data set that draws from generators of its own gives another one each time.
+        # The first batch, twice: a data set with its own random generators gives another one each time.
         compared = [0, 0] if self._world_size > 1 and items and loader not in _compared else []
         sampler = [items[i] for i in [*compared, *mine, *padding]]
         if loader.num_workers > 0:
@@ -146,13 +146,13 @@ class EvaluationBatches:
         mine: tuple[int, Any, int | None] | None = None
         i, seen = -1, 0
         sizes: list[Any] = []
-        rng = OwnRng(derived_seed("evaluation", self._seed, "read"))  # all ranks read the same
+        rng = OwnRng(derived_seed("evaluation", self._seed, "read"))  # so that all ranks read the same
         with rng.lent():
             batches = start_iterator(self._data)
         for i in itertools.count():
             with rng.lent():
                 batch = next(batches, _END) if self._limit is None or i < self._limit else _END
-            if self._world_size > 1 and i <= 1:  # before the ranks wait for one another in a forward pass
+            if self._world_size > 1 and i <= 1:  # before a forward pass, in which ranks could wait forever
                 check_same_data(collectives.gather_objects(-1 if batch is _END else sample_checksum([batch])))
             if batch is _END:
                 break
@@ -182,7 +182,7 @@ class EvaluationBatches:
             with rng.lent():
                 batch = next(batches, _END) if is_within or i == 0 else _END
             first = batch if i == 0 else first
-            # How many batches the others have is not known before they end.
+            # Nobody knows how many batches the others have before they end.
             sizes = collectives.gather_objects((_size(batch), batch is not _END and is_within))
             if i == 0 and _ENDED in (own for own, _ in sizes):
                 empty = [rank for rank, (own, _) in enumerate(sizes) if own == _ENDED]
@@ -197,7 +197,7 @@ class EvaluationBatches:
             yield Round(index, batch, -1, gap) if is_counted else Round(index, first, None, gap)
 
     def _gap(self, sizes: Sequence[Any], num_without: int) -> Gap:
-        """What is not equal in a round with batches of these sizes, in which some ranks have none."""
+        """What differs in a round with batches of these sizes, if `num_without` ranks have none."""
         if self._world_size == 1:
             return ""
         return "padding" if num_without else "sizes" if len(set(sizes)) > 1 else ""
@@ -208,7 +208,7 @@ _ENDED = "ended"
 
 
 def _size(batch: Any) -> int | str | None:
-    """Samples in a batch; None: it does not begin with a tensor. `_ENDED`: there is no batch."""
+    """Number of samples in a batch. None: it doesn't begin with a tensor. `_ENDED`: there is no batch."""
     if batch is _END:
         return _ENDED
     try:
@@ -218,7 +218,7 @@ def _size(batch: Any) -> int | str | None:
 
 
 def _items(loader: DataLoader[Any], seed: int) -> list[Any]:
-    """What the loader fetches its batches by, in their order."""
+    """The keys by which the loader fetches its batches, in their order."""
     sampler, batch_size, drop_last = sampling_of(loader)
     indices = Order(sampler, seed, 0).all_items()
     if batch_size is None:
@@ -227,7 +227,7 @@ def _items(loader: DataLoader[Any], seed: int) -> list[Any]:
 
 
 def seed_for(device: torch.device, *parts: Any) -> None:
-    """Seed the generators: noise that is the same for a batch at every evaluation, at any number of processes."""
+    """Seed the generators, so that a batch gets the same noise at every evaluation and number of processes."""
     seed = derived_seed("evaluation", *parts)
     seed_all(seed)
     if device.type != "cpu":

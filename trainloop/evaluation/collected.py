@@ -1,6 +1,6 @@
-"""Values per sample, collected over batches and ranks in the data's order: each sample once.
+"""Values per sample, collected over batches and ranks in the order of the data. Each sample appears once.
 
-In: what each batch gave, nested. Out: the same nesting, with the samples of all batches in each leaf.
+In: nested values of each batch. Out: the same nesting; each leaf has the samples of all batches.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..records import map_nested_tensor
 from .objects import Key, check_same_on_ranks, take_out
 
 _NUM_AT_ONCE = 64
-"""Batches that are sent at once: the ranks' memory holds so many twice."""
+"""Batches of a rank that are sent together. Memory holds twice as many from each rank."""
 
 
 class PerSample:
-    """A record of `eval_forward` with a value for each sample, which `evaluate` collects over all ranks.
+    """A record of `eval_forward` with one value per sample. `evaluate` collects the values over all ranks.
 
-    `finish_evaluation` gets the values of all samples in the order of the data, each once, on every rank's CPU. It can
-    make numbers of them. The values themselves are not logged; `evaluate` returns them.
+    `finish_evaluation` gets the values of all samples in the order of the data, each sample once, on the CPU of every
+    rank. It can compute numbers from them. The values themselves are not logged, but `evaluate` returns them.
 
     Args:
-        values: A tensor or a numpy array, batch x anything; a list with an item for each sample; or a mapping or tuple
-            of such.
+        values: A tensor or numpy array whose first dimension is the batch, a list with one item per sample, or a
+            mapping or tuple of these.
 
     Example:
         ```python
@@ -47,10 +47,10 @@ class PerSample:
 
 
 class Collected:
-    """What the batches of this rank gave, on the CPU.
+    """The outputs of this rank's batches, on the CPU.
 
     Args:
-        name: Of what is collected, for the errors.
+        name: Name of the output in error messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -58,16 +58,16 @@ class Collected:
         self._outputs: dict[int, Any] = {}
 
     def add(self, index: int, nested: Any, is_counted: bool) -> None:
-        """Take what a batch gave. Call in every round, on every rank: what is sharded is gathered.
+        """Add the output of a batch. Call in every round, on every rank, because sharded tensors are gathered.
 
         Args:
-            index: The number of the batch.
-            nested: A value for each sample, in each leaf.
+            index: Number of the batch.
+            nested: Nested values; each leaf has one value per sample.
             is_counted: Whether the batch counts on this rank.
 
         Raises:
-            TypeError: A leaf is no tensor, array or list.
-            ValueError: A leaf has no samples, or leaves have different numbers of them.
+            TypeError: A leaf is not a tensor, array or list.
+            ValueError: A leaf has no samples, or the leaves have different numbers of samples.
         """
         nested = map_nested_tensor(_on_host, nested)
         lengths = dict(_lengths(nested, self._name))
@@ -77,15 +77,15 @@ class Collected:
             self._outputs[index] = nested
 
     def take(self) -> dict[int, Any]:
-        """What was added since the last call, by the number of the batch."""
+        """The outputs that were added since the last call, by number of the batch."""
         outputs, self._outputs = self._outputs, {}
         return outputs
 
     def result(self) -> Any:
-        """All samples of all ranks, the same on every rank. Call on every rank.
+        """The samples of all ranks, the same on every rank. Call on every rank.
 
         Raises:
-            ValueError: The batches don't fit together.
+            ValueError: The batches can't be joined, for example because their shapes differ.
         """
         outputs = self.take()
         num_batches = 1 + max(collectives.gather_objects(max(outputs, default=-1)))
@@ -104,7 +104,7 @@ class CollectedRecords:
         self._by_key: dict[Key, Collected] = {}
 
     def split(self, records: Any, index: int, is_counted: bool) -> Any:
-        """The records without the `PerSample`s in them, which are collected."""
+        """The records without `PerSample`s. The `PerSample`s are collected."""
         found, others = take_out(records, lambda value: isinstance(value, PerSample))
         for key, record in found.items():
             own = self._by_key.setdefault(key, Collected(f'the record "{"/".join(map(str, key))}"'))
@@ -112,7 +112,7 @@ class CollectedRecords:
         return others
 
     def result(self) -> dict[Key, Any]:
-        """What was collected, by key. Call on every rank."""
+        """The collected values, by key. Call on every rank."""
         keys = sorted(self._by_key, key=str)
         condition = "The `PerSample` records of `eval_forward` must have the same names on every rank, but have"
         check_same_on_ranks(keys, condition)
@@ -120,14 +120,14 @@ class CollectedRecords:
 
 
 def in_order(by_rank: Sequence[Mapping[int, Any]]) -> list[Any]:
-    """What all ranks hold, by the number of the batch."""
+    """The outputs of all ranks, in the order of the batches."""
     together = {index: nested for part in by_rank for index, nested in part.items()}
     return [together[index] for index in sorted(together)]
 
 
 def joined(outputs: Sequence[Any], name: str) -> Any:
-    """One nested value from those of all batches: tensors and arrays along their first dimension, lists one after
-    another.
+    """Join the nested outputs of all batches into one: tensors and arrays along their first dimension, lists by
+    concatenation.
     """
     first = outputs[0]
     if isinstance(first, Mapping):
@@ -158,7 +158,7 @@ def _on_host(tensor: Any) -> torch.Tensor:
 
 
 def _lengths(nested: Any, name: str) -> list[tuple[str, int]]:
-    """How many samples each leaf has, by name."""
+    """The number of samples in each leaf, by name."""
     if isinstance(nested, Mapping):
         return [item for key, value in nested.items() for item in _lengths(value, f"{name}/{key}")]
     if isinstance(nested, tuple):

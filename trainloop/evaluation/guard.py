@@ -1,7 +1,7 @@
-"""Refuses a collective of the user's in a round of an evaluation in which the ranks do not have equal batches.
+"""Refuses the user's own collectives in a round of an evaluation in which the ranks have unequal batches.
 
-It would silently count a padded batch twice. Batches of different sizes abort the process inside gloo, or hang. What
-the model's wrappers (DDP, FSDP2, tensor parallelism) and its own layers communicate is left alone.
+Otherwise a padded batch would silently count twice, and batches of different sizes would abort the process inside gloo,
+or hang. Communication of the model's wrappers (DDP, FSDP2, tensor parallelism) and its own layers is allowed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ranks import collectives, samples
 
 Gap: TypeAlias = Literal["", "sizes", "padding"]
-"""What is not equal in a round: nothing, the sizes of the batches, or whether a rank has one at all."""
+"""What differs in a round: nothing, the sizes of the batches, or whether a rank has a batch at all."""
 
 _NAMESPACES = ("c10d", "_c10d_functional")
 _WRAPPERS = ("torch.distributed.fsdp.", "torch.distributed.tensor.", "torch.nn.parallel.")
 
 
 def guarded(model: nn.Module, gap: Gap) -> AbstractContextManager[Any]:
-    """The context in which a round with such a gap runs `eval_forward`."""
+    """The context in which `eval_forward` runs in a round with this gap."""
     return _Guard(set(map(id, model.modules())), gap) if gap else nullcontext()
 
 

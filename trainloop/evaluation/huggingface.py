@@ -1,7 +1,7 @@
 """Metrics of Hugging Face's `evaluate` among the records of an evaluation.
 
-Such an object keeps what `add_batch` was given, of this rank only, and computes from all of it at the end. So what the
-ranks have kept is exchanged, brought into the order of the data, and given to the object of every rank.
+Such an object stores the arguments of `add_batch`, of this rank only, and computes its result from all of them at the
+end. So the ranks exchange the stored examples, and every rank's object gets all of them in the order of the data.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class EvaluateModules:
     def __init__(self) -> None:
         self._modules: dict[Key, Any] = {}
         self._ends: dict[Key, dict[int, int]] = {}
-        """By the number of each batch that counts: how many examples the object held after it."""
+        """By number of each batch that counts: how many examples the object had after it."""
 
     @contextmanager
     def muted(self, is_muted: bool) -> Iterator[None]:
-        """Within it, nothing is added."""
+        """Inside this context, nothing is added to the objects."""
         own = [(module, name, getattr(module, name)) for module in self._modules.values() for name in _ADDERS]
         for module, name, _ in own if is_muted else ():
             setattr(module, name, ignore)
@@ -39,7 +39,7 @@ class EvaluateModules:
                 setattr(module, name, method)
 
     def split(self, records: Any, index: int, is_counted: bool) -> Any:
-        """The records without such objects, which are taken note of."""
+        """The records without such objects. The objects are remembered."""
         found, others = take_out(records, _is_module)
         for key, module in found.items():
             if key not in self._modules:
@@ -50,7 +50,7 @@ class EvaluateModules:
         return others
 
     def result(self) -> dict[Key, Any]:
-        """What each computes from the examples of all ranks. Call on every rank."""
+        """The result of each object, computed from the examples of all ranks. Call on every rank."""
         condition = "The objects of `evaluate` in the records of `eval_forward` must be the same on every rank, but are"
         check_same_on_ranks(sorted(self._modules), condition)
         flat: dict[Key, Any] = {}
@@ -62,13 +62,13 @@ class EvaluateModules:
                 begin = end
             together = joined(in_order(collectives.gather_objects(batches)), "/".join(map(str, key)))
             computed = module.compute(**together)
-            # `{"accuracy": {"accuracy": 0.9}}` says it twice.
+            # Avoid names that repeat themselves, such as `{"accuracy": {"accuracy": 0.9}}`.
             is_single = isinstance(computed, Mapping) and computed.keys() == {key[-1]}
             flat[key] = computed[key[-1]] if is_single else computed
         return flatten_nested_dict(unflatten_nested_dict(flat))
 
     def reset(self) -> None:
-        """Drop the examples of an evaluation that has not come to its end."""
+        """Drop the examples of an evaluation that was not finished."""
         for module in self._modules.values():
             if len(module):
                 _take(module)
@@ -93,7 +93,7 @@ def _check(key: Key, module: Any) -> None:
 
 
 def _take(module: Any) -> dict[str, list[Any]]:
-    """The examples that the object holds; it has none afterwards."""
+    """Take all examples out of the object."""
     if not len(module):
         return {}
     own, taken = vars(module).get("_compute"), {}

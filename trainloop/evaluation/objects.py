@@ -1,4 +1,4 @@
-"""Objects among the records of an evaluation. Each computes its own result; they are not averaged as numbers are."""
+"""Objects among the records of an evaluation. Each computes its own result; they are not averaged like numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Key: TypeAlias = "tuple[Any, ...]"
 
 
 def take_out(records: Any, is_taken: Callable[[Any], bool]) -> tuple[dict[Key, Any], Any]:
-    """The values of nested records for which `is_taken` holds, by key, and the records without them."""
+    """The values of nested records for which `is_taken` is true, by key, and the records without them."""
     if not isinstance(records, Mapping):
         return {}, records
     flat = flatten_nested_dict(records)
@@ -26,11 +26,12 @@ def check_same_on_ranks(keys: Iterable[Key], condition: str) -> None:
     """Raise unless every rank has the same keys. Call on every rank.
 
     Args:
-        keys: This rank's, in order.
-        condition: What must be, and is not, for the error: "The … must be the same on every rank, but are".
+        keys: This rank's keys, in order.
+        condition: Start of the error message, which says what must be the same: "The … must be the same on every rank,
+            but are".
 
     Raises:
-        ValueError: On every rank, with the names of each.
+        ValueError: On every rank, with the names of each rank.
     """
     names = ["/".join(map(str, key)) for key in keys]
     by_rank = collectives.gather_objects(names)
@@ -39,4 +40,4 @@ def check_same_on_ranks(keys: Iterable[Key], condition: str) -> None:
 
 
 def ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for an object's method while nothing is to be added to it."""
+    """Replaces an object's method while nothing may be added to it."""

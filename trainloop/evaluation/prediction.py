@@ -1,4 +1,4 @@
-"""What a model gives for each sample of a data set, in the order of the data."""
+"""Predictions for each sample of a data set, in the order of the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAME = "the output of `predict_forward`"
 
 
 def predict(trainer: BaseTrainer, data: Any, on_batch: Callable[[Any], None] | None, limit_batches: int | None) -> Any:
-    """Run `predict_forward` over a loader, or over each of a mapping. Call on every rank, between steps."""
+    """Run `predict_forward` over a loader, or over each loader of a mapping. Call on every rank, between steps."""
     check_int("limit_batches", limit_batches, 1, optional=True)
     if on_batch is not None and not callable(on_batch):
         raise TypeError(f"`on_batch` must be callable, but is {describe(on_batch)}.")

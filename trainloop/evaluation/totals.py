@@ -1,4 +1,4 @@
-"""What the records of an evaluation come to, over batches and ranks."""
+"""Reduces the records of an evaluation over batches and ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REDUCTIONS = ("mean", "sum", "max", "min")
 
 
 class Totals:
-    """What the records of a rank's batches come to; tensors stay on the device until `result`."""
+    """Sums, means and extremes of the records of this rank's batches. Tensors stay on the device until `result`."""
 
     def __init__(self, reduce: Mapping[str, Reduce]) -> None:
         self._reduce = reduce
@@ -27,7 +27,7 @@ class Totals:
         self._weights: dict[Key, Any] = {}
 
     def add(self, records: Mapping[str, Any], weight: Any) -> None:
-        """Count the records of a batch; for those that are averaged with its weight, a number or a 0-dim tensor."""
+        """Add the records of a batch. `weight`, a number or a 0-dim tensor, applies to records that are averaged."""
         for key, value in flatten_nested_dict(key_average([records])).items():
             value = _wide(value)
             how = self._how(key)
@@ -37,7 +37,7 @@ class Totals:
             self._values[key] = _combined(how, self._values[key], value) if key in self._values else value
 
     def result(self) -> dict[Key, float]:
-        """Over all ranks. Call on every rank: one device-to-host sync, one exchange of host values."""
+        """The totals over all ranks. Call on every rank: one device-to-host sync, one exchange of host values."""
         values, weights = read_rows([self._values, self._weights])
         totals: dict[Key, float] = {}
         total_weights: dict[Key, float] = {}
@@ -55,14 +55,14 @@ class Totals:
 
 
 def _wide(value: Any) -> Any:
-    """In double precision, where the device has it."""
+    """A value in double precision, or in single precision if the device has no double."""
     if isinstance(value, torch.Tensor):
         return value.detach().reshape(()).to(torch.float32 if value.device.type == "mps" else torch.float64)
     return float(value)
 
 
 def _weighted(value: Any, weight: Any) -> Any:
-    """What weighs nothing adds nothing, a NaN included."""
+    """`value * weight`; 0 if the weight is 0, even if the value is NaN."""
     if isinstance(weight, torch.Tensor):
         return torch.where(weight == 0, torch.zeros_like(weight), value) * weight
     return value * weight if weight else 0.0
@@ -81,8 +81,8 @@ def _divided(total: float, weight: float) -> float:
 
 
 class Metrics:
-    """Objects in the records that add up by themselves, as those of torchmetrics: `update`, which `eval_forward` calls,
-    `compute`, which reduces over the ranks, and `reset`.
+    """Objects in the records that accumulate by themselves, such as torchmetrics'. They have `update`, which
+    `eval_forward` calls, `compute`, which reduces over the ranks, and `reset`.
     """
 
     def __init__(self) -> None:
@@ -90,30 +90,30 @@ class Metrics:
 
     @contextmanager
     def muted(self, is_muted: bool) -> Iterator[None]:
-        """Within it, updates do nothing, and `metric(…)` computes its value on a copy that starts empty."""
+        """Inside this context, updates do nothing, and `metric(…)` computes its value on an empty copy."""
         with ExitStack() as stack:
             for metric in self._metrics.values() if is_muted else ():
                 stack.enter_context(_muted(metric))
             yield
 
     def split(self, records: Any, is_counted: bool) -> Any:
-        """The records without the metrics in them, which are taken note of."""
+        """The records without metric objects. The objects are remembered."""
         metrics, others = take_out(records, _is_metric)
         for key, metric in metrics.items():
             if not is_counted and key not in self._metrics:
-                metric.reset()  # this rank has no batch but the one that does not count
+                metric.reset()  # this rank only has a batch that doesn't count
         self._metrics |= metrics
         return others
 
     def result(self) -> dict[Key, float]:
-        """What each computes. Call on every rank."""
+        """The result of each object. Call on every rank."""
         condition = "The metric objects in the records of `eval_forward` must be the same on every rank, but are"
         check_same_on_ranks(sorted(self._metrics), condition)
         computed = {key: self._metrics[key].compute() for key in sorted(self._metrics)}
         return dict(_numbers(key, value) for key, value in _leaves(computed))
 
     def reset(self) -> None:
-        """For the next evaluation."""
+        """Reset the objects for the next evaluation."""
         for metric in self._metrics.values():
             metric.reset()
 
@@ -128,14 +128,14 @@ def _muted(metric: Any) -> Iterator[None]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         unmute()
-        copied = copy.deepcopy(metric)  # all that it has added up, but on a rank's last round only
+        copied = copy.deepcopy(metric)  # copies everything accumulated so far, but only in a rank's last round
         mute()
         copied.reset()
         return copied(*args, **kwargs)
 
     def mute() -> None:
         metric.update = ignore
-        if callable(metric):  # Python looks `__call__` up in the class
+        if callable(metric):  # Python looks up `__call__` in the class
             metric.__class__ = type(original.__name__, (original,), {"__call__": call, "forward": call})
 
     def unmute() -> None:
@@ -153,7 +153,7 @@ def _muted(metric: Any) -> Iterator[None]:
 
 
 def _leaves(computed: Mapping[Key, Any]) -> Iterator[tuple[Key, Any]]:
-    """Each number of each result; those of a vector by their index."""
+    """Each number of each result. The numbers of a vector are keyed by their index."""
     for key, value in computed.items():
         if isinstance(value, Mapping):
             yield from _leaves({(*key, name): item for name, item in value.items()})

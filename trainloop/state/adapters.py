@@ -1,6 +1,6 @@
-"""The adapters of `peft` in a model: their configurations, and the names that peft saves their tensors under.
+"""`peft`'s adapters in a model: their configurations, and the names under which peft saves their tensors.
 
-A checkpoint has them beside the weights, so that adapters can be exported without the model and without peft.
+A checkpoint stores this beside the weights, so that adapters can be exported without the model and without peft.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from ..step.non_finite import clean_name
 
 
 def adapters_text(model: nn.Module) -> str | None:
-    """A JSON text about the adapters of a model, without its wrappers; None: it has none. Sends nothing.
+    """A JSON text about the adapters of a model without wrappers. None: it has none. No communication.
 
     ```
     {"adapters": {"default": {"config": {...}, "tensors": {"base_model.model.….lora_A.weight": our name}}},
-     "others": ["score.weight"],                         what is trained besides the adapters
+     "others": ["score.weight"],                         parameters that are trained besides the adapters
      "base": {"architectures": ["GPT2LMHeadModel"], …}}  the configuration of the base model, or null
     ```
-    If peft cannot tell them, it is `{"error": why}`: a save must not fail because of it.
+    If peft fails, the text is `{"error": why}`: a save must not fail because of it.
     """
     found = _adapted(model)
     if found is None:
         return None
     try:
         return json.dumps(_describe(model, *found), indent=1, sort_keys=True) + "\n"
-    except Exception as ex:  # peft's own, of any kind
+    except Exception as ex:  # peft's, of any kind
         return json.dumps({"error": f"{type(ex).__name__}: {ex}"}) + "\n"
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
-    """The configuration of a model of transformers, diffusers, or anything else that has a `config` with
-    `to_json_string`, or has that itself; None: it has none.
+    """The configuration of a model of transformers, diffusers or another library, if the model or its `config` has
+    `to_json_string`. None: it has none.
     """
     for source in (getattr(model, "config", None), model):
         write = getattr(source, "to_json_string", None)
         if callable(write):
             config: dict[str, Any] = json.loads(write())
-            if source is not model:  # transformers names the class only when it saves
+            if source is not model:  # transformers adds the class name only when it saves
                 config["architectures"] = config.get("architectures") or [type(model).__name__]
             return config
     return None
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that adapters were put into; the model itself if it is not peft's."""
+    """The model that adapters were added to, or the model itself if it is not peft's."""
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(model, peft.PeftModel):
         base: nn.Module = model.get_base_model()
@@ -59,7 +59,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def _adapted(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The outermost module that has adapters, with its name; None: there is none."""
+    """The outermost module with adapters, and its name. None: there is none."""
     if "peft" not in sys.modules:
         return None
     for name, module in model.named_modules():
@@ -84,18 +84,18 @@ def _configs(adapted: nn.Module) -> Mapping[str, Any]:
 def _describe_adapter(adapted: nn.Module, name: str, prefix: str, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     import peft
 
-    # Whether the vocabulary was resized is a question that peft asks the hub; embeddings that are trained are saved.
+    # peft would ask the hub whether the vocabulary was resized. Embeddings that are trained are saved anyway.
     saved = peft.get_peft_model_state_dict(adapted, state_dict=state, adapter_name=name, save_embedding_layers=False)
     names = {id(tensor): clean_name(f"{prefix}.{key}" if prefix else key) for key, tensor in state.items()}
     if made := [key for key, tensor in saved.items() if id(tensor) not in names]:
         raise ValueError(f"peft makes {made[0]} when it saves, which is none of the model's tensors")
-    is_whole = isinstance(adapted, peft.PeftModel)  # else `add_adapter` has put the adapter into the model itself
+    is_whole = isinstance(adapted, peft.PeftModel)  # False: `add_adapter` has added the adapter to the model itself
     tensors = {key if is_whole else f"base_model.model.{key}": names[id(tensor)] for key, tensor in saved.items()}
     return {"config": _config(adapted, name, is_whole), "tensors": tensors}
 
 
 def _config(adapted: nn.Module, name: str, is_whole: bool) -> dict[str, Any]:
-    """As `PeftModel.save_pretrained` writes it."""
+    """The configuration, in the form of `PeftModel.save_pretrained`."""
     given = _configs(adapted)[name]
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in given.to_dict().items()}
     base = base_model(adapted)

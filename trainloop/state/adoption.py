@@ -1,7 +1,7 @@
-"""Begins a run with what another tool has saved: weights, optimizer, schedule and step, under any strategy.
+"""Starts a run from another tool's checkpoint: weights, optimizer, schedule and step, under any strategy.
 
-checkpoint/importing gives names and tensors; here they are held against the run's own model and optimizer, all of them
-before anything is touched, and each rank reads the parts that it holds.
+checkpoint/importing provides names and tensors. This module first compares all of them with the run's model and
+optimizer. Only then each rank reads its own parts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DDP = "module."
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where each tensor of a checkpoint goes, after all names and shapes were checked."""
+    """The target of each tensor of a checkpoint, after all names and shapes were checked."""
 
     foreign: Foreign
     targets: Mapping[str, Mapping[str, torch.Tensor]]
@@ -48,18 +48,18 @@ class _Plan:
     """In the form of `optimizer_state`, with memory to be filled."""
     optimizer_targets: Mapping[str, torch.Tensor]
     cast: str
-    """What is cast on the way; empty: nothing."""
+    """A sentence about casts. Empty: nothing is cast."""
 
 
 def adopt(trainer: BaseTrainer, path: Path) -> dict[str, Any]:
     """Load a foreign checkpoint into a trainer that is built. Call on every rank.
 
     Returns:
-        What the hooks' `on_load_state_dict` gets.
+        The state for the hooks' `on_load_state_dict`.
 
     Raises:
-        CheckpointError: On every rank. It cannot be read, or is not of this model and optimizer, and nothing was
-            changed.
+        CheckpointError: On every rank. It cannot be read, or belongs to another model or optimizer; nothing was changed
+            then.
     """
     live, ranks, plans = trainer.live_model_state(), Ranks(), []
     ranks.do(lambda: plans.append(_plan(trainer, live, open_foreign(path))), _nothing, f"{path} cannot be imported")
@@ -101,7 +101,7 @@ def adopt_weights(trainer: BaseTrainer, path: Path, average: str | None) -> None
     """Load the weights of a foreign checkpoint, or an average of them, into the model. Call on every rank.
 
     Raises:
-        CheckpointError: On every rank. It cannot be read, or is not of this model, and nothing was changed.
+        CheckpointError: On every rank. It cannot be read, or belongs to another model; nothing was changed then.
     """
     live, ranks, plans = trainer.live_model_state(), Ranks(), []
 
@@ -150,7 +150,7 @@ def _plan(trainer: BaseTrainer, live: dict[str, torch.Tensor], foreign: Foreign)
 
 
 def _clean_names(names: Iterable[str], live: Mapping[str, Any]) -> dict[str, str]:
-    """The model's name of each name in a file, which may have been written by a wrapped model."""
+    """The model's name for each name in a file. A wrapped model may have written the file."""
     clean = {name: clean_name(name) for name in names}
     while clean and not live.keys() & set(clean.values()) and all(name.startswith(_DDP) for name in clean.values()):
         clean = {key: name.removeprefix(_DDP) for key, name in clean.items()}
@@ -160,7 +160,7 @@ def _clean_names(names: Iterable[str], live: Mapping[str, Any]) -> dict[str, str
 def _check_weights(path: Path, described: Mapping[str, Any], names: Mapping[str, str], live: Mapping[str, Any]) -> None:
     found = set(names.values())
     first_names = find_aliases(live)
-    held = {first_names.get(name, name) for name in found}  # of tied tensors a file may have any one
+    held = {first_names.get(name, name) for name in found}  # a file may have any one of several tied tensors
     complaints = [
         _told("not in the file", sorted(name for name in live if first_names.get(name, name) not in held)),
         _told("not in the model", sorted(found - live.keys())),
@@ -205,7 +205,7 @@ def _plan_optimizer(
 def _match_groups(
     path: Path, saved: list[dict[str, Any]], own: list[dict[str, Any]]
 ) -> tuple[dict[int | str, str], list[dict[str, Any]]]:
-    """The parameter of each key, by its name or by its place; and the saved groups with the run's names."""
+    """The parameter for each key, found by its name or its position; and the saved groups with the run's names."""
     remedy = "To take nothing but the weights, name their file, or read them in `build_model`"
     if len(saved) != len(own):
         raise CheckpointError(
@@ -231,7 +231,7 @@ def _match_groups(
 
 
 def _check_shape(path: Path, name: str, value_name: str, shape: tuple[int, ...], own: tuple[int, ...]) -> None:
-    """A factored second moment has fewer dimensions, or some of size 1; anything else must be as the parameter."""
+    """Check a state's shape. A factored second moment may have fewer dimensions, or some of size 1."""
     if len(shape) == len(own) and any(n not in (1, m) for n, m in zip(shape, own, strict=True)):
         raise CheckpointError(
             f"The optimizer's {value_name} of {name} in {path} is {list(shape)}, but the parameter is {list(own)}: it"
@@ -240,7 +240,7 @@ def _check_shape(path: Path, name: str, value_name: str, shape: tuple[int, ...],
 
 
 def _told(what: str, names: list[str]) -> str:
-    """A sentence that names the first few; empty if there are none."""
+    """A sentence with the first few names. Empty if there are none."""
     more = f", and {len(names) - _NUM_TOLD} more" if len(names) > _NUM_TOLD else ""
     return f"{len(names)} {what}: {', '.join(names[:_NUM_TOLD])}{more}." if names else ""
 
@@ -256,7 +256,7 @@ def _read(plan: _Plan) -> None:
 
 
 def _step(foreign: Foreign, optimizer: dict[str, Any] | None) -> tuple[int, str]:
-    """The step that the run goes on after, and how that is known."""
+    """The step that the run continues after, and how it was found."""
     if foreign.step is not None:
         return foreign.step, "the checkpoint says it"
     states = optimizer["state"].values() if optimizer is not None else ()
@@ -265,7 +265,7 @@ def _step(foreign: Foreign, optimizer: dict[str, Any] | None) -> tuple[int, str]
         return max(counters), "by the optimizer's step counters"
     position = (foreign.lr_scheduler or {}).get("last_epoch")
     if isinstance(position, int) and position > 0 and position % foreign.num_processes == 0:
-        # SGD counts nothing. A prepared schedule moves once a step for each process.
+        # SGD has no step counters. A prepared schedule moves once per process in each step.
         step, each = position // foreign.num_processes, foreign.num_processes
         how = f"by its schedule alone, which stood at {position}: {each} a step"
         return step, f"{how}; if it moved otherwise, set `trainer.step` in a hook's `on_before_train`"
@@ -273,7 +273,7 @@ def _step(foreign: Foreign, optimizer: dict[str, Any] | None) -> tuple[int, str]
 
 
 def _place_schedule(trainer: BaseTrainer, foreign: Foreign, taken: list[str], notes: list[str]) -> bool:
-    """Bring the learning rate to the step. Returns whether the saved parameter groups, which hold it, are in force."""
+    """Move the learning rate to the step. Returns whether the saved parameter groups, which contain it, are used."""
     own, saved, step = trainer.lr_scheduler, foreign.lr_scheduler, trainer.step
     if own is None:
         if saved is not None:

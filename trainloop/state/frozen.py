@@ -1,8 +1,8 @@
-"""Frozen parameters that a checkpoint leaves out: which they are, and whether a resume has built the same ones.
+"""Frozen parameters that a checkpoint leaves out: finds them, and checks that a resumed run has built the same ones.
 
 A parameter may be left out if it is frozen and still has the bits that `build_model` gave it. The manifest has its
-name, shape, dtype and a fingerprint of its bits. What `forward` has changed, as a teacher that follows its student, or
-what was loaded after the model was built, is saved like a trained parameter.
+name, shape, dtype and a fingerprint of its bits. A frozen parameter is saved like a trained one if `forward` has
+changed it (for example a teacher that follows its student), or if it was loaded after the model was built.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def left_out(trainer: BaseTrainer, *, is_first: bool) -> dict[str, FrozenRecord]:
     """The frozen parameters that need not be saved, by clean name. Call on every rank.
 
-    Costs a pass over the frozen parameters, and at the first save of a process their fingerprints.
+    Costs a pass over the frozen parameters and, at the first save of a process, their fingerprints.
 
     Args:
-        trainer: The trainer; one of its checkpointers is `trainable_only`.
-        is_first: Whether to say which frozen parameters are saved.
+        trainer: The trainer. One of its checkpointers is `trainable_only`.
+        is_first: Whether to log which frozen parameters are saved.
     """
     built, entries = trainer._built_model, frozen_entries(trainer.unwrapped_model)
     sums = sums_of_held(entries)
@@ -50,11 +50,11 @@ def left_out(trainer: BaseTrainer, *, is_first: bool) -> dict[str, FrozenRecord]
 
 
 def check_left_out(trainer: BaseTrainer, checkpoint: Checkpoint) -> None:
-    """Raise unless the model has the parameters that a checkpoint leaves out, bit for bit. Call on every rank, before
+    """Check that the model has the parameters that a checkpoint leaves out, bit for bit. Call on every rank, before
     anything is read into the model.
 
     Raises:
-        CheckpointError: On every rank. It names the first one that differs.
+        CheckpointError: On every rank. It names the first parameter that differs.
     """
     records = checkpoint.manifest.frozen
     if not records:

@@ -1,9 +1,9 @@
-"""What hooks have added to the state of a run, sorted by how a checkpoint stores it, and brought back.
+"""The state that hooks have added to a run: sorts it by how a checkpoint stores it, and restores it.
 
-averages of the weights   a flat dict of tensors: a folder of its own, whole
-DTensors elsewhere        shards: each rank writes what it holds, and a mark stands in their place
-values by rank            what is not the same on all ranks: into the state of each rank
-everything else           into the state of the run
+averages of the weights   a flat dict of tensors: whole tensors in a separate folder
+DTensors elsewhere        shards: each rank writes its own, and a mark takes their place in the nested state
+values by rank            values that differ between ranks: in the state of each rank
+everything else           in the state of the run
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 HOOK_SHARDS = "hook_shards"
 """The group of the DTensors."""
 OF_HOOKS = "of_hooks"
-"""Under which a rank's state has the values by rank."""
+"""Key of the values by rank in a rank's state."""
 _MARK = "trainloop.shard"
 _FOLDERS = {"optim", "state", HOOK_SHARDS}
-"""Names in a checkpoint that no hook's weights can have."""
+"""Names of folders in a checkpoint that no hook's weights may have."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class HookState:
 
 
 def sort_hook_state(trainer: BaseTrainer, values: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> HookState:
-    """Sort what the hooks have added. Call on every rank: the ranks compare what they have.
+    """Sort the state that hooks have added. Call on every rank, because the ranks compare their values.
 
     Args:
         trainer: The trainer.
@@ -72,12 +72,12 @@ def sort_hook_state(trainer: BaseTrainer, values: Mapping[str, Any], model: Mapp
 
 
 def join_hook_state(trainer: BaseTrainer, checkpoint: Checkpoint, of_run: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse, for the nested part: values by rank and shards have their places again. Call on every rank.
+    """The inverse for the nested part: puts values by rank and shards back in their places. Call on every rank.
 
     Args:
         trainer: The trainer.
-        checkpoint: What is loaded.
-        of_run: As `HookState.of_run`.
+        checkpoint: The checkpoint to load.
+        of_run: The saved `HookState.of_run`.
     """
     is_same_size = checkpoint.manifest.world_size == collectives.world_size()
     own = checkpoint.saved_rank_state(collectives.rank() if is_same_size else 0).get(OF_HOOKS, {})
@@ -108,8 +108,8 @@ def _can_be_folder(key: Any, value: Any) -> bool:
 
 
 def _differing_keys(nested: Mapping[str, Any]) -> set[str]:
-    """The keys whose values are not the same on every rank that has them. Each rank sends one number, and a list of
-    numbers only if the ranks differ.
+    """The keys whose values differ between the ranks that have them. Each rank sends one number. Only if these differ,
+    it sends a list of numbers.
     """
     if collectives.world_size() == 1:
         return set()
@@ -119,7 +119,7 @@ def _differing_keys(nested: Mapping[str, Any]) -> set[str]:
         return set()
 
     def decide(by_rank: list[dict[str, int]]) -> set[str]:
-        first = by_rank[0]  # a key of rank 0 alone is the run's
+        first = by_rank[0]  # a key that only rank 0 has belongs to the run
         return {key for own in by_rank for key, value in own.items() if key not in first or first[key] != value}
 
     return Ranks().do(lambda: sums, decide, failure)
@@ -133,7 +133,7 @@ def _checksum(value: Any) -> int:
     try:
         text, tensors = encode(value)
     except (TypeError, ValueError):
-        return 0  # the save tells it, with the place
+        return 0  # the save will raise, and name the place
     sums = {name: collectives.checksum(tensor) for name, tensor in tensors.items()}
     return zlib.crc32((json.dumps(text) + repr(sums)).encode())
 
@@ -142,7 +142,7 @@ def _checksum(value: Any) -> int:
 
 
 def _without_shards(trainer: BaseTrainer, key: Any, value: Any, shards: dict[str, torch.Tensor]) -> Any:
-    """The value with marks in the places of its DTensors, which are put among the shards."""
+    """The value with a mark in place of each DTensor. The DTensors are added to `shards`."""
     params = trainer.named_parameters()
 
     def take(tensor: Any) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _is_mark(value: Any) -> bool:
 
 
 def _make_room(trainer: BaseTrainer, mark: Mapping[str, Any], described: Any, shards: dict[str, torch.Tensor]) -> Any:
-    """Memory for a shard: as the parameter lies that it lay as, or over the model's mesh; whole if there is none."""
+    """Make memory for a shard: with a parameter's layout, or over the model's mesh, or whole if there is no mesh."""
     params: Mapping[str, Any] = trainer.named_parameters()
     shape, dtype = described[mark[_MARK]]
     like = params.get(mark["like"])
@@ -188,5 +188,5 @@ def _make_room(trainer: BaseTrainer, mark: Mapping[str, Any], described: Any, sh
 
 
 def _rest(described: Any, shards: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Room for shards that no mark names, as in the state of another rank."""
+    """Memory for shards that no mark names, for example those in the state of another rank."""
     return {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in described.items() if n not in shards}

@@ -1,7 +1,7 @@
-"""A copy of a model that computes with weights of its own, or an error where that cannot be had.
+"""A copy of a model that computes with its own weights, or an error if that is impossible.
 
-`copy.deepcopy` copies no function. A `forward` that was replaced on the instance, or a hook, may hold the original
-model in its closure, and the copy would compute with the original's weights. Likewise with what `forward` has cached.
+`copy.deepcopy` does not copy functions. A `forward` that was replaced on the instance, or a hook, may hold the original
+model in its closure. The copy would then compute with the original's weights. The same is true for cached tensors.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleT
 
 
 class CopyError(RuntimeError):
-    """Why a model cannot be copied, as a part of a sentence."""
+    """The reason why a model cannot be copied, as a part of a sentence."""
 
 
 class ModelCopy:
     """A copy of a model in eval mode, without gradients.
 
     Args:
-        model: The model without its wrappers; its weights are whole.
+        model: The model without its wrappers. Its weights must be whole.
         constants: From `loose_tensors`, before the model was first used.
 
     Raises:
-        CopyError: The copy would not compute with weights of its own.
+        CopyError: The copy would not compute with its own weights.
     """
 
     def __init__(self, model: nn.Module, constants: Mapping[str, torch.Tensor]) -> None:
@@ -53,10 +53,10 @@ class ModelCopy:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give it weights by clean name, and the model's present buffers. What its `forward` has cached is dropped.
+        """Copy weights by clean name, and the model's current buffers, into the copy. Drop what its `forward` cached.
 
         Raises:
-            CopyError: It cannot be dropped.
+            CopyError: Something cached can't be dropped.
         """
         for module, before in self._before:
             vars(module).clear()
@@ -79,7 +79,7 @@ class ModelCopy:
 
 
 def loose_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that modules keep in plain attributes, by name: neither parameters nor buffers."""
+    """The tensors in plain attributes of modules, by name. They are neither parameters nor buffers."""
     return {
         f"{name}.{key}".lstrip("."): tensor
         for name, module in model.named_modules()
@@ -101,7 +101,7 @@ def _tensors_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.
 
 
 def _path_to(copied: nn.Module, model: nn.Module) -> str | None:
-    """Where something that the copy can reach is a part of the original; None: nowhere."""
+    """The place where the copy can reach a part of the original. None: nowhere."""
     parts = {id(module) for module in model.modules()}
     memory = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()] if t.numel()}
     seen: set[int] = set()
@@ -124,7 +124,7 @@ def _path_to(copied: nn.Module, model: nn.Module) -> str | None:
 def _referents(value: Any, path: str) -> Iterator[tuple[Any, str]]:
     if isinstance(value, nn.Module):
         for key, item in vars(value).items():
-            # A hook that only looks, for a logger that knows the model, must not keep it from being copied.
+            # A hook that only observes, for a logger that knows the model, must not prevent a copy.
             yield from ((one, f"{path}.{key}") for one in (_bare_hooks(item) if key.endswith("_hooks") else [item]))
     elif isinstance(value, Mapping):
         yield from ((item, path) for item in value.values())
@@ -141,7 +141,7 @@ def _referents(value: Any, path: str) -> Iterator[tuple[Any, str]]:
 
 
 def _captured(function: types.FunctionType) -> Iterator[Any]:
-    """What a function can reach: its closure, defaults, attributes, and the globals that it names."""
+    """Everything that a function can reach: its closure, defaults, attributes, and the globals that it names."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -156,7 +156,7 @@ def _captured(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _bare_hooks(hooks: Any) -> Iterator[Any]:
-    """Of hooks that are closures the modules and tensors that they hold themselves."""
+    """The modules and tensors that the closures of hooks hold directly."""
     for hook in hooks.values() if isinstance(hooks, Mapping) else ():
         if isinstance(hook, types.FunctionType):
             yield from (item for item in _captured(hook) if isinstance(item, nn.Module | torch.Tensor))

@@ -1,7 +1,7 @@
-"""The state of a model: which of it is live memory, what a module saves in its own way, and buffers that change form.
+"""The state of a model: live memory, entries that modules save in their own way, and buffers that change shape.
 
-Live entries of `state_dict` are parameters and buffers, or views of them; they are read and written in place. An entry
-that a module makes for its `state_dict` (a copy in fp16, an extra state) goes back through the module's own loading.
+Live entries of `state_dict` are parameters and buffers, or views of them. They are read and written in place. An entry
+that a module makes for its `state_dict` (an fp16 copy, extra state) is restored by the module's own loading.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _NUM_TOLD = 5
 
 
 def extra_state(model: nn.Module) -> dict[str, Any]:
-    """By clean name: what `state_dict` has besides tensors, and what `get_extra_state` of the modules gives."""
+    """By clean name: entries of `state_dict` that are not tensors, and results of the modules' `get_extra_state`."""
     return {clean_name(name): value for name, value in model.state_dict().items() if is_extra(name, value)}
 
 
 def made_entries(model: nn.Module, tensors: Mapping[str, Any]) -> set[str]:
-    """Names of the entries of `state_dict` that are not memory of a parameter or buffer."""
+    """Names of the `state_dict` entries that are not the memory of a parameter or buffer."""
     memory = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     return {name for name, tensor in tensors.items() if _storage(tensor) not in memory}
 
 
 def load_made_entries(model: nn.Module, entries: Mapping[str, Any]) -> None:
-    """Give saved entries that are not live memory, extra state among them, to the modules that have made them.
+    """Load saved entries that are not live memory, including extra state, into the modules that made them.
 
     Args:
         model: The model without its wrappers.
@@ -58,7 +58,7 @@ def load_made_entries(model: nn.Module, entries: Mapping[str, Any]) -> None:
 
 
 def check_complete(trainer: BaseTrainer, tensors: Mapping[str, Any]) -> None:
-    """Raise if a restart would lose a parameter that is trained, because `state_dict` of its module leaves it out.
+    """Raise if a restart would lose a trained parameter because its module's `state_dict` leaves it out.
 
     Raises:
         ValueError: It names the parameters.
@@ -85,8 +85,8 @@ def check_complete(trainer: BaseTrainer, tensors: Mapping[str, Any]) -> None:
 
 
 def changed_forms(trainer: BaseTrainer) -> dict[str, Any]:
-    """Persistent buffers that have not the shape and dtype that they were built with, with those; None: none was
-    there.
+    """Persistent buffers whose shape or dtype has changed since the model was built, with the original ones. None: the
+    buffer did not exist.
     """
     built = trainer._built_model.buffers
     slots = buffer_slots(trainer.unwrapped_model)
@@ -97,9 +97,9 @@ def changed_forms(trainer: BaseTrainer) -> dict[str, Any]:
 def new_buffers(
     trainer: BaseTrainer, changed: Mapping[str, Any], described: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> dict[str, torch.Tensor | None]:
-    """Memory for the buffers that had changed their form in the saved run, None where a buffer had become None.
+    """Memory for the buffers whose shape or dtype had changed in the saved run. None: the buffer had become None.
 
-    Left out are those that the code now builds in another form than it did: these are not the same buffers.
+    Buffers that the code now builds with another shape or dtype are left out: these are not the same buffers.
     """
     built = trainer._built_model.buffers
     modules = {clean_name(name) for name, _ in trainer.unwrapped_model.named_modules()}
@@ -113,7 +113,7 @@ def new_buffers(
 
 @torch.no_grad()
 def place_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor | None], *, is_persistent: bool) -> None:
-    """Put saved buffers into the model: into the memory of the present ones where it fits, else in their place."""
+    """Put saved buffers into the model: into the memory of the existing ones if they fit, else as new buffers."""
     slots = buffer_slots(model)
     modules = {clean_name(name): module for name, module in model.named_modules()}
     for name, saved in buffers.items():
@@ -129,8 +129,8 @@ def place_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor | None], 
 
 
 def rank_buffers(trainer: BaseTrainer) -> dict[str, Any]:
-    """Each rank's own buffers: BatchNorm's statistics are of the rank's data, and under FSDP2 nobody makes them equal.
-    Of a single process those that are not among the model's tensors, because they are not persistent.
+    """This rank's own buffers. BatchNorm's statistics come from the rank's data, and nothing makes them equal under
+    FSDP2. In a single process, only the buffers that are not persistent: the others are among the model's tensors.
     """
     slots = buffer_slots(trainer.unwrapped_model)
     is_alone = trainer.accelerator.num_processes == 1
@@ -146,18 +146,18 @@ def rank_buffers(trainer: BaseTrainer) -> dict[str, Any]:
 def load_rank_buffers(trainer: BaseTrainer, saved: Mapping[str, Any], seed: int) -> None:
     """The inverse of `rank_buffers`.
 
-    A buffer that is not persistent belongs to the code. If the code now builds it with other values, these stay, unless
-    another seed may be the reason.
+    A buffer that is not persistent belongs to the code. If the code now builds it with other values, it keeps the new
+    ones, unless another seed may be the reason.
 
     Args:
         trainer: The trainer, with the seed that it was built with.
-        saved: What `rank_buffers` gave.
-        seed: That the saved run was built with.
+        saved: The result of `rank_buffers`.
+        seed: The seed that the saved run was built with.
     """
     model, built = trainer.unwrapped_model, trainer._built_model
     slots = buffer_slots(model)
     modules = {clean_name(name) for name, _ in model.named_modules()}
-    old_sums = saved.get("built_sums", built.sums)  # written since version 2 of the format
+    old_sums = saved.get("built_sums", built.sums)  # saved since version 2 of the format
     ours: dict[bool, dict[str, torch.Tensor | None]] = {True: {}, False: {}}
     differing, kept, gone = [], [], []
     for name, value in saved["buffers"].items():
@@ -186,10 +186,10 @@ def load_rank_buffers(trainer: BaseTrainer, saved: Mapping[str, Any], seed: int)
 
 
 def finite_names(trainer: BaseTrainer) -> tuple[set[str], set[str]]:
-    """What must be finite in a healthy run: names of parameters, and of buffers.
+    """The names of parameters, and of buffers, that must be finite in a healthy run.
 
     Infinities that the code has built, as in masks, are left out. In a buffer that was registered later only NaN
-    counts, since its infinities may be meant.
+    counts, because its infinities may be intended.
     """
     built: BuiltModel = trainer._built_model
     params = trainer.named_parameters().keys() - built.non_finite
@@ -197,18 +197,18 @@ def finite_names(trainer: BaseTrainer) -> tuple[set[str], set[str]]:
     for name, (_, _, buffer) in buffer_slots(trainer.unwrapped_model).items():
         if buffer is None or not buffer.is_floating_point() or name in built.non_finite:
             continue
-        wide = buffer.float() if buffer.element_size() == 1 else buffer  # nothing is known of fp8
+        wide = buffer.float() if buffer.element_size() == 1 else buffer  # `isnan` doesn't support fp8
         if built.buffers.get(name) is not None or bool(torch.isnan(memory_of(wide)).any()):
             buffers.add(name)
     return params, buffers
 
 
 def shares_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors, or this rank's shards of them, lie in the same memory."""
+    """Whether two tensors, or this rank's shards of them, share memory."""
     return _storage(tensor) == _storage(other)
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Tells the memory of a tensor, or of this rank's shard, which may be empty and have no address."""
+    """Identifies the memory of a tensor, or of this rank's shard, which may be empty and have no address."""
     local = local_tensor(tensor)
     return local.untyped_storage()._cdata if local.layout is torch.strided else id(tensor)

@@ -1,7 +1,7 @@
-"""The state of an optimizer by parameter name: how it is read out, and how it is put back.
+"""The state of an optimizer by parameter name: reads and restores it.
 
-An optimizer may keep more than torch's own do: an inner optimizer, a counter, keys that are no parameters. If it has
-its own `state_dict` or `load_state_dict`, these are used. `__setstate__` is called as torch's loading calls it.
+An optimizer may have more state than torch's own: an inner optimizer, a counter, keys that are not parameters. If it
+has its own `state_dict` or `load_state_dict`, these are used. `__setstate__` is called as in torch's loading.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _STANDARD = {"state", "param_groups"}
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """State of `optimizer` by parameter name. Of several optimizers it is in one place, with their groups one after
-    another, since no parameter has two.
+    """The state of `optimizer` by parameter name. Several optimizers share one state, with their groups one after
+    another. This works because no parameter belongs to two optimizers.
 
-    torch's `get_optimizer_state_dict` is not used: on a fresh optimizer it takes a hidden step, which changes the
-    trajectory of AdamW and others, and a parameter that never had a gradient makes what it saved unloadable.
+    torch's `get_optimizer_state_dict` is not used. On a fresh optimizer it takes a hidden step, which changes the
+    trajectory of AdamW and others. And if a parameter never had a gradient, its result can't be loaded.
 
     Args:
         model: The model without its wrappers.
@@ -35,13 +35,13 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
     Returns:
         `{"state": {name: {key: value}}, "param_groups": [{"params": [name], ...}], "other": ..., "own": ...}`. "other"
-        is what `optimizer.state` holds under keys that are no parameters; "own" what the optimizer's own `state_dict`
-        has besides. Several optimizers have "other" and "own" by their names where they are not empty, and
-        `"optimizers": {name: number of groups}`.
+        has the entries of `optimizer.state` whose keys are not parameters. "own" has the other entries of the
+        optimizer's own `state_dict`. With several optimizers, "other" and "own" are by optimizer name, without empty
+        ones, and there is `"optimizers": {name: number of groups}`.
 
     Raises:
-        TypeError: It keeps state where no `state_dict` shows it.
-        ValueError: It has state of a tensor that is not a parameter of the model.
+        TypeError: The optimizer keeps state that no `state_dict` shows.
+        ValueError: It has state for a tensor that is not a parameter of the model.
     """
     if not isinstance(optimizer, Optimizers):
         return _state_of(model, optimizer)
@@ -89,19 +89,19 @@ def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def load_optimizer_state(
     model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any], *, copy: bool = True
 ) -> None:
-    """Put back what `optimizer_state` read.
+    """Restore what `optimizer_state` returned.
 
-    Values keep their dtype (`Optimizer.load_state_dict` casts them to the parameter's). A whole tensor is sharded like
-    its parameter.
+    Values keep their dtype (`Optimizer.load_state_dict` would cast them to that of the parameter). A whole tensor is
+    sharded like its parameter.
 
     Args:
         model: The model without its wrappers.
         optimizer: The optimizer without its wrapper.
         state_dict: As `optimizer_state` returned it.
-        copy: Without it, the optimizer takes the tensors over, and updates them in place from then on.
+        copy: False: the optimizer uses these tensors themselves, and later updates them in place.
 
     Raises:
-        ValueError: The groups or names are not those of this optimizer; nothing was changed.
+        ValueError: The groups or names belong to another optimizer; nothing was changed.
     """
     sizes = {name: len(part.param_groups) for name, part in optimizers_of(optimizer).items()}
     saved_sizes = state_dict.get("optimizers", sizes if isinstance(optimizer, Optimizers) else {"": sizes.get("")})
@@ -151,12 +151,12 @@ def _load_one(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]
     optimizer.state.update(other)
     for saved_group, group in zip(saved, optimizer.param_groups, strict=True):
         group.update({key: value for key, value in saved_group.items() if key != "params"})
-    if type(optimizer).__setstate__ is not Optimizer.__setstate__:  # what it adds to the state of an earlier version
+    if type(optimizer).__setstate__ is not Optimizer.__setstate__:  # it may complete the state of an earlier version
         optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
 def check_unsharded(optimizer: Optimizer, own: Any) -> None:
-    """Raise if what an optimizer's own `state_dict` has is sharded over the ranks, in a place that only it knows.
+    """Raise if an optimizer's own `state_dict` contains a sharded tensor whose place only the optimizer understands.
 
     Raises:
         TypeError: It names the place.
@@ -174,7 +174,7 @@ def check_unsharded(optimizer: Optimizer, own: Any) -> None:
 
 
 class _Other:
-    """A key of `optimizer.state` that is no parameter."""
+    """A key of `optimizer.state` that is not a parameter."""
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -195,7 +195,7 @@ def _load_by_itself(
         for key, value in values.items():
             placed = live.get(key) if isinstance(live, Mapping) else None
             if isinstance(value, torch.Tensor) and isinstance(placed, torch.Tensor) and placed.dtype != value.dtype:
-                live[key] = value  # torch has cast it to the parameter's dtype
+                live[key] = value  # torch has cast the live value to the parameter's dtype
 
 
 def _check_groups(saved: list[Any], own: list[Any]) -> None:
@@ -231,7 +231,7 @@ def _check_inner(optimizer: Optimizer) -> None:
 
 
 def _is_standard(saved: Mapping[str, Any], num_params: int) -> bool:
-    """Whether it has state and groups as torch's own `state_dict` has them, by the numbers of the parameters."""
+    """Whether it contains state and groups in the form of torch's own `state_dict`, by parameter number."""
     state, groups = saved.get("state"), saved.get("param_groups")
     return (
         isinstance(state, Mapping)
@@ -246,7 +246,7 @@ def _is_index(key: Any, num_params: int) -> bool:
 
 
 def _placed(saved: Any, live: Any, device: torch.device) -> Any:
-    """Saved state with each tensor on the device where the live one is."""
+    """Saved state, with each tensor on the device of the live one."""
     if isinstance(saved, torch.Tensor):
         if isinstance(live, torch.Tensor):
             return saved.to(live.device)

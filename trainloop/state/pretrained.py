@@ -1,4 +1,4 @@
-"""What `from_pretrained` needs beside the weights."""
+"""The files that `from_pretrained` needs beside the weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .adapters import adapters_text, config_of
 
 
 def texts_beside(model: nn.Module, groups: Iterable[str], *, is_partial: bool = False) -> dict[str, str]:
-    """What a checkpoint has beside the weights of each group, by path.
+    """The texts that a checkpoint has beside the weights of each group, by path.
 
-    Adapters of peft have a `peft.json`. Then, and where frozen parameters are left out, there is no `config.json`:
-    `from_pretrained` would read such a folder, and draw the missing weights at random.
+    A model with peft's adapters has a `peft.json`. It has no `config.json` then, and neither if frozen parameters are
+    left out: `from_pretrained` would load such a folder, with random values for the missing weights.
 
     Args:
         model: The model without its wrappers.
-        groups: "model", and those of averages.
+        groups: "model", and the groups of averages.
         is_partial: Whether frozen parameters are left out.
     """
     adapters = adapters_text(model)
@@ -30,8 +30,8 @@ def texts_beside(model: nn.Module, groups: Iterable[str], *, is_partial: bool = 
 
 
 def config_text(model: nn.Module) -> str | None:
-    """The `config.json` of a model of transformers, diffusers, or anything else that has a `config` with
-    `to_json_string`, or has that itself; None: it has none.
+    """The `config.json` of a model of transformers, diffusers or another library, if the model or its `config` has
+    `to_json_string`. None: it has none.
     """
     config = config_of(model)
     return None if config is None else json.dumps(config, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""Chooses what a run starts from, and puts it into the live run: all ranks succeed, or all raise the same error."""
+"""Chooses the state that a run starts from, and restores it. All ranks succeed, or all raise the same error."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ class Source:
 
     store: CheckpointStore
     load: str | int | Path | None
-    """What is loaded: "latest", a step of this folder, a path, or None for nothing."""
+    """The checkpoint to load: "latest", "best:METRIC", a step of this folder, a path, or None for nothing."""
     verify: Verify
     on_resume: Collection[str] = ()
-    """What the script wins over the checkpoint."""
+    """Names of what the script overrides in the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a run starts from."""
+    """The state that a run starts from."""
 
     run_id: str
     state_dict: dict[str, Any] | None = None
-    """For the hooks; None: the run starts fresh."""
+    """The state for the hooks. None: the run starts fresh."""
     store: CheckpointStore | None = None
-    """The one whose checkpoint it is, or which was told to load it."""
+    """The store that has the checkpoint, or whose `load` named it."""
 
 
 def restore_from(trainer: BaseTrainer, sources: Sequence[Source]) -> Restored:
-    """Restore a run: from the step or path that is named, else from the newest healthy checkpoint of all folders that
-    look for the latest. Call on every rank.
+    """Restore a run: from the requested step, path or best checkpoint, else from the newest healthy checkpoint of all
+    folders with "latest". Call on every rank.
 
     Raises:
-        CheckpointError: On every rank; it cannot be loaded.
-        ValueError: Several sources name a step or a path.
+        CheckpointError: On every rank. It cannot be loaded.
+        ValueError: Several sources request a certain checkpoint.
     """
     explicit = [source for source in sources if source.load not in (None, "latest")]
     if len(explicit) > 1:
@@ -98,20 +98,20 @@ def _restore_explicit(trainer: BaseTrainer, source: Source) -> Restored:
         assert checkpoint is not None, "only the latest may be none"
         try:
             return _resume(trainer, source, checkpoint)
-        except RemovedError:  # what the link led to; it leads to the next one now
+        except RemovedError:  # the link pointed to this checkpoint; now it points to the next one
             if not may_try_again:
                 raise
             may_try_again = False
 
 
 def _new_run_id() -> str:
-    """The same on every rank. Call on every rank."""
+    """A new id, the same on every rank. Call on every rank."""
     run_id: str = collectives.broadcast_object(uuid.uuid4().hex)
     return run_id
 
 
 def _is_foreign(load: str | int | Path) -> bool:
-    """Whether `load` names what another tool has saved: rank 0 looks. Call on every rank."""
+    """Whether `load` is the path of another tool's checkpoint, as rank 0 sees it. Call on every rank."""
     if not isinstance(load, str | Path):
         return False
     is_foreign: bool = collectives.broadcast_object(is_importable(Path(load)))

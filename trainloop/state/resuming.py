@@ -1,8 +1,8 @@
-"""A resume by a script whose settings are not those of the checkpoint: who wins, and what is told.
+"""Resumes with settings that differ from the checkpoint's: which of them win, and what is logged.
 
-The checkpoint wins over the script in all that it holds: optimizer, hyperparameters, schedule, data position and seed.
-`CheckpointingHook(on_resume=…)` names what the script wins instead. A name applies once: when it is new to the run, or
-when its settings have changed again. So the same command can be killed and started again.
+The checkpoint wins over the script in everything that it contains: optimizer, hyperparameters, schedule, data position
+and seed. `CheckpointingHook(on_resume=…)` names the parts in which the script wins. A name applies once: when it is new
+to the run, or when its settings have changed again. So the same command can be killed and started again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WIDTH = 40  # characters of a value in the table
 
 
 def parse_on_resume(names: Iterable[str] | str) -> tuple[str, ...]:
-    """The argument `on_resume`."""
+    """Check the argument `on_resume`."""
     given = (names,) if isinstance(names, str) else names
     if not isinstance(given, Iterable):
         raise TypeError(f"`on_resume` must be names out of {ON_RESUME}, but is {describe(names)}.")
@@ -44,17 +44,17 @@ def parse_on_resume(names: Iterable[str] | str) -> tuple[str, ...]:
 def script_wins(
     on_resume: Collection[str], asked: Mapping[str, Any], saved: Mapping[str, Any], folder: Path
 ) -> frozenset[str]:
-    """What the script wins at this resume: names out of `ON_RESUME`.
+    """The parts in which the script wins at this resume: names from `ON_RESUME`.
 
     Args:
-        on_resume: What the hook was given.
+        on_resume: The hook's argument.
         asked: The script's settings.
-        saved: The checkpoint's settings; empty if it was saved without.
+        saved: The checkpoint's settings. Empty if it was saved without.
         folder: The checkpoint, for the errors.
 
     Raises:
-        ValueError: Optimizer or schedule are of another class than the checkpoint's, and the script doesn't win. Or
-            learning rates and schedule both differ, and the script wins only one of them.
+        ValueError: The class of the optimizer or schedule differs from the checkpoint's, and the script doesn't win.
+            Or learning rates and schedule both differ, and the script wins in only one of them.
     """
     before, differing = saved.get("on_resume", ()), _differing(asked, saved)
     changed = {_name_of(key) for key in differing}
@@ -84,12 +84,12 @@ def script_wins(
                 f' those in {folder} as well ({", ".join(rates)}). Put "hyperparameters" into `on_resume` too.'
             )
         if rates or not saved:
-            wins.add("lr_scheduler")  # the same schedule on other learning rates
+            wins.add("lr_scheduler")  # the same schedule, on other learning rates
     return frozenset(wins)
 
 
 def settings_in_force(asked: Mapping[str, Any], saved: Mapping[str, Any], wins: Collection[str]) -> Settings:
-    """The settings of the run that goes on."""
+    """The settings of the resumed run."""
     in_force = dict(asked)
     for key, value in saved.items():
         if key in asked and _is_restored(key, wins):
@@ -104,7 +104,7 @@ def settings_to_save(trainer: BaseTrainer, on_resume: Collection[str]) -> Settin
 
 
 def tell_differences(trainer: BaseTrainer, asked: Mapping[str, Any], manifest: Manifest, wins: Collection[str]) -> None:
-    """Log one table of what differs: what the checkpoint has, what the script asks for, and what is in force."""
+    """Log a table of the settings that differ: the checkpoint's value, the script's, and the one that is used."""
     versions = library_versions()
     saved = {**manifest.settings, **manifest.versions}
     in_force, asked = {**trainer.settings, **versions}, {**asked, **versions}
@@ -128,7 +128,7 @@ def tell_differences(trainer: BaseTrainer, asked: Mapping[str, Any], manifest: M
 
 
 def _differing(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ. A setting that only one side has, as after an update of a library, is none."""
+    """Keys whose values differ. A setting that only one side has doesn't count; it may come from a library's update."""
     return [
         key for key, value in asked.items() if key in saved and saved[key] != value and (key, value) != ("seed", None)
     ]
@@ -143,7 +143,7 @@ def _name_of(key: str) -> str:
 
 
 def _is_restored(key: str, wins: Collection[str]) -> bool:
-    """Whether the checkpoint's value of a setting is in force, and not the script's."""
+    """Whether the checkpoint's value of a setting is used, not the script's."""
     if key == "seed":
         return True
     name = _name_of(key)
@@ -159,9 +159,9 @@ def _shown(value: Any) -> str:
 
 
 class ScriptHyperparameters:
-    """The script's hyperparameters and schedule, to be put back over those of a checkpoint.
+    """The script's hyperparameters and schedule, which may overwrite those of a checkpoint.
 
-    Make it before the checkpoint's state is loaded.
+    Create it before the checkpoint's state is loaded.
     """
 
     def __init__(self, trainer: BaseTrainer) -> None:
@@ -173,7 +173,7 @@ class ScriptHyperparameters:
         ]
 
     def put_back(self, wins: Collection[str]) -> None:
-        """Set what the script wins, after the state was loaded."""
+        """Set the parts in which the script wins, after the state was loaded."""
         scheduler, optimizer = self._trainer.lr_scheduler, self._trainer._raw_optimizer
         schedulers = schedulers_of(scheduler)
         for (own, defaults, name), group in zip(self._groups, optimizer.param_groups, strict=True):
@@ -195,14 +195,12 @@ def _scheduled(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> set[str
 
 
 def move_schedule(scheduler: Any, num_steps: int) -> None:
-    """Move a schedule that has just been built to where it stands after `num_steps` steps. One that goes by a metric
-    begins anew.
-    """
+    """Move a new schedule to its position after `num_steps` steps. A `ReduceLROnPlateau` stays at its beginning."""
     for part in schedulers_of(scheduler).values():
         if isinstance(part, ReduceLROnPlateau):
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another process took
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another process has taken
             for _ in range(num_steps):
                 part.step()
 
@@ -211,10 +209,10 @@ def move_schedule(scheduler: Any, num_steps: int) -> None:
 
 
 def check_schedule_length(trainer: BaseTrainer) -> None:
-    """Raise if the schedule ends before the run does, as OneCycleLR can.
+    """Raise if the schedule ends before the run, as OneCycleLR can.
 
     Raises:
-        ValueError: Its last step would raise in the middle of the run.
+        ValueError: The schedule would raise in the middle of the run.
     """
     for scheduler in schedulers_of(trainer.lr_scheduler).values():
         total_steps = getattr(scheduler, "total_steps", None)
@@ -230,7 +228,7 @@ def check_schedule_length(trainer: BaseTrainer) -> None:
 
 
 def stays_stopped(trainer: BaseTrainer, manifest: Manifest, on_resume: Collection[str]) -> bool:
-    """Whether a run that was stopped ends again at once. Says so."""
+    """Whether a run that was stopped ends again at once. Logs it."""
     if "stop" in on_resume and "stop" not in manifest.settings.get("on_resume", ()):
         return False
     if not manifest.stopped_by or trainer._length.is_raised(manifest.settings):

@@ -1,4 +1,4 @@
-"""The state of a run in the form of a checkpoint: sorted by how it is stored, and read back into the live model."""
+"""The state of a run in the form of a checkpoint: sorts it by how it is stored, and reads it into the live model."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 
 _OURS = {"model", "training_state", "rank"}
 _OF_MODEL = ("buffers", "built_sums", "extra_state")
-"""What a rank's state has of the model."""
+"""The keys of a rank's state that belong to the model."""
 
 
 def content_of(trainer: BaseTrainer, run_id: str, is_first: bool = False, trainable_only: bool = False) -> Content:
     """The trainer's state, sorted by how it is stored. Call on every rank.
 
-    A hook's value that is a flat dict of tensors, as an average of the weights is, becomes a folder of its own.
+    If a hook's value is a flat dict of tensors, for example an average of the weights, it becomes a separate folder.
 
     Args:
         trainer: The trainer.
-        run_id: Names the run.
-        is_first: Check also that all of the model would come back.
-        trainable_only: Leave out the frozen parameters that are as `build_model` gave them, from averages too.
+        run_id: Identifies the run.
+        is_first: Also check that the whole model could be restored.
+        trainable_only: Leave out the frozen parameters that are as `build_model` gave them, also from averages.
 
     Raises:
         TypeError: The optimizer keeps state that cannot be stored.
-        ValueError: The model's `state_dict` leaves out what is trained.
+        ValueError: The model's `state_dict` leaves out a trained parameter.
     """
     state_dict = trainer.live_state_dict()
     if is_first:
@@ -87,10 +87,10 @@ def content_of(trainer: BaseTrainer, run_id: str, is_first: bool = False, traina
 
 
 def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The inverse of `content_of`: weights are read into the live model, the rest is returned. Call on every rank.
+    """The inverse of `content_of`. Reads weights into the live model, and returns the rest. Call on every rank.
 
     Raises:
-        CheckpointError: The checkpoint is not of this model; nothing was changed.
+        CheckpointError: The checkpoint belongs to another model; nothing was changed.
     """
     params = trainer.named_parameters()
     training_state = dict(checkpoint.global_state())
@@ -125,28 +125,28 @@ def read_state(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
         hooks[group_name] = averages
         if (
             tensors.keys() <= live.keys()
-        ):  # an average: what it leaves out are the model's own, which may be trained now
+        ):  # an average: what it leaves out is taken from the model; it was frozen, and may be trained now
             averages |= {name: live[name] for name in checkpoint.manifest.frozen.keys() & live.keys() - tensors.keys()}
     state_dict = {"model": live, "training_state": training_state, **hooks}
     rank_state = checkpoint.rank_state(collectives.rank())
     if rank_state is not None:
         state_dict["rank"] = {key: value for key, value in rank_state.items() if key != OF_HOOKS}
-    else:  # what does not lie with the model's tensors, as the first rank had it
+    else:  # state that is not among the model's tensors: use rank 0's
         first = checkpoint.saved_rank_state(0)
         state_dict["first_rank"] = {name: first[name] for name in _OF_MODEL if name in first}
     return state_dict
 
 
 def read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str, Any]) -> None:
-    """Read the weights in place, or into memory that the modules take them from.
+    """Read the weights in place, or into memory that the modules then load them from.
 
     Args:
-        trainer: The trainer; it is built.
-        checkpoint: One of this model.
-        changed: What `changed_forms` gave when it was saved.
+        trainer: The trainer. It must be built.
+        checkpoint: A checkpoint of this model.
+        changed: The result of `changed_forms` at the save.
 
     Raises:
-        CheckpointError: The checkpoint is not of this model; nothing was changed.
+        CheckpointError: The checkpoint belongs to another model; nothing was changed.
     """
     model, described = trainer.unwrapped_model, checkpoint.tensors("model")
     live = trainer.live_model_state()
@@ -160,7 +160,7 @@ def read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str, 
     targets: dict[str, Any] = live | fresh | copies | buffers
     for name in checkpoint.manifest.frozen:
         targets.pop(name, None)
-    # Checks all names, shapes and dtypes before it writes.
+    # This checks all names, shapes and dtypes before it writes.
     checkpoint.read_into("model", {name: tensor for name, tensor in targets.items() if tensor is not None})
     for name in copies.keys() - buffers.keys():
         write_into(shared[name], copies[name])
@@ -171,7 +171,7 @@ def read_model(trainer: BaseTrainer, checkpoint: Checkpoint, changed: dict[str, 
 def _split(
     state: dict[str, dict[Any, Any]],
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[Any, Any]], dict[str, Any]]:
-    """The optimizer's tensors by full name, its other values, and the keys that a full name does not show."""
+    """The optimizer's tensors by full name, its other values, and the keys that don't appear in a full name."""
     tensors: dict[str, torch.Tensor] = {}
     other: dict[str, dict[Any, Any]] = {}
     keys: dict[str, Any] = {}

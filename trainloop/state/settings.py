@@ -1,4 +1,4 @@
-"""The settings of a run, as its checkpoints record them: what the script asks for when the run is built.
+"""The settings of a run that its checkpoints record: those of the script, when the run is built.
 
 They are flat, so that two runs can be compared row by row: `{"max_steps": 1000, "optimizer/0/lr": 0.1, …}`.
 """
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 Settings: TypeAlias = "dict[str, Any]"
 FUNCTION = "lr_scheduler/function"
-"""Begins the name of a schedule's function. torch saves none, so the script's is always in force."""
+"""Start of the keys for a schedule's functions. torch doesn't save functions, so the script's are always used."""
 
 _GIT_SECONDS = 5
 _POSITION = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "base_lrs"}
-"""In the state of a schedule: where it stands, and learning rates, which are told by parameter group."""
+"""Keys in the state of a schedule: its position, and learning rates, which are recorded by parameter group."""
 
 
 def run_settings(trainer: BaseTrainer) -> Settings:
-    """What the script asks for. Call on every rank, after the run is built and before anything is restored."""
+    """The script's settings. Call on every rank, after the run is built and before anything is restored."""
     return {
         "max_steps": trainer._length.max_steps,
         "max_epochs": trainer.max_epochs,
@@ -117,7 +117,7 @@ def _constants(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_function(function: Any) -> str:
-    """A function by its name and the constants that it was made from, the same in every process."""
+    """A text for a function: its name and the constants that it was made from. The same in every process."""
     if isinstance(function, functools.partial):
         arguments = [*map(repr, map(_plain, function.args))]
         arguments += [f"{key}={_plain(value)!r}" for key, value in sorted(function.keywords.items())]
@@ -162,7 +162,7 @@ def _source_settings() -> Settings:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON holds it; of what is neither number, text nor container of those only the type."""
+    """A value in a form for JSON. For anything but numbers, texts, containers of them and functions: only its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The whole state of a run as one nested dict, as `BaseTrainer.state_dict` returns it, and the way back."""
+"""The whole state of a run as one nested dict, as `BaseTrainer.state_dict` returns it, and its restoration."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 
 AVERAGED = "averaged"
-"""Where a state and a checkpoint have the weights that a schedule-free optimizer has averaged."""
+"""Key, in a state and in a checkpoint, of the averaged weights of a schedule-free optimizer."""
 
 
 def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The state of the run around the model's tensors, the hooks' part included. Call on every rank."""
+    """The state of the run, with the given tensors of the model and the hooks' part. Call on every rank."""
     scheduler, scaler = trainer.lr_scheduler, trainer.grad_scaler
     state_dict: dict[str, Any] = {
         "model": model,
@@ -61,7 +61,7 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
         },
     }
     with trainer._window.modes.averaged() as is_averaged:
-        if is_averaged:  # beside the weights to go on with: those to evaluate and to export
+        if is_averaged:  # these are the weights to evaluate and to export; "model" has those to train
             state_dict[AVERAGED] = {
                 name: tensor.detach().clone() for name, tensor in trainer.live_model_state().items()
             }
@@ -70,11 +70,11 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
 
 
 def load_whole_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
-    """Put back what `BaseTrainer.state_dict` returned, also while `train` runs. Call on every rank.
+    """Restore what `BaseTrainer.state_dict` returned, also while `train` runs. Call on every rank.
 
     Raises:
         RuntimeError: A step is under way.
-        ValueError: The state is not that of this model and optimizer.
+        ValueError: The state belongs to another model or optimizer.
     """
     from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
@@ -88,7 +88,7 @@ def load_whole_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
     described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
     changed = new_buffers(trainer, state_dict["training_state"].get("changed_buffers", {}), described)
     if is_running:
-        trainer._feed.close()  # it would go on at its old place
+        trainer._feed.close()  # otherwise it would continue at its old position
     place_buffers(model, changed, is_persistent=True)
     load_run_state(trainer, state_dict)
     collectives.reshard(trainer.model)
@@ -101,7 +101,7 @@ def load_whole_state(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
 
 
 def start_data(trainer: BaseTrainer) -> None:
-    """Make the iterator over the training data, and then give the random generators the state that was loaded: starting
+    """Create the iterator over the training data, then load the saved state of the random generators, because creating
     an iterator may draw from them.
     """
     trainer._feed.start()
@@ -111,10 +111,10 @@ def start_data(trainer: BaseTrainer) -> None:
 
 
 def _add_hooks(trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
-    """Have every hook add its state.
+    """Let every hook add its state.
 
     Raises:
-        ValueError: A hook has overwritten what another one has added.
+        ValueError: A hook has overwritten an entry of another hook.
     """
     owners: dict[tuple[str, str], BaseHook] = {}
     for hook in trainer.hooks:
@@ -139,17 +139,17 @@ def _entries(state_dict: dict[str, Any]) -> dict[tuple[str, str], Any]:
 def load_run_state(
     trainer: BaseTrainer, state_dict: dict[str, Any], script_wins: Collection[str] = (), *, copy: bool = True
 ) -> None:
-    """Put back everything but the model, which a resume reads in place, and the hooks' part. Call on every rank.
+    """Restore everything but the model, which a resume reads in place, and the hooks' part. Call on every rank.
 
     Args:
-        trainer: The trainer; it is built.
-        state_dict: As for `BaseTrainer.load_state_dict`; `"model"` isn't looked at. Without `"rank"` the random
-            generators are derived anew from seed, step and rank.
-        script_wins: What is not put back, out of `resuming.ON_RESUME`.
-        copy: Without it, the optimizer takes the tensors of its state over, so they are in memory only once.
+        trainer: The trainer. It must be built.
+        state_dict: As for `BaseTrainer.load_state_dict`; `"model"` is ignored. Without `"rank"`, the random generators
+            are derived from seed, step and rank.
+        script_wins: Names from `resuming.ON_RESUME` that are not restored.
+        copy: False: the optimizer uses the tensors of the state themselves, so they are in memory only once.
 
     Raises:
-        ValueError: The state is not that of this optimizer, schedule, scaler or data.
+        ValueError: The state belongs to another optimizer, schedule, scaler or data.
     """
     state, rank_state = state_dict["training_state"], state_dict.get("rank")
     scheduler, scaler = trainer.lr_scheduler, trainer.grad_scaler
@@ -174,20 +174,20 @@ def load_run_state(
     trainer.epoch = 0
     if "data" not in script_wins:
         trainer._feed.load_state_dict(state["data"], rank_state["data"] if rank_state is not None else None)
-        trainer.epoch = state.get("epoch", state["data"]["epoch"])  # earlier versions saved that of the data alone
+        trainer.epoch = state.get("epoch", state["data"]["epoch"])  # earlier versions saved only the data's epoch
     trainer._length.update(trainer.step)
     if rank_state is None:
         set_seed(derived_seed(state["seed"], trainer.step, trainer.accelerator.process_index))
     else:
-        trainer._restored_rng = rank_state["rng"]  # and once more when the data's iterator exists
+        trainer._restored_rng = rank_state["rng"]  # loaded again after the data's iterator was created
         load_rng_state(rank_state["rng"], trainer.device)
 
 
 def restore_run(trainer: BaseTrainer) -> None:
-    """Begin a `train`: restore the run from a checkpoint if this is the first one, and tell the hooks that it begins.
-    Call on every rank.
+    """Begin a `train`: restore the run from a checkpoint if this is the first one, and call the hooks'
+    `on_before_train`. Call on every rank.
 
-    The trainer's state comes back before any hook hears of the run, and a hook's own state right after it has.
+    The trainer's state is restored before any hook is called. Each hook gets its own state right after the call.
     """
     trainer.peers.enter("restoring the run")
     if trainer._weights_from:
@@ -198,7 +198,7 @@ def restore_run(trainer: BaseTrainer) -> None:
         )
     state_dict = None
     if not trainer._is_restored:
-        if trainer.checkpointers and not trainer.settings:  # of a `train` that failed here: what was asked for
+        if trainer.checkpointers and not trainer.settings:  # not again after a `train` that failed here
             trainer.settings = run_settings(trainer)
         state_dict = next(filter(None, (hook.restore(trainer) for hook in trainer.checkpointers)), None)
     trainer._length.update(trainer.step)
@@ -212,24 +212,24 @@ def restore_run(trainer: BaseTrainer) -> None:
         hook.on_before_train(trainer)
         if state_dict is not None:
             hook.on_load_state_dict(trainer, state_dict)
-    trainer._is_restored = True  # last: what has failed on the way is done anew by the next `train`
+    trainer._is_restored = True  # last, so that the next `train` tries again if something has failed
 
 
 def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[str]) -> dict[str, Any]:
-    """Load a checkpoint into a trainer that is built, and tell what differs. Call on every rank.
+    """Load a checkpoint into a trainer that is built, and log which settings differ. Call on every rank.
 
     Args:
         trainer: The trainer.
-        checkpoint: One of ours.
-        on_resume: What the script wins, out of `resuming.ON_RESUME`.
+        checkpoint: A checkpoint of trainloop.
+        on_resume: Names from `resuming.ON_RESUME` of what the script overrides.
 
     Returns:
-        What the hooks' `on_load_state_dict` gets.
+        The state for the hooks' `on_load_state_dict`.
 
     Raises:
-        RemovedError: On every rank; the checkpoint's run has removed it meanwhile. Another can be read instead.
-        CheckpointError: On every rank; it cannot be read on one of them, or is not of this run's model.
-        ValueError: Its optimizer, schedule or data cannot go on in this run's.
+        RemovedError: On every rank. The checkpoint's run has removed it in the meantime. Another one can be read.
+        CheckpointError: On every rank. Some rank cannot read it, or it belongs to another model.
+        ValueError: Its optimizer, schedule or data does not fit this run.
     """
     asked, saved = trainer.settings, checkpoint.manifest.settings
     try:
@@ -237,7 +237,7 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
         check_left_out(trainer, checkpoint)
         state_dict = _read_together(trainer, checkpoint)
         load_run_state(trainer, state_dict, wins, copy=False)
-    except (AttributeError, IndexError, KeyError, TypeError) as ex:  # no run of ours has written that
+    except (AttributeError, IndexError, KeyError, TypeError) as ex:  # state that no run can have saved
         raise CheckpointError(
             f"{checkpoint.folder} holds state that no run has saved ({type(ex).__name__}: {ex}). Load another one."
         ) from ex
@@ -254,7 +254,7 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
 
 
 def _read_together(trainer: BaseTrainer, checkpoint: Checkpoint) -> dict[str, Any]:
-    """`read_state`; the ranks then vote, so that all raise what one of them met."""
+    """Call `read_state`. The ranks then vote, so that all raise the error of any one of them."""
     state_dict: dict[str, Any] = {}
 
     def read() -> str:

@@ -32,26 +32,27 @@ def load_weights(trainer: BaseTrainer, which: int | str | Path, ema: str | None)
     """Read the weights of a checkpoint into the model of a trainer that is built. Call on every rank.
 
     Returns:
-        What was loaded: a folder, or a file of weights.
+        The path of what was loaded: a folder, or a file of weights.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: `which` needs the folder of a `CheckpointingHook`, and there is none.
+        ValueError: `which` is "best:" without a metric.
         RuntimeError: `train` is running.
-        CheckpointError: On every rank; it cannot be read, or is not of this model.
+        CheckpointError: On every rank. It cannot be read, or belongs to another model. Or `which` needs the folder of a
+            `CheckpointingHook`, and there is none.
     """
     if isinstance(which, bool) or not isinstance(which, int | str | Path):
         raise TypeError(f'`which` must be a step, a path, "latest" or "best", but is {describe(which)}.')
     if ema is not None and not isinstance(ema, str):
         raise TypeError(f"`ema` must be the name of an EmaHook or None, but is {describe(ema)}.")
-    parse_best(which)  # before a rank waits for another
+    parse_best(which)  # raises before a rank waits for another
     if trainer._feed.is_started:
         raise RuntimeError(
             "`load_weights` was called while `train` runs, which would train on with other weights. Call it before or"
             " after `train`."
         )
     place = Ranks().do(lambda: None, lambda _: _locate(trainer, which), "Cannot load the weights")
-    collectives.reshard(trainer.model)  # what FSDP2 still has gathered would go on being used
+    collectives.reshard(trainer.model)  # otherwise FSDP2 would go on using gathered weights
     found = _load(trainer, *place, ema)
     trainer._weights_from = str(found)
     trainer.logger.info(f"Loaded {f'the average {ema!r}' if ema is not None else 'the weights'} of {found}.")
@@ -59,7 +60,7 @@ def load_weights(trainer: BaseTrainer, which: int | str | Path, ema: str | None)
 
 
 def _locate(trainer: BaseTrainer, which: int | str | Path) -> tuple[Path | None, int | str | Path]:
-    """A folder of checkpoints and which of them it is; or None, and what another tool has saved. Call on rank 0."""
+    """A folder of checkpoints and which one to load; or None and the path of another tool's. Call on rank 0."""
     if isinstance(which, int) or which == "latest" or parse_best(which) is not None:
         folders = [hook.saves_to(trainer) for hook in trainer.checkpointers]
         folder = next((folder for folder in folders if folder is not None), None)
@@ -99,17 +100,17 @@ def _read(trainer: BaseTrainer, checkpoint: Checkpoint, ema: str | None) -> None
         )
     state, first = checkpoint.global_state(), checkpoint.saved_rank_state(0)
     read_model(trainer, checkpoint, state.get("changed_buffers", {}))
-    load_rank_buffers(trainer, first, state["seed"])  # rank 0's, as an evaluation uses them
+    load_rank_buffers(trainer, first, state["seed"])  # rank 0's, as in an evaluation
     load_made_entries(trainer.unwrapped_model, first.get("extra_state", {}))
     if ema is None and AVERAGED in averages:
-        ema = AVERAGED  # a schedule-free optimizer trains other weights than the ones to evaluate
+        ema = AVERAGED  # the weights that a schedule-free optimizer trains are not the ones to evaluate
     if ema is not None:
         _read_average(trainer, checkpoint, ema)
 
 
 @torch.no_grad()
 def _read_average(trainer: BaseTrainer, checkpoint: Checkpoint, group: str) -> None:
-    """Put an average in the place of the parameters. Its dtype may be a wider one than theirs."""
+    """Copy an average into the parameters. Its dtype may be wider than theirs."""
     params = trainer.named_parameters()
     averages = {
         name: empty_like_param(params.get(name), shape, dtype, on_host=name not in params)
