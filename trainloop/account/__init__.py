@@ -1,8 +1,8 @@
-"""The account that a run keeps of itself in its workspace: its lives, and the bits of each step.
+"""The records that a run keeps about itself in its workspace: its lives, and the bits of each step.
 
 ```
 events.jsonl               what has happened, written by rank 0 as it happens (`events`); its lives (`lives`)
-ledger/rank_00000.bin …    the bits of each step, a file a rank (`ledger`); a resumed run compares them (`audit`)
+ledger/rank_00000.bin …    the bits of each step, one file per rank (`ledger`); a resumed run compares them (`audit`)
 ```
 """
 

@@ -1,4 +1,4 @@
-"""Compares the steps that a resumed run does again with what the ledger has of them."""
+"""Compares the steps that a resumed run repeats with their records in the ledger."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from dataclasses import dataclass, field
 from .ledger import LedgerLife, StepBits
 
 QUANTITIES = ("position in the data", "learning rates", "loss", "gradient norm")
-"""What is compared. Of several that differ in a step, the first one is told: it is nearest to the cause."""
-_SEVERAL_RANKS = 3  # that are named
+"""The compared quantities. If several differ in a step, the first one is reported: it is closest to the cause."""
+_SEVERAL_RANKS = 3  # ranks that are named
 _WIDTH = 60  # characters of a value that has changed
 
 
 @dataclass(frozen=True, order=True)
 class Difference:
-    """A quantity of a step that is not what it was."""
+    """A quantity of a step that differs from its record."""
 
     step: int
     order: int
-    """Place of the quantity in `QUANTITIES`."""
+    """Index of the quantity in `QUANTITIES`."""
     rank: int
     was: float = field(compare=False)
     now: float = field(compare=False)
 
     @property
     def quantity(self) -> str:
-        """Its name."""
+        """Name of the quantity."""
         return QUANTITIES[self.order]
 
 
 @dataclass
 class Expected:
-    """What the ledger has of the steps that are done again."""
+    """The ledger's records of the steps that are repeated."""
 
     steps: dict[int, StepBits] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     world_sizes: dict[int, int] = field(default_factory=dict)
-    """Processes of the life that did the step."""
+    """Number of processes in the life that did the step."""
 
     @classmethod
     def of(cls, lives: Iterable[LedgerLife], start_step: int) -> Expected:
-        """What the lives of a run have of the steps after `start_step`. Later lives win. Where two of them differ, the
-        rest of the older one is left out: the run has gone another way since.
+        """The records of a run's lives for the steps after `start_step`. Later lives win. If two of them differ, the
+        rest of the older one is left out, because the run has taken another way since then.
         """
         expected = cls()
         for life in lives:
@@ -68,8 +68,8 @@ class Audit:
 
     Args:
         expected: From the ledger of this rank.
-        rank: This one.
-        world_size: Of this life.
+        rank: This rank.
+        world_size: Number of processes in this life.
     """
 
     def __init__(self, expected: Expected, rank: int, world_size: int) -> None:
@@ -79,12 +79,12 @@ class Audit:
         self.compared: list[int] = []
         self.differences: list[Difference] = []
         self.other_world_size = 0
-        """Processes of the life before, if these are others now."""
+        """Number of processes in the earlier life, if it differs from now. 0: it is the same."""
         self.largest_deviation = 0.0
-        """Of the gradient norm, relative; at another number of processes its bits may differ."""
+        """Largest relative deviation of the gradient norm. At another number of processes its bits may differ."""
 
     def step(self, step: int, bits: StepBits) -> None:
-        """Compare a step that was just done."""
+        """Compare a step that has just been done."""
         was = self._expected.steps.pop(step, None)
         if was is None:
             return
@@ -99,15 +99,15 @@ class Audit:
             self.differences.append(Difference(step, order, self._rank, then, now))
 
     def loss(self, step: int, loss: float) -> None:
-        """Compare a loss that was just read."""
+        """Compare a loss that has just been read."""
         was = self._expected.losses.pop(step, None)
         if was is None or self._expected.world_sizes.get(step, self._world_size) != self._world_size:
-            return  # of other samples, if there were more or fewer ranks
+            return  # with another number of ranks, this rank's samples are different
         if not same_bits(was, loss):
             self.differences.append(Difference(step, QUANTITIES.index("loss"), self._rank, was, loss))
 
     def result(self) -> Result:
-        """What this rank has found so far."""
+        """The result on this rank so far."""
         first = min((difference.step for difference in self.differences), default=0)
         return Result(
             first=min(self.compared, default=0),
@@ -121,20 +121,20 @@ class Audit:
 
 @dataclass(frozen=True)
 class Result:
-    """What the comparison has come to."""
+    """The result of the comparison."""
 
     first: int
     last: int
-    """The steps that were compared; 0: none."""
+    """First and last step that were compared. 0: none."""
     differences: Sequence[Difference]
-    """Those of the first step that differs."""
+    """The differences in the first step that differs."""
     other_world_size: int
     world_size: int
     deviation: float
 
     @classmethod
     def joined(cls, results: Sequence[Result]) -> Result:
-        """Of all ranks."""
+        """The result of all ranks together."""
         with_steps = [result for result in results if result.last]
         found = [difference for result in results for difference in result.differences]
         first = min((difference.step for difference in found), default=0)
@@ -149,19 +149,19 @@ class Result:
 
     @property
     def difference(self) -> Difference | None:
-        """The one that is told."""
+        """The difference that is reported."""
         return min(self.differences, default=None)
 
     @property
     def is_of_other_samples(self) -> bool:
-        """Whether the number of processes has changed, and the global batch with it: nothing can be compared."""
+        """Whether the global batch has changed with the number of processes, so that nothing can be compared."""
         return bool(self.other_world_size and self.difference is not None and self.difference.order == 0)
 
     def text(self, changes: Mapping[str, tuple[object, object]]) -> str:
-        """What the log says.
+        """The text for the log.
 
         Args:
-            changes: What else differs between this life and the one before: settings, versions, hosts.
+            changes: Other differences between this life and the last one: settings, versions, hosts.
         """
         steps = f"Steps {self.first} to {self.last} were" if self.last > self.first else f"Step {self.first} was"
         others = self.other_world_size
@@ -217,12 +217,12 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def same_bits(a: float, b: float) -> bool:
-    """Whether two numbers are the same, bit by bit; a NaN is the same as any other."""
+    """Whether two numbers are bit-for-bit equal. A NaN equals any other NaN."""
     return struct.pack("<d", a) == struct.pack("<d", b) or (math.isnan(a) and math.isnan(b))
 
 
 def _steps_differ(was: StepBits, now: StepBits) -> int | None:
-    """Place in `QUANTITIES` of the first one that differs."""
+    """Index in `QUANTITIES` of the first quantity that differs. None: no difference."""
     if was.position != now.position:
         return 0
     if was.rates != now.rates:

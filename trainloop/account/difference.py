@@ -1,4 +1,4 @@
-"""Where two runs differ: step by step, by their ledgers, and in their settings."""
+"""Finds where two runs differ: step by step, by their ledgers, and in their settings."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .lives import Life, read_lives
 
 @dataclass(frozen=True)
 class RunDifference:
-    """What distinguishes two runs."""
+    """The differences between two runs."""
 
     num_steps: int
-    """Steps that both have."""
+    """Number of steps that both runs have."""
     steps: tuple[tuple[int, int], tuple[int, int]]
-    """First and last step of each."""
+    """First and last step of each run."""
     world_sizes: tuple[int, int]
     found: Difference | None
-    """The first difference; None: there is none in the steps that both have."""
+    """The first difference. None: no step that both runs have differs."""
     ranks: tuple[int, ...]
-    """Ranks that differ in this quantity of this step."""
+    """Ranks on which this quantity of this step differs."""
     settings: Mapping[str, tuple[Any, Any]]
-    """Those that differ, versions and hosts among them."""
+    """The settings that differ, including versions and hosts."""
 
     def text(self) -> list[str]:
-        """For people."""
+        """Lines for people."""
         (first, last), others = self.steps, self.steps[1]
         lines = []
         if self.steps[0] != others:
@@ -61,7 +61,7 @@ class RunDifference:
 
 
 def compare_runs(a: Path, b: Path) -> RunDifference:
-    """Compare the last run of two workspaces.
+    """Compare the last runs of two workspaces.
 
     Raises:
         ValueError: One has no ledger, or they have no step in common.
@@ -91,7 +91,7 @@ def compare_runs(a: Path, b: Path) -> RunDifference:
 
 
 def _read(workspace: Path) -> tuple[dict[int, Expected], int]:
-    """The steps of the last run by rank, and its last number of processes."""
+    """The steps of the last run by rank, and the number of processes in its last life."""
     folder = workspace / LEDGER
     tables, world_size = {}, 1
     for rank in ranks_in(folder):

@@ -1,4 +1,4 @@
-"""Goodput: every second of all lives of a run, sorted by what it was spent on."""
+"""Goodput: sorts every second of all lives of a run by how it was spent."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .lives import Life
 
 DEAD = "dead"
 CATEGORIES = ("training", "done again", "saving", "evaluating", "waiting for data", "starting", DEAD)
-"""What seconds are spent on. "saving" is the time that saves block; "starting" is from the start of the process to the
-first step; "dead" is between two lives."""
+"""How seconds are spent. "saving" is the time that saves block. "starting" is from the start of the process to the
+first step. "dead" is between two lives."""
 
 
 def goodput(lives: Sequence[Life]) -> dict[str, float]:
-    """Seconds of a run by category. Together they are the time from its first start to its last end."""
+    """Seconds of a run by category. Their sum is the time from its first start to its last end."""
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     highest = 0
     last: Life | None = None
@@ -27,13 +27,13 @@ def goodput(lives: Sequence[Life]) -> dict[str, float]:
 
 
 def _of_life(life: Life, highest: int) -> dict[str, float]:
-    """Seconds of a life; the lives before have come to the step `highest`."""
+    """Seconds of a life by category. The earlier lives have reached step `highest`."""
     if life.ready is None:
         return {"starting": life.ended - life.started}
     loop = life.ended - life.ready
     spent = _spent(life, life.ended)
     whole = sum(spent.values())
-    if whole > loop:  # seconds are measured by another clock than times
+    if whole > loop:  # possible, because seconds and times come from different clocks
         spent = {category: value * loop / whole for category, value in spent.items()}
     rest = max(0.0, loop - sum(spent.values()))
     again = min(rest, _seconds_again(life, highest, rest))
@@ -65,5 +65,5 @@ def _seconds_again(life: Life, highest: int, rest: float) -> float:
 
 
 def again_until(life: Life) -> float | None:
-    """When a life had done all steps again that were done before it; None: there were none, or it did not."""
+    """The time when a life had repeated all steps of the earlier lives. None: there were none, or it didn't finish."""
     return next((event["time"] for event in life.events if event["event"] == "again"), None)

@@ -1,6 +1,6 @@
-"""Keeps the account of a life while it trains: its events, its ledger, and the audit of the steps that it does again.
+"""Keeps the records of a life while it trains: its events, its ledger, and the audit of the steps that it repeats.
 
-It costs a step a few microseconds, and no communication: the ranks compare notes once, when all steps are done again.
+It costs a few microseconds a step, and no communication: the ranks compare results once, after all repeated steps.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 _PROGRESS_SECONDS = 30.0
 _MAX_DETAIL = 500  # characters of an error's first line
 _NO_CAUSES = ("max_steps", "on_resume", "num_workers", "git_is_dirty", "audit/")
-"""Beginnings of settings that do not change what a step computes."""
+"""Prefixes of settings that don't change the computation of a step."""
 
 _ONE = struct.Struct("<d")
 
 
 class Account:
-    """The account of one life of a run. Make it on every rank, when the run is built and its folder is taken.
+    """The records of one life of a run. Make it on every rank, after the run is built and its folder is locked.
 
     Args:
-        trainer: The trainer; it is built. Without a workspace, nothing is kept.
+        trainer: The trainer. It must be built. Without a workspace, nothing is recorded.
         keeps_ledger: Whether steps are recorded and compared.
     """
 
@@ -57,7 +57,7 @@ class Account:
         self._reason: tuple[str, str] | None = None
         self._data_seconds = 0.0
         self._last_progress, self._last_step = time.monotonic(), -1
-        self._again_until = 0  # the highest step of the lives before
+        self._again_until = 0  # the highest step of the earlier lives
         self._lives_before: list[Life] = []
         self._ledger = Ledger(workspace / LEDGER, self._rank) if workspace is not None and keeps_ledger else None
         self._audit: Audit | None = None
@@ -93,12 +93,12 @@ class Account:
     def _lives(self) -> list[Life]:
         try:
             return [] if self._log.path is None else read_lives(self._log.path)
-        except Exception as ex:  # whatever somebody has made of the file, it must not end the run
+        except Exception as ex:  # whatever the file contains, it must not end the run
             self._trainer.logger.warning(f"{self._log.path} cannot be read: {ex!r}")
             return []
 
     def start(self) -> None:
-        """The run is restored, and its loop begins."""
+        """Call when the run is restored, before its loop begins."""
         if self._is_started:
             return
         trainer = self._trainer
@@ -115,7 +115,7 @@ class Account:
             self._start_ledger(self._ledger)
 
     def _start_ledger(self, ledger: Ledger) -> None:
-        """Find what the lives before have recorded of the steps to come, and begin to record."""
+        """Read the earlier lives' records of the steps to come, and begin to record."""
         step = self._trainer.step
         own = self._lives_before[0].number if self._lives_before else self._log.life
         first_life: int = collectives.broadcast_object(own)
@@ -131,7 +131,7 @@ class Account:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """A disk that fails ends the ledger, and not the run."""
+        """Inside this context, a disk error ends the ledger, not the run."""
         try:
             yield
         except OSError as ex:
@@ -142,7 +142,7 @@ class Account:
         self._trainer.logger.warning(f"The ledger cannot be kept any longer: {error}")
 
     def after_step(self) -> None:
-        """A step is over, and every hook has heard of it. Further calls for the same step do nothing."""
+        """Record a step, after every hook's `on_after_step`. More calls for the same step do nothing."""
         if self._trainer.step == self._last_step:
             return
         self._last_step = self._trainer.step
@@ -164,7 +164,7 @@ class Account:
         info = self._trainer.step_info
         position, rates = self._trainer._feed.position_checksum(), _checksum(info.lr)
         if self._ledger is not None:
-            try:  # a context manager would take as long as all the rest
+            try:  # `_guarded` would take as long as all the rest
                 self._ledger.add_step(step, info.grad_norm, position, rates)
             except OSError as ex:
                 self._give_up(ex)
@@ -174,7 +174,7 @@ class Account:
                 self._conclude(collectives.gather_objects)
 
     def note_losses(self, first_step: int, losses: Sequence[float]) -> None:
-        """The losses of steps in a row were read. Several hooks may read them; the first one counts."""
+        """Record the losses of consecutive steps. If several hooks read them, the first one counts."""
         for step, loss in enumerate(losses, first_step):
             if step <= self._losses_until:
                 continue
@@ -185,10 +185,10 @@ class Account:
                 self._audit.loss(step, loss)
 
     def _conclude(self, gather: Callable[[Result], list[Result]]) -> None:
-        """Tell what the steps done again have come to, once.
+        """Report the result for the repeated steps, once.
 
         Args:
-            gather: Gives the results of all ranks, or only this one's where no collective is allowed.
+            gather: Returns the results of all ranks, or only this rank's if no collective is allowed.
         """
         audit, self._audit = self._audit, None
         if audit is None:
@@ -213,7 +213,7 @@ class Account:
         self._log.write("audit", **fields, **where)
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
-        """What else differs from the life before."""
+        """Other differences from the last life."""
         lives = self._lives()[-2:]
         if len(lives) < 2:
             return {}
@@ -222,11 +222,11 @@ class Account:
         return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
 
     def counts(self) -> dict[str, int]:
-        """How many steps of the run were done again and compared, and how often they differed; on rank 0."""
+        """How many steps of the run were repeated and compared, and how often they differed. On rank 0."""
         return {"audit/steps_done_again": self._num_audited, "audit/differences": self._num_differing}
 
     def saved(self, seconds: float, is_durable: bool) -> None:
-        """A save has returned, and has blocked the run for `seconds`. Call on every rank."""
+        """Record a save that has returned, after blocking the run for `seconds`. Call on every rank."""
         self._write_with_waits("save", seconds=seconds, durable=is_durable)
         if self._ledger is not None:
             with self._guarded():
@@ -235,23 +235,23 @@ class Account:
             self._conclude(collectives.gather_objects)
 
     def durable(self, step: int, seconds: float) -> None:
-        """An async save has succeeded, `seconds` after its start."""
+        """Record that an async save has succeeded, `seconds` after its start."""
         self._write("durable", step=step, seconds=seconds)
 
     def save_failed(self, step: int, error: BaseException) -> None:
-        """A save has failed, and the run may go on."""
+        """Record that a save has failed. The run may continue."""
         self._write("save_failed", step=step, detail=first_line(error))
 
     def ends_by(self, reason: str, detail: str) -> None:
-        """Why the `SystemExit` comes that will end this life."""
+        """Set the reason for the `SystemExit` that will end this life."""
         self._reason = (reason, detail)
 
     def end(self, exception: BaseException | None = None, stopped_by: str = "") -> None:
-        """The life ends. Call on any rank; the first call counts.
+        """Record the end of the life. Call on any rank; only the first call counts.
 
         Args:
-            exception: That leaves `train`; None: there is none.
-            stopped_by: Who has stopped the run, if anybody.
+            exception: The exception that leaves `train`, if any.
+            stopped_by: The name of whatever stopped the run, if anything.
         """
         if self._is_ended:
             return
@@ -269,7 +269,7 @@ class Account:
             reason = self._reason or ("error", f"SystemExit: {exception.code}")
         else:
             reason = ("error", f"{type(exception).__name__}: {first_line(exception)}")
-            # Every rank raises a TrainingError alike.
+            # A TrainingError is raised on every rank, so one rank records it.
             if trainer.peers.is_first_left or not isinstance(exception, TrainingError):
                 self._log.write(
                     "failed",
@@ -296,7 +296,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _checksum(rates: Sequence[Any]) -> int:
-    """Of learning rates. One that is a tensor on an accelerator counts as 0, since reading it would be a sync."""
+    """Checksum of learning rates. A tensor on an accelerator counts as 0, because reading it would be a sync."""
     if len(rates) == 1 and type(rates[0]) is float:
         return zlib.crc32(_ONE.pack(rates[0]))
     far = [getattr(getattr(rate, "device", None), "type", "cpu") != "cpu" for rate in rates]

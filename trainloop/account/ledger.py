@@ -1,9 +1,9 @@
-"""The ledger: one small record a step and rank, by which a resumed run finds out whether it does the same again.
+"""The ledger: a small record per step and rank, with which a resumed run checks that it repeats steps exactly.
 
 ```
 workspace/ledger/
   rank_00000.bin        records of 32 bytes, appended
-  rank_00000.old.bin    those before, when the file had become long
+  rank_00000.old.bin    earlier records, after the file had become long
 ```
 
 | kind | step | value | first | second |
@@ -13,8 +13,8 @@ workspace/ledger/
 | loss | the step | this rank's share of the loss | 0 | 0 |
 
 A record is little-endian: step (8 bytes), value (8, a double), first (4), second (4), kind (1), 3 unused bytes, and the
-CRC-32 of these 28 bytes. Records are written with plain `write` and never synced: they survive the process, and not the
-power. What is cut off or damaged is passed over.
+CRC-32 of these 28 bytes. Records are written without a sync, so they survive the end of the process, but not a loss of
+power. Truncated or damaged records are skipped.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _CRC = struct.Struct("<I")
 _SIZE = _FIELDS.size + _CRC.size
 _LIFE, _STEP, _LOSS = 1, 2, 3
 _MAX_FILE_BYTES = 2**23  # a quarter of a million records; two such files are kept
-_MAX_RECORDS = 8  # that a kill may lose
-_MAX_SECONDS = 0.5  # that one may wait to be written, if steps are slow
+_MAX_RECORDS = 8  # records that may be lost if the process is killed
+_MAX_SECONDS = 0.5  # that a record may wait to be written if steps are slow
 
 
 class StepBits(NamedTuple):
-    """What a step is compared by."""
+    """The values by which a step is compared."""
 
     norm: float
     position: int
-    """Checksum of the position in the data after it."""
+    """Checksum of the position in the data after the step."""
     rates: int
     """Checksum of the learning rates."""
 
@@ -56,12 +56,12 @@ class LedgerLife:
 
     number: int
     first_life: int
-    """Number of the run's first life; what another run has left in the workspace has another one."""
+    """Number of the run's first life. Records of another run in the same workspace have another number."""
     world_size: int
     start_step: int
     steps: dict[int, StepBits] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
-    """Of the steps whose loss was read from the device."""
+    """Losses of the steps whose loss was read from the device."""
 
 
 class Ledger:
@@ -69,19 +69,19 @@ class Ledger:
 
     Args:
         folder: The ledger's folder.
-        rank: Of this process.
+        rank: This process's rank.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"rank_{rank:05d}.bin"
         self._file: int | None = None
-        self._records: list[bytes] = []  # and the checksum of each
+        self._records: list[bytes] = []  # records and their checksums, alternating
         self._last_write = time.monotonic()
         self._num_bytes = 0
         self._life: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def last_word(self) -> tuple[float, int]:
-        """Time of the last write, and the last step in the file; zeros if there is none."""
+        """Time of the last write, and the last step in the file. Zeros: there is no file."""
         try:
             written = self.path.stat().st_mtime
             with self.path.open("rb") as file:
@@ -93,7 +93,7 @@ class Ledger:
         return written, records[-1][0] if records else 0
 
     def open(self, life: int, first_life: int, world_size: int, start_step: int) -> None:
-        """Begin to write the records of a life. A record that a killed process has left unfinished is cut off."""
+        """Begin to write the records of a life. An unfinished record of a killed process is cut off."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._life = (life, first_life, world_size, start_step)
         self._open()
@@ -109,7 +109,7 @@ class Ledger:
         self.flush()
 
     def add_step(self, step: int, norm: float, position: int, rates: int) -> None:
-        """Record a step. It is written with others, or when the last write is long ago."""
+        """Record a step. It is written together with others, or if the last write is long ago."""
         self._add(step, norm, position, rates, _STEP)
         if len(self._records) >= 2 * _MAX_RECORDS or time.monotonic() - self._last_write > _MAX_SECONDS:
             self.flush()
@@ -124,7 +124,7 @@ class Ledger:
         self._records.append(_CRC.pack(zlib.crc32(packed)))
 
     def flush(self) -> None:
-        """Write what was recorded."""
+        """Write the recorded data."""
         self._last_write = time.monotonic()
         if not self._records or self._file is None:
             return
@@ -139,7 +139,7 @@ class Ledger:
             self._open()
 
     def close(self) -> None:
-        """Write what was recorded, and write no more."""
+        """Write the recorded data, and close the file."""
         try:
             self.flush()
         finally:
@@ -149,7 +149,7 @@ class Ledger:
 
 
 def read_ledger(folder: Path, rank: int) -> list[LedgerLife]:
-    """The records of a rank by life, the oldest first; none if there are none."""
+    """The records of a rank by life, the oldest first. Empty: there are no records."""
     path = folder / f"rank_{rank:05d}.bin"
     lives: list[LedgerLife] = []
     for one in (_older(path), path):
@@ -159,7 +159,7 @@ def read_ledger(folder: Path, rank: int) -> list[LedgerLife]:
             continue
         for step, value, first, second, kind in _parse(raw):
             if kind == _LIFE:
-                if not lives or lives[-1].number != first:  # a long life has several, one a file
+                if not lives or lives[-1].number != first:  # a long life has several such records, one per file
                     lives.append(LedgerLife(first, int(value), second, step))
             elif lives and kind == _STEP:
                 lives[-1].steps[step] = StepBits(value, first, second)

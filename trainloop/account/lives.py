@@ -1,4 +1,4 @@
-"""The lives of a run, from its events file: when each began, how far it came, and why it ended.
+"""The lives of a run, from its events file: when each began, how far it got, and why it ended.
 
 ```
 from trainloop.account import read_lives
@@ -18,9 +18,9 @@ from typing import Any
 from .events import read_events
 
 FAILURES = ("error", "killed")
-"""Reasons of lives that did not end as they were told to."""
+"""Reasons of lives that did not end as intended."""
 STEPS_DONE = ("progress", "evaluation", "discarded", "save", "again", "end")
-"""Events whose step is done."""
+"""Events whose step is completed."""
 
 
 @dataclass
@@ -28,59 +28,59 @@ class Life:
     """One process life of a run: one call of `train`, or one attempt of the launcher."""
 
     number: int
-    """From 1."""
+    """Number of the life, from 1."""
     started: float
-    """When the process started, in seconds since 1970; not before the life before has ended."""
+    """When the process started, in seconds since 1970, but not before the end of the last life."""
     begun: float
     """When the run was built."""
     hosts: Mapping[str, int]
     """Number of processes by host."""
     num_processes: int
-    """Of all hosts."""
+    """Number of processes on all hosts."""
     version: str
-    """Of trainloop."""
+    """Version of trainloop."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the libraries."""
+    """Versions of the libraries."""
     pid: int = 0
-    """Number of rank 0's process."""
+    """Process id of rank 0."""
     host: str = ""
-    """Of rank 0."""
+    """Host of rank 0."""
     ready: float | None = None
-    """When the run was restored and went into its loop; None: it did not come so far."""
+    """When the run was restored and its loop began. None: it didn't get so far."""
     start_step: int = 0
-    """The step after which it went on."""
+    """The step that it resumed from."""
     step: int = 0
     """The last step that is known to be done."""
     max_steps: int = 0
-    """That the run was to take; 0: not known."""
+    """Number of steps that the run should take. 0: unknown."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """By flat name, as checkpoints have them."""
+    """The settings by flat name, as in checkpoints."""
     ended: float = 0.0
-    """When it ended; without an "end", the time of its last word."""
+    """When it ended. Without an "end" event, the time of its last event or record."""
     reason: str = "killed"
-    """"complete", "stopped", "signal", "deadline", "error", or "killed": no word of an end. The last life of a run that
-    still goes on is told to be "killed" as well."""
+    """"complete", "stopped", "signal", "deadline", "error", or "killed": it has recorded no end. A run that is still
+    going has the reason "killed" too."""
     detail: str = ""
-    """Name of the signal, first line of the error, who stopped it."""
+    """Name of the signal, first line of the error, or the name of whatever stopped it."""
     cause: str = ""
     """The first failure of a rank that had not just lost contact with another one."""
     failures: list[dict[str, Any]] = field(default_factory=list)
-    """The "failed" events, of all ranks that wrote one."""
+    """The "failed" events of all ranks that wrote one."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """All of its events."""
+    """All events of the life."""
 
     @property
     def failed_step(self) -> int:
-        """The step that was under way when the life failed."""
+        """The step that was running when the life failed."""
         steps = [int(failure["step"]) for failure in self.failures if "step" in failure]
         return max(steps, default=self.step + 1)
 
 
 def read_lives(workspace: Path | str) -> list[Life]:
-    """All lives in a workspace, the oldest first; none if there is no events file.
+    """All lives in a workspace, the oldest first. Empty: there is no events file.
 
     Args:
-        workspace: Of the trainer; or the path of an events file.
+        workspace: The trainer's workspace, or the path of an events file.
     """
     lives: dict[int, Life] = {}
     for event in read_events(Path(workspace)):
@@ -96,7 +96,7 @@ def read_lives(workspace: Path | str) -> list[Life]:
 
 def _begin(event: dict[str, Any], last: Life | None) -> Life:
     before = event.get("before") or {}
-    if last is not None and last.reason == "killed" and before.get("time", 0.0) >= last.begun:  # else of another life
+    if last is not None and last.reason == "killed" and before.get("time", 0.0) >= last.begun:  # the same life's record
         last.ended = max(last.ended, min(before["time"], event["time"]))
         last.step = max(last.step, before.get("step", 0))
     started = min(event.get("started", event["time"]), event["time"])
@@ -134,7 +134,7 @@ def _take(life: Life, event: dict[str, Any]) -> None:
 
 
 def failure_text(event: Mapping[str, Any]) -> str:
-    """A "failed" event in one line."""
+    """A "failed" event as one line."""
     return f"{event.get('error', 'error')}: {event.get('detail', '')} (rank {event.get('rank', 0)})"
 
 
@@ -157,14 +157,14 @@ def split_runs(lives: Sequence[Life]) -> list[list[Life]]:
 
 
 def failures_at_same_step(lives: Sequence[Life]) -> tuple[int, int]:
-    """The step at which the last life failed, and how many lives in a row, up to the last one, have failed there. A
-    life that is still under way must be left out.
+    """The step at which the last life failed, and how many consecutive lives, up to the last one, have failed there.
+    Leave out a life that is still running.
 
     Args:
         lives: From `read_lives`.
 
     Returns:
-        Step and number; (0, 0): the last life did not fail.
+        Step and number of lives. (0, 0): the last life did not fail.
     """
     step = number = 0
     for life in reversed(lives):
@@ -175,7 +175,7 @@ def failures_at_same_step(lives: Sequence[Life]) -> tuple[int, int]:
 
 
 def failure_times(lives: Sequence[Life]) -> list[float]:
-    """When lives have failed, for an estimate of the time between two failures.
+    """The times at which lives have failed, for an estimate of the time between two failures.
 
     Args:
         lives: From `read_lives`.

@@ -1,4 +1,4 @@
-"""The runs in a workspace, as `trainloop runs` shows them."""
+"""The runs in a workspace, for `trainloop runs`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NUM_HOSTS = 3
 
 
 def survey_runs(workspace: Path) -> list[list[Life]]:
-    """The lives of each run in a workspace. Of one that has not ended, the ledger and its process are asked.
+    """The lives of each run in a workspace. If the last one has recorded no end, its ledger and process are checked.
 
     Raises:
-        ValueError: There is no events file.
+        ValueError: There is no events file, or no life in it.
     """
     lives = read_lives(workspace)
     if not lives:
@@ -41,7 +41,7 @@ def survey_runs(workspace: Path) -> list[list[Life]]:
 
 
 def _is_alive(life: Life) -> bool:
-    """Whether the process of rank 0 is still there, if it runs on this host."""
+    """Whether the process of rank 0 still exists, if it runs on this host."""
     if life.host != platform.node() or not life.pid:
         return False
     try:
@@ -55,7 +55,7 @@ def _is_alive(life: Life) -> bool:
 
 
 def runs_json(runs: Sequence[Sequence[Life]]) -> list[dict[str, Any]]:
-    """The runs for programs: times in seconds since 1970."""
+    """The runs as JSON: times in seconds since 1970."""
     return [
         {
             "lives": [
@@ -86,7 +86,7 @@ def runs_json(runs: Sequence[Sequence[Life]]) -> list[dict[str, Any]]:
 
 
 def runs_text(runs: Sequence[Sequence[Life]]) -> list[str]:
-    """The runs for people: a table of the lives of each, and where its seconds went."""
+    """The runs for people: a table of each run's lives, and how its time was spent."""
     lines: list[str] = []
     for number, run in enumerate(runs, 1):
         last = run[-1]
@@ -115,7 +115,7 @@ def runs_text(runs: Sequence[Sequence[Life]]) -> list[str]:
 
 
 def _with_highest(run: Sequence[Life]) -> list[tuple[Life, int]]:
-    """The lives, each with the highest step of those before it."""
+    """The lives, each with the highest step of the earlier ones."""
     highest, pairs = 0, []
     for life in run:
         pairs.append((life, highest))
@@ -137,7 +137,7 @@ def hosts_text(life: Life) -> str:
 
 
 def again_text(life: Life, highest: int) -> str:
-    """Which steps a life has done again, and what the ledger says of them."""
+    """The steps that a life has repeated, and the result of comparing them."""
     last = min(life.step, highest)
     if last <= life.start_step:
         return ""

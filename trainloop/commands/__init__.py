@@ -1,4 +1,4 @@
-"""The commands of the command line, a module each.
+"""The commands of the command line, one module each.
 
-In: its arguments. Out: text for people, or JSON for programs, and an exit code.
+In: the command's arguments. Out: text for people, or JSON for programs, and an exit code.
 """

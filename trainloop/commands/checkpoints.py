@@ -35,7 +35,7 @@ def add(areas: Any) -> None:
     """Add the commands to the command line.
 
     Args:
-        areas: The subparsers of the whole.
+        areas: The subparsers of the whole command line.
     """
     checkpoints = areas.add_parser("checkpoints", help="list, verify, export and prune checkpoints")
     commands = checkpoints.add_subparsers(metavar="COMMAND", required=True)
@@ -202,11 +202,11 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError("--merge, --base and --adapter are for --format peft")
     group = options.group
     if options.output is not None:
-        check_output(options.output, options.force)  # before anything takes time
+        check_output(options.output, options.force)  # before anything that takes time
     checkpoint = _pick(options, lambda manifest: needed_files(manifest, group))
     output = options.output or Path(f"{group}_step_{checkpoint.manifest.step:07d}{FILE_SUFFIX}")
     dtype = _DTYPES.get(options.dtype)
-    torch.set_num_threads(1)  # on the small pieces of an export, threads wait for one another more than they work
+    torch.set_num_threads(1)  # on the small pieces of an export, threads would mostly wait for each other
     done = export(checkpoint, group, output, dtype=dtype, max_shard_bytes=options.max_shard_size, force=options.force)
     files = f"{done.num_files} files" if done.num_files > 1 else "1 file"
     print(f"{checkpoint.folder}, {group} -> {output}: {done.num_tensors} tensors, {size(done.num_bytes)}, {files}")
@@ -281,7 +281,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _policies(options: argparse.Namespace) -> list[RetentionPolicy] | None:
-    """What was asked for; None: nothing was."""
+    """The requested policies. None: none were requested."""
     policies: list[RetentionPolicy] = list(options.best)
     if options.keep_previous is not None:
         policies.append(KeepPrevious(options.keep_previous))

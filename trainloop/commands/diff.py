@@ -1,4 +1,4 @@
-"""`trainloop diff`: the first step in which two runs differ."""
+"""`trainloop diff`: finds the first step in which two runs differ."""
 
 from __future__ import annotations
 

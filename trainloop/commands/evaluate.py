@@ -1,4 +1,4 @@
-"""`trainloop evaluate`: the numbers of one checkpoint, without training."""
+"""`trainloop evaluate`: evaluates one checkpoint, without training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     found = trainer.load_weights(which, ema=options.ema)
     try:
         result = trainer.evaluate()
-    except (ImportError, OSError, ValueError):  # of the user's code: one line would not tell where
+    except (ImportError, OSError, ValueError):  # from the user's code, so the place matters: print the traceback
         traceback.print_exc()
         return 1
     if collectives.rank() == 0:
@@ -72,7 +72,7 @@ def _import(name: str) -> Callable[[], Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as ex:
         if ex.name is None or not f"{module_name}.".startswith(f"{ex.name}."):
-            raise  # by the module itself
+            raise  # the module itself failed to import something
         raise ValueError(f"there is no module {ex.name!r} here") from ex
     function = getattr(module, function_name, None)
     if not callable(function):

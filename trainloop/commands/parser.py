@@ -1,4 +1,4 @@
-"""How every command is declared, and how it says what is wrong with its arguments."""
+"""Declares commands, and reports errors in their arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXIT_CODES = "exit codes: 0 all is well; 1 something is damaged or has failed; 2
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')}. See --help\n")
@@ -28,13 +28,13 @@ def add_command(
 
     Args:
         commands: The subparsers that it is added to.
-        name: What the user types.
-        run: Runs it, and returns the exit code.
-        what: A line for the list of commands.
-        more: What its own help says.
-        exit_codes: What they mean.
+        name: The name that the user types.
+        run: Runs the command, and returns the exit code.
+        what: One line for the list of commands.
+        more: The text for the command's own help.
+        exit_codes: The meaning of the exit codes.
     """
-    # No abbreviations: a `--y` must not remove anything, and a later option must not change what one means.
+    # No abbreviations: `--y` must not remove anything, and a future option must not change what an abbreviation means.
     made: Parser = commands.add_parser(name, help=what, description=more, epilog=exit_codes, allow_abbrev=False)
     made.set_defaults(run=run)
     return made

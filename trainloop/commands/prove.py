@@ -1,4 +1,4 @@
-"""`trainloop prove`: a short run of a trainer, killed and resumed, at one and at several processes."""
+"""`trainloop prove`: a short run of a trainer, killed and resumed, in one process and in several."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def add(areas: Any) -> None:
 
 
 def split_launch_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments before and after a "--". argparse would mix them up with the positional ones."""
+    """The arguments before and after a "--". argparse would mix them up with the positional arguments."""
     own = list(arguments)
     if own[:1] != ["prove"] or "--" not in own:
         return own, []
@@ -60,7 +60,7 @@ def _prove(options: argparse.Namespace) -> int:
         raise ValueError(f"--steps must be at least {MIN_STEPS}, but is {options.steps}")
     if options.processes < 1:
         raise ValueError(f"--processes must be at least 1, but is {options.processes}")
-    find_function(options.trainer)  # before anything takes time
+    find_function(options.trainer)  # before anything that takes time
     subject = Subject(options.trainer, options.steps, options.steps // 3)
     with tempfile.TemporaryDirectory() if options.workspace is None else nullcontext(options.workspace) as folder:
         if any(Path(folder, name).exists() for name in ("on_1", "as_one")):
@@ -83,7 +83,7 @@ def _prove(options: argparse.Namespace) -> int:
 
 
 def page(name: str, proof: Proof) -> list[str]:
-    """The proof for people."""
+    """The proof as lines for people."""
     verdict = (
         "all was shown"
         if proof.is_held

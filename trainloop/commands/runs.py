@@ -1,4 +1,4 @@
-"""`trainloop runs`: the lives of a run, and where its time went."""
+"""`trainloop runs`: the lives of a run, and how its time was spent."""
 
 from __future__ import annotations
 

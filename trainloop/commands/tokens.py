@@ -1,4 +1,4 @@
-"""`trainloop tokens`: texts as token ids."""
+"""`trainloop tokens`: converts texts to token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The next batch, fetched and copied to the device while the device still works on this step.
+"""Fetches the next batch and copies it to the device while the device still works on this step.
 
 ```
 host     queue backward pass and update ─► fetch ─► read the norm ─► hooks ─► take ─► forward
@@ -6,7 +6,7 @@ device   ─────── backward pass ───────────�
 copies                                          └─ host to device ─────────────┘
 ```
 
-A batch counts as consumed only when it is taken, so nothing that a run can observe depends on this.
+A batch counts as consumed only when it is taken, so a run can't observe any difference.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from ..records import map_nested
 
 HOSTS = {"cpu"}
-"""Types of devices that have nothing to do while the host fetches."""
+"""Types of devices that can't work while the host fetches, because they are the host."""
 
 
 def looks_ahead(device: torch.device) -> bool:
-    """Whether fetching ahead saves time: the device computes by itself, and torch can copy to it meanwhile."""
+    """Whether fetching ahead saves time: the device works in parallel to the host, and torch can copy to it then."""
     return device.type not in HOSTS and hasattr(getattr(torch, device.type, None), "Stream")
 
 
@@ -31,8 +31,8 @@ class LookAhead:
     """Holds at most one batch.
 
     Args:
-        device: Where the batches go; `looks_ahead` is true of it.
-        send: Moves a batch to the device; None: it is there already.
+        device: The device for the batches. `looks_ahead` must be true for it.
+        send: Moves a batch to the device. None: the batch is already there.
     """
 
     def __init__(self, device: torch.device, send: Callable[[Any], Any] | None) -> None:
@@ -43,11 +43,11 @@ class LookAhead:
         self._batch: Any = None
         self._is_sent = False
         self._event: Any = None
-        """The copy is complete."""
+        """Occurs when the copy is complete."""
         self._error: Exception | None = None
 
     def fetch(self, next_batch: Callable[[], Any]) -> None:
-        """Fetch a batch, and start to copy it to the device. What this raises is raised by `take`."""
+        """Fetch a batch, and start to copy it to the device. `take` raises the errors of this."""
         self.is_empty = False
         try:
             self._batch = next_batch()
@@ -57,18 +57,18 @@ class LookAhead:
         if not all(map(_is_on_host, _to_be_moved(self._batch))):
             return
         try:
-            # On a stream of its own: the copy waits for no work of the step, and neither does the host.
+            # On a separate stream, so that neither the copy nor the host waits for the work of the step.
             with self._module.stream(self._stream):
                 self._batch, self._is_sent = self._send(self._batch), True
                 self._event = self._stream.record_event()
-        except Exception:  # the device's memory may be full now, and not when the step is over
+        except Exception:  # for example if the device's memory is full now, but not after the step
             return
 
     def take(self, count: Callable[[], None]) -> Any:
-        """Give the batch away, on the device, for use on the current stream.
+        """Return the batch, on the device, for use on the current stream.
 
         Args:
-            count: Called when fetching has raised nothing, and before anything else can fail.
+            count: Called if fetching raised nothing, before anything else can fail.
         """
         batch, is_sent, event, error = self._batch, self._is_sent, self._event, self._error
         self.drop()
@@ -81,7 +81,7 @@ class LookAhead:
         stream.wait_event(event)
         for tensor in _to_be_moved(batch):
             if tensor.device.type != "cpu":
-                tensor.record_stream(stream)  # else the next copy might get its memory while it is still in use
+                tensor.record_stream(stream)  # otherwise the next copy could get its memory too early
         return batch
 
     def drop(self) -> None:
@@ -91,7 +91,7 @@ class LookAhead:
 
 
 def has_to(value: Any) -> bool:
-    """Whether a part of a batch is something to move, as a whole: a tensor, or what has its own `to`."""
+    """Whether a part of a batch can be moved as a whole: it is a tensor, or has its own `to`."""
     return hasattr(value, "to")
 
 
@@ -107,7 +107,7 @@ def _to_be_moved(batch: Any) -> list[Any]:
 
 
 def _is_on_host(value: Any) -> bool:
-    """Whether it is a plain tensor on the host. Anything else might use the device in a way of its own."""
+    """Whether it is a plain tensor on the host. Other objects might use the device in their own way."""
     return type(value) is torch.Tensor and value.device.type == "cpu" and value.layout == torch.strided
 
 

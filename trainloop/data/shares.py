@@ -1,4 +1,4 @@
-"""Which part of a stream a rank reads: its share, where the data set can give it one, else everything."""
+"""The part of a stream that a rank reads: its share if the data set can provide one, else everything."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from .checksums import checksum
 class Shardable(Protocol):
     """A stream that gives each rank its share before anything is read. Return a `DataLoader` of it.
 
-    The trainer calls `shard` once, before the first epoch, on every rank and in a run of one process too. Then each
-    rank reads its share only, and begins its next epoch when its share ends. So give the ranks shares of equal size, or
-    the samples of the smaller ones are seen more often. `__len__`, if there is one, is the length of the share. In
-    worker processes, `__iter__` splits the share over the workers.
+    The trainer calls `shard` once, before the first epoch, on every rank, and in a single process too. Then each rank
+    reads only its share, and begins its next epoch when the share ends. So give the ranks shares of equal size;
+    otherwise the samples of smaller shares are seen more often. `__len__`, if defined, is the length of the share. In
+    worker processes, `__iter__` must split the share over the workers.
 
-    To shuffle the files, give the data set `set_epoch`: every rank and worker shuffles the whole list by the epoch, and
-    takes its part after that. `integrations/data/web_dataset.py` is an example.
+    To shuffle the files, give the data set a `set_epoch`: every rank and worker shuffles the whole list by the epoch,
+    and takes its part after that. `integrations/data/web_dataset.py` is an example.
 
-    If the data set has `state_dict` and `load_state_dict` too, a resume goes to the position at once. Otherwise it
-    reads the seen part of the epoch again.
+    If the data set also has `state_dict` and `load_state_dict`, a resume goes to the position directly. Otherwise it
+    reads again the part of the epoch that was seen.
     """
 
     def shard(self, rank: int, world_size: int) -> Any:
-        """Return the data set of this rank's share; or change this one so that it reads the share, and return None.
+        """Return a data set with this rank's share. Or change this one so that it reads the share, and return None.
 
         Args:
             rank: This rank.
-            world_size: Number of ranks. All shares together are the data.
+            world_size: Number of ranks. Their shares together must be all of the data.
         """
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank reads."""
+    """The data that a rank reads."""
 
     dataset: Any
     is_own: bool
-    """Whether other ranks read other samples. Otherwise every rank reads all of them."""
+    """Whether other ranks read other samples. Otherwise every rank reads all samples."""
     obstacle: str = ""
-    """Why a data set that has shards gives no share."""
+    """Why a data set with shards can't provide a share."""
 
 
 def share_of(dataset: Any, rank: int, world_size: int) -> Share:
-    """Ask a stream for this rank's share.
+    """Get this rank's share of a stream.
 
     Raises:
         TypeError: `shard` returned something that is not iterable.
@@ -67,7 +67,7 @@ def share_of(dataset: Any, rank: int, world_size: int) -> Share:
 
 
 def _has_protocol(dataset: Any) -> bool:
-    """Whether it has a `shard` of ours. Others have a method of this name that takes other arguments."""
+    """Whether the data set has our `shard` method. Other libraries use the name with other arguments."""
     shard = getattr(dataset, "shard", None)
     if not callable(shard):
         return False
@@ -90,7 +90,7 @@ def is_of_hugging_face(dataset: Any) -> bool:
 def _share_of_hugging_face(dataset: Any, rank: int, world_size: int) -> Share:
     from datasets.distributed import split_dataset_by_node
 
-    if world_size == 1 or getattr(dataset, "_distributed", None) is not None:  # the script has split it
+    if world_size == 1 or getattr(dataset, "_distributed", None) is not None:  # the script has already split it
         return Share(dataset, is_own=False)
     num_shards = dataset.num_shards
     if num_shards % world_size:
@@ -111,8 +111,8 @@ UNSEEDED = (
 
 
 def shuffle_checksum(dataset: Any) -> int:
-    """Checksum of the generators that a stream of `datasets` shuffles with. They differ in each process if the script
-    gives no seed. 0: it has none.
+    """Checksum of the random generators with which a `datasets` stream shuffles. If the script gives no seed, they
+    differ in each process. 0: it has none.
     """
     if not is_of_hugging_face(dataset):
         return 0
@@ -125,7 +125,7 @@ def shuffle_checksum(dataset: Any) -> int:
 
 
 def lost_by_state(dataset: Any) -> str:
-    """What the `state_dict` of a stream does not contain, although a resume needs it; "" if nothing is known."""
+    """A text about data that a resume needs but that a stream's `state_dict` lacks. "": nothing is known to be lost."""
     if not is_of_hugging_face(dataset):
         return ""
     largest = max((getattr(part, "buffer_size", 1) for part in _parts(dataset)), default=1)
@@ -139,8 +139,8 @@ def lost_by_state(dataset: Any) -> str:
 
 
 def can_be_loaded(fresh: Any, state: Any) -> bool:
-    """Whether `datasets` can load a worker's state. It builds the stream for all workers first, and the state must fit
-    to that. With `shuffle`, and fewer files a worker than `max_buffer_input_shards`, it doesn't (`datasets` 5.2).
+    """Whether `datasets` can load a worker's state. It first builds the stream for all workers, and the state must fit
+    that stream. With `shuffle`, and fewer files per worker than `max_buffer_input_shards`, it doesn't (`datasets` 5.2).
 
     Args:
         fresh: The state of the stream before it was split over the workers.
@@ -154,7 +154,7 @@ def can_be_loaded(fresh: Any, state: Any) -> bool:
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
-    """The steps of a stream of `datasets`, from the last one to the files."""
+    """The steps of a `datasets` stream, from the last one to the files."""
     left = [getattr(dataset, "_ex_iterable", None)]
     while left:
         part = left.pop()

@@ -1,8 +1,8 @@
-"""Which source serves the data that the user returned.
+"""Chooses the source for the data that the user returned.
 
 - `IndexedSource`: data with an index.
 - `SampledSource`: a `DataLoader` over an `IterableDataset`, or any other iterable of batches.
-- `IterableSource`: what `per_rank` returned, or a loader of Accelerate: each rank has its own.
+- `IterableSource`: the result of `per_rank`, or a loader of Accelerate. Each rank has its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .streamed import SampledSource
 
 
 class Source(Protocol):
-    """One kind of data, as one rank sees it."""
+    """One kind of data, on one rank."""
 
     @property
     def epoch(self) -> int:
@@ -31,55 +31,55 @@ class Source(Protocol):
 
     @property
     def num_epochs_done(self) -> int:
-        """How many epochs are over. The end of data without a length is noticed with the first batch after it."""
+        """Number of completed epochs. If the data has no length, its end is noticed with the first batch after it."""
 
     def num_batches_left(self, num_epochs: int) -> int | None:
-        """This rank's batches from the current position until `num_epochs` epochs are over on every rank; None: the
-        data has no length. Call on every rank.
+        """Number of this rank's batches from the current position until `num_epochs` epochs are over on every rank.
+        None: the data has no length. Call on every rank.
         """
 
     @property
     def position(self) -> tuple[int, int]:
-        """Epoch and consumed samples of it, the same on all ranks; (0, 0) if each rank reads its own data."""
+        """Epoch, and its consumed samples, the same on all ranks. (0, 0) if each rank reads its own data."""
 
     @property
     def checksum(self) -> int:
-        """Of what must be the same on all ranks: the order of the epoch, or its first samples; 0: nothing must."""
+        """Checksum of the epoch's order, or of its first samples. It must be the same on all ranks. 0: no check."""
 
     has_length: bool
     """Whether the length of an epoch is known."""
 
     def open(self) -> Iterator[Any]:
-        """Batches without end, from the current position on. The position moves with `advance` only."""
+        """Endless batches, from the current position on. The position moves only with `advance`."""
 
     def advance(self) -> None:
-        """Count the oldest batch that was fetched, and not counted yet, as consumed."""
+        """Count the oldest batch that was fetched but not consumed as consumed."""
 
     def has_ready_batch(self) -> bool:
-        """Whether a batch can be fetched now, before it is due, without waiting and with nothing that could tell: the
-        workers have it ready. The generators of this process and the state of the data aren't touched then.
+        """Whether the workers have a batch ready. It can then be fetched early: without waiting, and without a change
+        in the generators of this process or the state of the data.
         """
 
     def compared_checksum(self) -> int | None:
-        """Of samples that are the same on all ranks, if all have the same data; None: there are none to compare. Call
-        it once, after `open` and before the first batch.
+        """Checksum of samples that are the same on all ranks if all have the same data. None: there are no such
+        samples. Call it once, after `open` and before the first batch.
         """
 
     def close(self) -> None:
-        """End what runs in the background; `open` may be called again."""
+        """End all background work. `open` may be called again."""
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as small values that are the same on all ranks."""
 
     def rank_state_dict(self) -> dict[str, Any] | None:
-        """What belongs to this rank only."""
+        """The state that belongs to this rank only."""
 
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any] | None) -> None:
-        """Go to a position. Without `rank_state` it was saved at another number of processes."""
+        """Go to a saved position. `rank_state` is None if another number of processes saved it."""
 
 
 def source_of(loader: Any, seed: int, rank: int, world_size: int) -> Source:
-    """Choose the source for what `build_data_loader` returned.
+    """Choose the source for the return value of `build_data_loader`.
 
     Raises:
         TypeError: `loader` is not an iterable of batches.

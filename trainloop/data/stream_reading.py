@@ -1,6 +1,6 @@
-"""How a stream is read: in groups, from a position on, with random generators that are the same on every rank.
+"""Reads a stream in groups, from a position on, with random generators that are the same on every rank.
 
-It runs in the loader's workers, and without workers in the process of the rank.
+This runs in the loader's workers. Without workers it runs in the process of the rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .shares import can_be_loaded, is_of_hugging_face
 
 @dataclass
 class Collate:
-    """Makes this rank's batch of a group. Workers unpickle it."""
+    """Makes this rank's batch from a group. Workers unpickle it."""
 
     function: Callable[[Any], Any]
     own: slice
@@ -34,60 +34,61 @@ class Collate:
 
 
 class Item(NamedTuple):
-    """What a worker gives at a time."""
+    """One message of a worker."""
 
     worker: int
     kind: str
-    """"group": the payload is this rank's batch. "head", "tail": samples, of all ranks."""
+    """"group": the payload is this rank's batch. "head" and "tail": samples of all ranks."""
     payload: Any
     checksum: int
-    """Of the first samples that the worker has read; else 0."""
+    """Checksum of the first samples that the worker has read; else 0."""
     state: bytes | None = None
-    """Where the worker stands after these samples, if the data set can tell."""
+    """Position of the worker after these samples, if the data set can provide it."""
 
 
 class Place(NamedTuple):
-    """Where a worker begins to read."""
+    """The place where a worker begins to read."""
 
     num_seen: int = 0
-    """Samples of the epoch that were consumed."""
+    """Number of consumed samples of the epoch."""
     num_at_state: int = 0
-    """Of these, how many were consumed when the state was taken; the others are read again."""
+    """How many of them were consumed when the state was taken. The others are read again."""
     state: bytes | None = None
-    """Of the data set and the random generators."""
+    """State of the data set and of the random generators."""
 
     @property
     def num_skipped(self) -> int:
-        """Samples to read and drop."""
+        """Number of samples to read and drop."""
         return self.num_seen - self.num_at_state
 
 
 class Consumed(NamedTuple):
-    """What was consumed, or what was fetched, which may be a batch more."""
+    """A position: after the consumed batches, or after the fetched ones, which may be one more."""
 
     epoch: int = 0
     places: tuple[Place, ...] = (Place(),)
-    """Of the epoch, by worker."""
+    """The place of each worker in the epoch."""
     next_worker: int = 0
     checksum: int = 0
 
     @property
     def num_seen(self) -> int:
-        """Samples of the epoch."""
+        """Number of samples of the epoch before this position."""
         return sum(place.num_seen for place in self.places)
 
 
 class StreamReading(IterableDataset[Item]):
-    """What a worker reads in one epoch; without workers, this process.
+    """The stream that a worker, or this process without workers, reads in one epoch.
 
     Args:
         reader: Reads the data set.
-        collate: Makes of a group this rank's batch.
-        group_size: Samples a group.
-        places: By worker, where it begins.
-        next_worker: Whose turn it is. Those before it give an empty head first, so that the order of turns stays.
-        head: How many samples to give first, and by which worker.
-        compares: Whether the ranks compare what they read first.
+        collate: Makes this rank's batch from a group.
+        group_size: Samples in a group.
+        places: The place of each worker.
+        next_worker: The worker whose turn it is. The workers before it first yield an empty head, to keep the order of
+            turns.
+        head: Number of samples to yield first, and the worker that yields them.
+        compares: Whether the ranks compare the first samples.
         is_shown: Whether to show a bar while skipping.
     """
 
@@ -132,23 +133,23 @@ class StreamReading(IterableDataset[Item]):
             state = None
             if info is not None:
                 state = reader.state()
-                # So that a random collate function repeats itself after a resume.
+                # So that a random collate function is reproducible after a resume.
                 seed_all(derived_seed(info.seed - info.id, worker, index))
             index += len(samples)
             yield Item(worker, "group", self._collate(samples), checksum, state)
 
     @property
     def dataset(self) -> Any:
-        """The user's."""
+        """The user's data set."""
         return self.reader.dataset
 
 
 class Reader:
-    """Reads a data set under its own random generators, so that every rank reads the same.
+    """Reads a data set under its own random generators, so that every rank reads the same samples.
 
     Args:
-        dataset: The user's.
-        seed: Of the generators; each worker has others.
+        dataset: The user's data set.
+        seed: Seed of the generators. Each worker derives its own from it.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -162,7 +163,7 @@ class Reader:
         return self._samples is not None
 
     def begin(self, worker: int, state: bytes | None) -> None:
-        """Start the iterator of this worker, at a state of it."""
+        """Start the iterator of this worker, at a saved state."""
         saved = {} if state is None else pickle.loads(state)
         if get_worker_info() is not None and is_of_hugging_face(self.dataset):
             self._fresh_state = self.dataset.state_dict()
@@ -176,9 +177,9 @@ class Reader:
         self._samples = samples
 
     def state(self) -> bytes | None:
-        """Where the data set, or else its iterator, stands, and the random generators; None: neither can tell.
+        """The state of the data set, or else of its iterator, and of the random generators. None: neither has a state.
 
-        It is pickled here, so that tensors in it go from a worker to its rank by value, and not in shared memory.
+        It is pickled here. So tensors in it go from a worker to its rank by value, not in shared memory.
         """
         if is_stateful(self.dataset):
             saved = {"dataset": self.dataset.state_dict()}
@@ -199,7 +200,7 @@ class Reader:
             return list(itertools.islice(self._samples, count))
 
     def skip(self, count: int, is_shown: bool) -> None:
-        """Read samples that were seen already, and drop them."""
+        """Read samples that were already seen, and drop them."""
         if not count:
             return
         with tqdm(total=count, desc="drawing again", unit="samples", disable=not is_shown) as bar:

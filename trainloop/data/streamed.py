@@ -3,16 +3,16 @@
 ```
 worker 0:  head │ group │ group │ … │ tail       group: world size x batch size consecutive samples of a worker;
 worker 1:         group │ group │ … │ tail              rank r gets the r-th slice of it, collated in the worker
-                                      └──────►   the tails of all workers, and the head of the next epoch, make the
+                                      └──────►   the tails of all workers and the head of the next epoch form the
                                                  groups at an epoch's end, which are collated in this process
 ```
 
-Without workers this process reads in the same way. The position is the number of samples that were consumed of each
-worker, so a run can go on at any number of processes. All ranks read alike because the data set draws from random
-generators of its own, which depend on seed, epoch and worker only.
+Without workers, this process reads in the same way. The position is the number of consumed samples of each worker, so a
+run can resume at any number of processes. All ranks read the same, because the data set draws from separate random
+generators, which depend only on seed, epoch and worker.
 
-A data set that gives each rank its share is read in the same way by each rank alone: a group is a batch, and the
-position is the rank's own.
+If a data set gives each rank its share, each rank reads alone in the same way: a group is a batch, and each rank has
+its own position.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EXHAUSTED = (
 
 
 def most_of_ranks(num_batches: int | None) -> int | None:
-    """The most batches that a rank has left; None: one has data without a length. Call on every rank."""
+    """The largest number of batches that any rank has left. None: a rank's data has no length. Call on every rank."""
     by_rank: list[int | None] = collectives.gather_objects(num_batches)
     known = [num_left for num_left in by_rank if num_left is not None]
     return max(known) if len(known) == len(by_rank) else None
@@ -72,10 +72,10 @@ class SampledSource:
         self._cost = ReadCost(world_size, share.obstacle) if self._compares and rank == 0 else None
         self._consumed = Consumed(places=(Place(),) * max(1, self._num_workers))
         self._ahead: deque[Consumed] = deque()
-        """What will be consumed with each batch that was fetched."""
+        """The position after each batch that was fetched but not consumed."""
         self._read_on(self._consumed)
         self._reader: Reader | None = None
-        """Reads in this process; None: workers do."""
+        """Reads in this process. None: workers read."""
         self._is_at_tail = False
         """Whether more was read than consumed, because the epoch ends."""
         self._items: Iterator[Item] = iter(())
@@ -105,7 +105,7 @@ class SampledSource:
 
     @property
     def own_position(self) -> tuple[int, int]:
-        """This rank's epoch, and the samples of it that were consumed."""
+        """This rank's epoch, and its consumed samples."""
         return self.epoch, self._consumed.num_seen
 
     def open(self) -> Iterator[Any]:
@@ -123,10 +123,10 @@ class SampledSource:
         return has_ready_batch(self._items)
 
     def compared_checksum(self) -> int | None:
-        return self._shuffle_checksum if self._is_own else None  # else what was read first is part of `checksum`
+        return self._shuffle_checksum if self._is_own else None  # otherwise `checksum` includes the first samples
 
     def close(self) -> None:
-        if self._num_workers:  # else nothing runs in the background, and a stream can't be read again where it stood
+        if self._num_workers:  # without them there is no background work, and a stream can't be reopened in the middle
             end_workers(self._items)
             self._items, self._batches = iter(()), None
             self._read_on(self._consumed)
@@ -208,7 +208,7 @@ class SampledSource:
             warnings.warn(lost, DataReplayWarning, stacklevel=2)
 
     def _told_as_many(self, state: dict[str, Any], was_own: bool) -> dict[str, Any]:
-        """The place in other shares that is as far in the epoch."""
+        """A place in the new shares that is equally far in the epoch."""
         num_saved = state["world_size"] if was_own else 1
         num_seen = state["position"] * num_saved
         own = num_seen // self._world_size if self._is_own else num_seen
@@ -226,7 +226,7 @@ class SampledSource:
     # ------------------------------------------------------------------ reading
 
     def _read_on(self, consumed: Consumed) -> None:
-        """Go on after what was consumed."""
+        """Continue reading after the consumed samples."""
         self._ahead.clear()
         self._epoch, self._places = consumed.epoch, list(consumed.places)
         self._next_worker, self._checksum = consumed.next_worker, consumed.checksum
@@ -238,7 +238,8 @@ class SampledSource:
         """Begin to read the epoch, at the position.
 
         Args:
-            head: How many samples the end of the last epoch still needs for a group, and the worker that gives them.
+            head: Number of samples that the end of the last epoch still needs for a group, and the worker that yields
+                them.
         """
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(self._epoch)
@@ -262,7 +263,7 @@ class SampledSource:
             is_shown=self._rank == 0,
         )
         if not self._num_workers and self._places[0].state is None and is_stateful(self._dataset):
-            self._places[0] = self._places[0]._replace(state=reader.state())  # what an epoch's tail is counted from
+            self._places[0] = self._places[0]._replace(state=reader.state())  # an epoch's tail is counted from here
         seed = derived_seed(self._seed, "workers", self._epoch, self._rank)
         loader: DataLoader[Any] = DataLoader(
             stream,
@@ -280,13 +281,13 @@ class SampledSource:
         self._items = start_iterator(loader)
 
     def _advance(self, worker: int, count: int, state: bytes | None = None) -> None:
-        """Note that samples of a worker make a batch; the state is the one after them."""
+        """Count samples of a worker as part of a batch. `state` is the state after them."""
         place = self._places[worker]
         num_seen = place.num_seen + count
         self._places[worker] = place._replace(num_seen=num_seen) if state is None else Place(num_seen, num_seen, state)
 
     def _endless(self) -> Iterator[Any]:
-        carried: list[Any] = []  # samples at an epoch's end that do not fill a group
+        carried: list[Any] = []  # samples at an epoch's end that don't fill a group
         while True:
             has_batch = False
             tails: dict[int, list[Any]] = {}

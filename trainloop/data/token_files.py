@@ -1,4 +1,4 @@
-"""Writes the folders of token ids that `TokenDataset` reads."""
+"""Writes folders of token ids for `TokenDataset`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import describe
 from .tokens import FORMAT, INDEX, TOKENS
 
 _TYPES = {"uint8": "B", "uint16": "H", "uint32": "I"}
-_NUM_READ = 1 << 22  # bytes of a text at a time
+_NUM_READ = 1 << 22  # bytes of a text that are read at a time
 
 
 def write_tokens(
@@ -26,25 +26,26 @@ def write_tokens(
     tokenizer: str | os.PathLike[str] | None = None,
     separator: int | str | None = None,
 ) -> int:
-    """Write texts as a folder of token ids for `TokenDataset`. The command line has it as `trainloop tokens`.
+    """Write texts as a folder of token ids for `TokenDataset`. `trainloop tokens` does the same on the command line.
 
-    The folder holds the ids of all texts, one after another in the order of `files`, and a small index in JSON. It gets
-    its name when it is complete and on the disk, so it is whole or not there. With several processes, let one of them
-    write (`accelerator.main_process_first()`).
+    The folder has the ids of all texts, one after another in the order of `files`, and a small index in JSON. It gets
+    its name only when it is complete and on the disk. With several processes, let one of them write
+    (`accelerator.main_process_first()`).
 
     Args:
-        files: The texts. With a tokenizer, each is read whole and must be UTF-8.
+        files: The texts. With a tokenizer, each is read at once and must be UTF-8.
         out: The folder. It must not exist, or be empty.
         tokenizer: A `tokenizer.json` of the package `tokenizers`, or a folder with one. None: the ids are the bytes.
-        separator: What comes after each text: the tokenizer's name of a token, or a number. None: nothing.
+        separator: The id after each text: the tokenizer's name of a token, or a number. None: no separator.
 
     Returns:
-        How many ids there are.
+        The number of ids.
 
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists and is not an empty folder.
+        FileNotFoundError: A file does not exist.
         ImportError: `tokenizer` needs the package `tokenizers`.
-        ValueError: There is no id, a text is not UTF-8, or the tokenizer does not know `separator`.
+        ValueError: There are no ids, a text is not UTF-8, or the tokenizer does not know `separator`.
     """
     out, paths = Path(out).absolute(), [Path(file) for file in files]
     if out.is_dir() and not any(out.iterdir()):
@@ -82,7 +83,7 @@ def write_tokens(
 
 
 class _Written:
-    """What was written so far."""
+    """Counts what has been written."""
 
     count = max_id = 0
 
@@ -95,7 +96,7 @@ class _Written:
 
 
 class _Bytes:
-    """Each byte is an id."""
+    """Uses each byte as an id."""
 
     dtype, vocab_size, name = "uint8", 256, "bytes"
 
@@ -117,7 +118,7 @@ class _Bytes:
 
 
 class _Tokenizer:
-    """The ids of a tokenizer of the package `tokenizers`."""
+    """Makes ids with a tokenizer of the package `tokenizers`."""
 
     def __init__(self, path: Path) -> None:
         try:

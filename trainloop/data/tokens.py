@@ -1,4 +1,4 @@
-"""Token ids in files, memory-mapped, and cut into windows: data for pre-training."""
+"""Token ids in memory-mapped files, cut into windows: data for pre-training."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ TOKENS = "tokens.bin"
 FORMAT = "trainloop tokens 1"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.uint8, torch.uint16, torch.uint32)}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int16, torch.int32, torch.int64)}
-_BLOCK = 1 << 24  # tokens that are looked at together
+_BLOCK = 1 << 24  # tokens that are examined at a time
 
 
 class TokenDataset(EpochOrdered):
-    """Windows of token ids out of memory-mapped files, for `build_data_loader` and `build_eval_data_loader`.
+    """Windows of token ids from memory-mapped files, for `build_data_loader` and `build_eval_data_loader`.
 
     The files are read as one long sequence. Sample `i` is a tensor of `sequence_length + 1` ids (int64), and the next
-    sample begins with its last id: `batch[:, :-1]` are the inputs and `batch[:, 1:]` the targets, and each id is
+    sample begins with its last id. So `batch[:, :-1]` are the inputs and `batch[:, 1:]` the targets, and each id is
     predicted once.
 
-    With `DataLoader(..., shuffle=True)`, the trainer cuts the sequence anew for each epoch: the first window begins at
-    an offset in [0, sequence_length), and the windows are permuted. Both depend on the seed and the epoch only, so a
-    run goes on exactly, at any number of processes and workers. Without `shuffle` the windows come in order, from
-    the first id on. Up to `2 * sequence_length` ids at the ends of the sequence are left out of an epoch.
+    With `DataLoader(..., shuffle=True)`, the trainer cuts the sequence differently in each epoch: the first window
+    begins at an offset in [0, sequence_length), and the windows are permuted. Both depend only on the seed and the
+    epoch, so a run resumes exactly, at any number of processes and workers. Without `shuffle`, the windows come in
+    order, from the first id on. Each epoch leaves out at most `2 * sequence_length` ids at the ends of the sequence.
 
-    Nothing is copied: processes and workers on one machine share the pages of the files, and each maps them anew.
+    Nothing is copied: processes and workers on one machine share the pages of the files. Each maps the files itself.
 
     Args:
-        paths: A path or several: folders that `trainloop tokens` wrote, or files of nothing but ids.
-        sequence_length: Ids that the model sees.
-        dtype: Of the ids in the files: `torch.uint16` or another integer type, or its name. None: what the folder's
-            index says.
-        vocab_size: Each id must be less than it. A folder's index says its greatest id; other files are read for it,
-            once for each object.
+        paths: A path or several: folders that `trainloop tokens` wrote, or files that contain only ids.
+        sequence_length: Number of ids that the model sees.
+        dtype: Dtype of the ids in the files: `torch.uint16` or another integer type, or its name. None: the dtype in
+            the folder's index.
+        vocab_size: Each id must be less than this. A folder's index contains its largest id; other files are read once
+            for this check, whenever a data set is constructed.
 
     Raises:
         FileNotFoundError: A path does not exist.
         TypeError: An argument has another type.
-        ValueError: A file is empty, is not made of whole ids or is not what its index says, or all files together are
-            shorter than a window, or an id is out of range.
+        ValueError: A file is empty, does not contain whole ids or does not match its index. Or all files together are
+            shorter than a window. Or an id is out of range.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class TokenDataset(EpochOrdered):
             self._check_range(vocab_size)
 
     def __len__(self) -> int:
-        """Windows of an epoch."""
+        """Number of windows in an epoch."""
         return self._num_windows
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """A window. The indices from `len` on, which `epoch_indices` gives, are those at the other offsets."""
+        """A window. An index of `len` or more, as `epoch_indices` returns them, names a window at another offset."""
         if index < 0:
             index += self._num_windows
         offset, window = divmod(index, self._num_windows)
@@ -97,7 +97,7 @@ class TokenDataset(EpochOrdered):
         return self._read(offset + window * self.sequence_length, self.sequence_length + 1)
 
     def __iter__(self) -> Any:
-        return (self[i] for i in range(len(self)))  # else Python would go on with the windows at other offsets
+        return (self[i] for i in range(len(self)))  # otherwise Python would continue with windows at other offsets
 
     def epoch_indices(self, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
         if not shuffle:
@@ -135,16 +135,16 @@ class _TokenFile:
     dtype: torch.dtype
     count: int
     max_id: int | None
-    """As the index says."""
+    """From the index."""
 
     def map(self) -> torch.Tensor:
-        """The ids, memory-mapped. Private to the process: what is written there never gets to the file."""
+        """The ids, memory-mapped. The mapping is private: writing to it does not change the file."""
         if self.path.stat().st_size != self.count * self.dtype.itemsize:
             raise ValueError(f"{self.path} has changed since the data set was made.")
         return torch.from_file(str(self.path), shared=False, size=self.count, dtype=self.dtype)
 
     def range(self) -> tuple[int, int]:
-        """The least and the greatest id."""
+        """The smallest and the largest id."""
         if self.max_id is not None:
             return 0, self.max_id
         blocks = [block.to(torch.int64).aminmax() for block in torch.split(self.map(), _BLOCK)]

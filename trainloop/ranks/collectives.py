@@ -1,7 +1,7 @@
-"""The collectives that we use, each under the name of its purpose.
+"""Our collectives, each named after its purpose.
 
-What the ranks agree on are a few host values, so it travels over gloo on the CPU and never waits for the device.
-In a single process every function answers at once from its own argument.
+The ranks agree on a few host values, which travel over gloo on the CPU and never wait for the device. In a single
+process every function returns at once, from its own argument.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ _contact_is_lost: threading.Event | None = None
 
 
 class LostContactError(RuntimeError):
-    """A wait for the other ranks that was given up, because one of them is known to be gone."""
+    """The wait for other ranks was given up, because one of them is known to be gone."""
 
 
 def world_size() -> int:
-    """Number of processes of the run; 1 where there is no process group."""
+    """Number of processes of the run. 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number in the run; 0 where there is no process group."""
+    """Number of this process in the run. 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def host_group() -> Any:
     """The gloo group for host values, or `None` in a single process.
 
-    The first call creates it, which every rank must join. It is a group of its own also where the run's backend is
-    gloo: an asynchronous reduction may not stand between the gradient's.
+    The first call creates it, so every rank must make that call. The group is separate even if the run's backend is
+    gloo: an asynchronous reduction must not come between those of the gradient.
     """
     if world_size() == 1:
         return None
     world = dist.group.WORLD
     if world not in _host_groups:
-        _host_groups.clear()  # a process group that was destroyed takes ours with it
+        _host_groups.clear()  # if a process group was destroyed, ours is destroyed with it
         _host_groups[world] = dist.new_group(backend="gloo", timeout=timeout())  # torch's default is not the run's
         atexit.unregister(_end_groups)
         atexit.register(_end_groups)
@@ -63,17 +63,17 @@ def host_group() -> Any:
 
 
 def _end_groups() -> None:
-    """End gloo's threads before the interpreter ends: one that then lets go of a tensor aborts the process, and with it
-    a launch that had succeeded ("terminate called without an active exception"). No communication.
+    """End gloo's threads before the interpreter ends. If a thread then frees a tensor, it aborts the process, and a
+    successful launch fails ("terminate called without an active exception"). No communication.
 
-    Also where the script has ended the groups (`Accelerator.end_training`): a group's threads live as long as anybody
-    holds it, as we do ours. Not after an uncaught exception: a thread may still wait for a rank that waits for this
-    one, and is best ended by the end of the process.
+    This is needed even if the script has ended the groups (`Accelerator.end_training`): a group's threads live as long
+    as anybody holds the group, as we do with ours. It is not done after an uncaught exception: a thread may still wait
+    for a rank that waits for this one, and the end of the process ends it best.
     """
     if hasattr(sys, "last_value"):
         return
-    # Lets go of the GIL, which a thread may wait for with the last tensor in its hands: that of a group which somebody
-    # else holds, as DDP does the run's.
+    # Releases the GIL. A thread may need it to free its last tensor, in a group that somebody else holds, as DDP holds
+    # the run's group.
     time.sleep(_LAST_SECONDS)
     if dist.is_initialized():
         if dist.get_backend() == "gloo":
@@ -81,11 +81,11 @@ def _end_groups() -> None:
         else:
             for group in _host_groups.values():
                 dist.destroy_process_group(group)
-    _host_groups.clear()  # the last that holds ours, so this waits for its threads
+    _host_groups.clear()  # the last reference to our group, so this waits for its threads
 
 
 def timeout() -> timedelta | None:
-    """How long a collective of the run waits for a rank; `None` where there is no process group."""
+    """How long a collective of the run waits for a rank. `None` without a process group."""
     if world_size() == 1:
         return None
     world: Any = dist.group.WORLD
@@ -94,8 +94,8 @@ def timeout() -> timedelta | None:
 
 
 def set_timeout(limit: timedelta, model: torch.nn.Module | None = None) -> None:
-    """Have the collectives of the run wait no longer than `limit`: those of all ranks, of host values, and of the
-    meshes that `model` is sharded over, whose groups torch gives a default of their own. Each rank for itself.
+    """Limit the waiting time of collectives to `limit`: those of the run, those of host values, and those of the device
+    meshes of `model`, whose groups get torch's default otherwise. No communication.
     """
     if world_size() == 1:
         return
@@ -134,12 +134,12 @@ def broadcast_object(value: T) -> T:
 
 
 def start_gather(values: Sequence[int]) -> Callable[[], list[list[int]]]:
-    """Start to give every rank everyone's host integers. Call on every rank, with as many.
+    """Start a gather of host integers from all ranks. Call on every rank, with equally many integers.
 
-    Gathered rather than reduced: gloo goes once around the ring for it, and twice for a reduction.
+    This is a gather, not a reduction, because gloo goes around the ring once for a gather and twice for a reduction.
 
     Returns:
-        What waits for the other ranks and returns the integers by rank.
+        A function that waits for the other ranks and returns the integers by rank.
     """
     if world_size() == 1:
         return lambda: [list(values)]
@@ -156,21 +156,21 @@ def start_gather(values: Sequence[int]) -> Callable[[], list[list[int]]]:
 
 
 def end_waits_at(event: threading.Event | None) -> None:
-    """Let waits of `start_gather` end with `LostContactError` once `event` is set; with None, they don't."""
+    """End waits of `start_gather` with `LostContactError` when `event` is set. None: don't end them."""
     global _contact_is_lost
     _contact_is_lost = event
 
 
 def _wait(work: Any) -> None:
-    """Wait for an asynchronous collective. In gloo only a dead rank's neighbours in the ring notice, so this wait also
-    ends when another rank has told of it.
+    """Wait for an asynchronous collective. In gloo only a dead rank's neighbours in the ring notice its death, so this
+    wait also ends when another rank has reported it.
     """
     while True:
         try:
             work.wait(_LOOK_UP)
             return
         except RuntimeError:
-            if work.is_completed():  # it failed, or it came between the two lines
+            if work.is_completed():  # it has failed, or has completed just now
                 work.wait()
                 return
         if _contact_is_lost is not None and _contact_is_lost.is_set():
@@ -188,10 +188,10 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def share_rank_zero_weights(model: torch.nn.Module, device: torch.device) -> bool:
-    """Give every rank the parameters and buffers of rank 0; returns whether they differed. Call on every rank.
+    """Give every rank the parameters and buffers of rank 0. Returns whether they differed. Call on every rank.
 
-    FSDP2 has no initial broadcast: ranks that drew different weights would build one mixed model. Each rank sends one
-    checksum of all its weights. If all are equal, which is the usual case, no weights are sent.
+    FSDP2 has no initial broadcast: if the ranks drew different weights, they would build one mixed model. Each rank
+    sends one checksum of all its weights. If all are equal, which is the usual case, no weights are sent.
     """
     if world_size() == 1:
         return False
@@ -213,16 +213,16 @@ def share_rank_zero_tensors(tensors: Sequence[torch.Tensor]) -> None:
         return
     for tensor in tensors:
         flat = tensor.detach().reshape(-1).contiguous()
-        dist.broadcast(flat.view(torch.uint8), src=0)  # as bytes: not every backend knows every dtype
+        dist.broadcast(flat.view(torch.uint8), src=0)  # as bytes, because not every backend supports every dtype
         tensor.copy_(flat.view_as(tensor))
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of the whole parameters that FSDP2 has gathered. It keeps those of the outermost module after a forward
-    pass without a backward pass, and would go on with them whatever happens to the shards. No communication.
+    """Free the whole parameters that FSDP2 has gathered. After a forward pass without a backward pass it keeps those of
+    the outermost module, and would use them again even if the shards have changed. No communication.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # half a second to load, and where nobody has loaded it nothing is sharded
+    if fsdp is None:  # importing it takes half a second; if it is not imported, nothing is sharded
         return
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
@@ -230,7 +230,7 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def checksum(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
-    """Shape, dtype and CRC-32 of the bytes. It depends on their order, so two permutations differ.
+    """Shape, dtype and CRC-32 of the bytes. It depends on the order of the bytes, so two permutations differ.
 
     Takes a second for 3 GiB. A contiguous tensor on the CPU is not copied; one on a device is copied in pieces.
     """
@@ -238,6 +238,6 @@ def checksum(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
     crc = 0
     for piece in torch.split(raw, _PIECE_BYTES):
         piece = piece.cpu()
-        # Not by way of numpy, which torch may not have.
+        # Not through numpy, because torch may be installed without it.
         crc = zlib.crc32((ctypes.c_char * piece.numel()).from_address(piece.data_ptr()), crc) if piece.numel() else crc
     return tuple(tensor.shape), str(tensor.dtype), crc

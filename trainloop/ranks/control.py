@@ -1,4 +1,4 @@
-"""What the ranks tell one another once a window, besides the gradient: one small vector of host integers."""
+"""The message that the ranks exchange once a window, besides the gradient: one small vector of host integers."""
 
 from __future__ import annotations
 
@@ -12,66 +12,66 @@ from ..errors import RankDisagreementError
 from . import collectives
 
 REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed", "bad_samples")
-"""What any rank may ask of all: a signal number, 1 for the others; 0: nothing."""
+"""Requests that any rank may make of all ranks. Values: a signal number, 1 for the other requests, or 0 for nothing."""
 
 DEADLINE = 256 + signal.SIGTERM
-"""As an exit signal: nobody has sent one, but the run's time is up. It exits as after SIGTERM."""
+"""An exit signal that nobody has sent: the run's time is up. The run exits as after SIGTERM."""
 
 _NOTHING = [0] * (len(REQUESTS) + 1)  # and no skipped micro-batch
 
 
 class Control:
-    """Requests that any rank makes and all ranks act on after the same step.
+    """Requests that any rank makes, and on which all ranks act after the same step.
 
-    `ask` is local and may come from a signal handler; `start` and `finish` are where all ranks learn of it; `agreed`
-    keeps it until it was acted on. A single process goes the same way, so that a run ends at the same step at any
-    number of processes.
+    `ask` is local, and a signal handler may call it. With `start` and `finish` all ranks learn of the requests.
+    `agreed` keeps a request until it was acted on. A single process does the same, so that a run ends at the same step
+    at any number of processes.
     """
 
     def __init__(self) -> None:
         self._asked = dict.fromkeys(REQUESTS, 0)
         self.agreed = dict.fromkeys(REQUESTS, 0)
         self.stopped_by = ""
-        """Who has asked for a stop on this rank."""
+        """The name of whatever asked for a stop on this rank."""
         self.num_epochs_done = 0
-        """How many epochs of the data are over on every rank, at the end of the last window."""
+        """Number of epochs that are completed on every rank, at the end of the last window."""
         self.alarms: list[Callable[[], int]] = []
-        """Each is asked before every exchange whether the run must exit, and answers with an exit signal or 0."""
+        """Called before every exchange. Each returns an exit signal if the run must exit, else 0."""
         self.last_step: int | None = None
-        """The last step in which all ranks have met; None: there was none yet."""
+        """The last step in which all ranks have exchanged messages. None: there was none yet."""
 
     def ask(self, request: str, value: int = 1) -> None:
-        """Make a request on this rank; it is agreed on with the next exchange. The first value that is asked for
-        stays: of several signals the first decides.
+        """Make a request on this rank. The ranks agree on it with the next exchange. The first value stays: of several
+        signals, the first one decides.
         """
         self._asked[request] = self._asked[request] or value
 
     def ask_to_stop(self, reason: str | None) -> None:
-        """Ask for a stop; without a reason, `who_stopped` gives the name of the caller's caller."""
+        """Ask for a stop. Without a reason, `who_stopped` returns the name of the caller's caller."""
         self.stopped_by = self.stopped_by or reason or sys._getframe(2).f_code.co_qualname
         self.ask("stop")
 
     def take(self, request: str) -> int:
-        """What was agreed on, which is thereby done with; 0: nothing."""
+        """Return the value that was agreed on, and reset it. 0: nothing was agreed on."""
         value, self.agreed[request] = self.agreed[request], 0
         return value
 
     def forget(self) -> None:
-        """Drop all requests: one that was made in a `train` ends with it."""
+        """Drop all requests. A request ends with the `train` in which it was made."""
         self._asked = dict.fromkeys(REQUESTS, 0)
         self.agreed = dict.fromkeys(REQUESTS, 0)
         self.stopped_by = ""
         self.alarms.clear()
 
     def who_stopped(self) -> str:
-        """Who has asked for the stop that was agreed on, on any rank; "" if there is none. Call on every rank."""
+        """The name of whatever asked for the agreed stop, on any rank. "": there is no stop. Call on every rank."""
         if not self.agreed["stop"]:
             return ""
         return next(filter(None, collectives.gather_objects(self.stopped_by)), "request_stop")
 
     def agree_on_exit(self) -> bool:
-        """Whether any rank was sent an exit signal, told at once. Call on every rank; for long work between two
-        windows, which must not keep the run from ending in time.
+        """Whether any rank has received an exit signal, exchanged at once. Call on every rank, during long work between
+        two windows, so that the run can still end in time.
         """
         self._heed_alarms()
         own = self.agreed["exit_signal"] or self._asked["exit_signal"]
@@ -84,16 +84,16 @@ class Control:
                 self.ask("exit_signal", exit_signal)
 
     def start(self, skipped: Sequence[int], checksum: int = 0, num_epochs_done: int = 0) -> None:
-        """Tell the others, without waiting for them. Call on every rank once a window, when its work is queued: the
-        exchange of host values over gloo then runs while the device computes.
+        """Send this rank's message, without waiting for the others. Call on every rank once a window, after its work is
+        queued: the exchange over gloo then runs while the device computes.
 
         Args:
-            skipped: Which draws of the window gave no loss on this rank; must be the same on all.
-            checksum: Of everything else that must be the same on all ranks.
-            num_epochs_done: How many epochs of its data this rank has seen.
+            skipped: The draws of the window that gave no loss on this rank. They must be the same on all ranks.
+            checksum: Checksum of everything else that must be the same on all ranks.
+            num_epochs_done: Number of epochs of its data that this rank has completed.
         """
         self._heed_alarms()
-        # Exchanged for new ones before they are read: a signal may come between any two lines, and must not be lost.
+        # The dict is replaced before it is read: a signal may come between any two lines, and must not be lost.
         asked, self._asked = self._asked, dict.fromkeys(REQUESTS, 0)
         values = [asked[request] for request in REQUESTS]
         self._skipped = list(skipped)
@@ -103,20 +103,20 @@ class Control:
         self._finish = collectives.start_gather([*values, pattern, checksum, num_epochs_done])
 
     def finish(self, step: int, explain: Callable[[], None] = lambda: None) -> None:
-        """Hear from the others. Call on every rank, after `start`.
+        """Receive the messages of the others. Call on every rank, after `start`.
 
         Args:
             step: The step, for the error.
-            explain: Called on every rank if the checksums differ; raises the error that says what differs.
+            explain: Called on every rank if the checksums differ. It raises an error that says what differs.
 
         Raises:
-            RankDisagreementError: On every rank, naming what each has skipped.
+            RankDisagreementError: On every rank. It names the draws that each rank has skipped.
         """
         by_rank = self._finish()
         self.last_step = step
         del self._finish  # it holds the process group, whose threads must end before the interpreter does
         if by_rank.count(self._usual) == len(by_rank):
-            return  # nobody asks for anything, nobody has skipped anything, and all agree: nearly always
+            return  # the usual case: no requests, no skipped micro-batches, and all ranks agree
         *by_request, patterns, checksums, epochs = zip(*by_rank, strict=True)
         self.num_epochs_done = min(epochs)
         if len(set(patterns)) > 1:
@@ -134,10 +134,10 @@ class Control:
 
 
 def check_main_thread(argument: str) -> None:
-    """Raise unless signals can be handled here, as `argument` wants it.
+    """Raise unless signals can be handled in this thread, as `argument` requires.
 
     Raises:
-        ValueError: It is another thread than the main one.
+        ValueError: This is not the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(
@@ -147,8 +147,8 @@ def check_main_thread(argument: str) -> None:
 
 
 def exit_cause(exit_signal: int) -> tuple[str, str, int]:
-    """Of what the ranks have agreed on: the name of the signal, "" for the deadline; what happened; and the code with
-    which a shell's process exits then.
+    """Describe an agreed exit signal: the name of the signal ("" for the deadline), a text, and the exit code that a
+    shell would use.
     """
     number = exit_signal % 256
     name = "" if exit_signal == DEADLINE else signal.Signals(number).name
@@ -156,7 +156,7 @@ def exit_cause(exit_signal: int) -> tuple[str, str, int]:
 
 
 def parse_signals(argument: str, given: Iterable[int | str] | int | str | None) -> list[int]:
-    """Signal numbers from the numbers and names that `argument` was given.
+    """Convert the value of `argument`, numbers and names of signals, to signal numbers.
 
     Raises:
         ValueError: There is no such signal.

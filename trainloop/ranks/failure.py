@@ -1,4 +1,4 @@
-"""How a failure is reported: to the other ranks, to the hooks, to the launcher, and to whoever reads the log."""
+"""Reports a failure: to the other ranks, to the hooks, to the launcher, and in the log."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _MAX_LIVES = 3
-"""Lives in a row that may fail at the same step; then the run is not started again."""
+"""If so many lives in a row fail at the same step, the run is not restarted."""
 
 
 @contextmanager
 def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
-    """Within it, an exception is reported before it leaves: to the other ranks, to the launcher, then to every hook's
-    `on_exception`.
+    """Inside this context, an exception is reported before it leaves: to the other ranks, to the launcher, then to
+    every hook's `on_exception`.
 
-    A rank that waited in vain raises a `TrainingError` that names the rank it waited for. Either way the end of it
-    drops every request for a stop, a checkpoint or an exit, so that the next `train` doesn't act on it.
+    If this rank has waited in vain for another, it raises a `TrainingError` that names the other rank. At its end, the
+    context drops every request for a stop, a checkpoint or an exit, so that the next `train` doesn't act on it.
     """
     check_initialised(trainer, ["peers"], "BaseTrainer")
     launcher.retract()
@@ -42,7 +42,7 @@ def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
         for hook in trainer.hooks:
             try:
                 hook.on_exception(trainer, reported)
-            except Exception as another:  # must not hide the first one, nor keep it from the other hooks
+            except Exception as another:  # it must not hide the first exception, or keep that from the other hooks
                 trainer.logger.error(f"{type(hook).__name__}.on_exception failed: {another}")
         if reported is ex:
             raise
@@ -53,27 +53,27 @@ def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
 
 
 def _explained(trainer: BaseTrainer, exception: BaseException) -> BaseException:
-    """The exception that leaves `train`. If this rank lost contact, it says with whom. If only this rank ends, the
-    others are told why, because all that they can see is that it is gone.
+    """The exception that leaves `train`. If this rank has lost contact, it names the rank that is gone. If only this
+    rank ends, the others are told why, because they can only see that it is gone.
     """
     if collectives.world_size() == 1:
         return exception
     if is_lost_contact(exception):
         resumes = " Started again, the run goes on from its last checkpoint." if trainer.checkpointers else ""
         error = TrainingError(trainer.peers.explain(collectives.timeout(), exception) + resumes)
-        error.is_consequence, error.__cause__ = True, exception  # the hooks hear of it before it is raised
+        error.is_consequence, error.__cause__ = True, exception  # now, because the hooks get it before it is raised
         return error
-    if not isinstance(exception, TrainingError | SystemExit):  # every rank raises those
+    if not isinstance(exception, TrainingError | SystemExit):  # these are raised on every rank
         trainer.peers.tell({collectives.rank(): f"{ENDED} {type(exception).__name__}: {exception}"})
     return exception
 
 
 def _tell_launcher(trainer: BaseTrainer, exception: BaseException) -> None:
-    """Say why this rank ends. A run that was asked to end is not to be restarted, nor is one that no restart helps."""
+    """Report why this rank ends. Prevent a restart if the run was asked to end, or if no restart would help."""
     if trainer.control.agreed["exit_signal"] and isinstance(exception, SystemExit):
         launcher.end_restarts("The run was asked to end")
     elif isinstance(exception, Exception) and trainer.control.last_step is not None and trainer.workspace is not None:
-        # The same step on every rank: a hook may have failed after this rank's last step, and before the others'.
+        # `last_step` is the same on every rank. `trainer.step` may differ if a hook fails after a step on one rank.
         num_lives = 1 + _num_lives_failed(trainer.workspace, trainer.control.last_step + 1)
         if num_lives >= _MAX_LIVES:
             exception.add_note(
@@ -88,11 +88,11 @@ def _tell_launcher(trainer: BaseTrainer, exception: BaseException) -> None:
 
 
 def _num_lives_failed(workspace: Path, step: int) -> int:
-    """How many lives in a row before this one have failed at `step`. One that has left no word of a failure ends the
-    row: at which step it was killed is not known.
+    """How many lives in a row before this one have failed at `step`. A life without a recorded failure ends the row,
+    because nobody knows at which step it was killed.
     """
     try:
-        before = read_lives(workspace)[:-1]  # the last one is this
+        before = read_lives(workspace)[:-1]  # without this life
     except OSError:
         return 0
     failed = list(takewhile(lambda life: life.failures, reversed(before)))

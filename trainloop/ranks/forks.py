@@ -1,4 +1,4 @@
-"""Keeps a fork from catching a thread of a process group inside the interpreter."""
+"""Prevents a fork while a thread of a process group is inside the interpreter."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import time
 from pathlib import Path
 
 _MAX_SECONDS = 1.0
-"""A fork waits no longer: a thread that has been busy for so long computes, and is not inside the interpreter."""
+"""A fork waits at most this long. A thread that is busy for longer is computing, and not inside the interpreter."""
 
 _THREADS = Path("/proc/self/task")
 
 
 @functools.cache
 def guard_forks() -> None:
-    """From now on let each fork of this process wait until the threads of torch's process groups are idle.
+    """From now on, make each fork of this process wait until the threads of torch's process groups are idle.
 
-    A data loader forks its workers, often right after a collective. The thread that carried the collective out then
-    lets go of its tensors. For that it enters the interpreter, under a lock that a forked process inherits as it is.
-    Before 3.12, CPython takes the lock in the new process before it makes it anew. If the thread held it, the worker
-    hangs for ever, and with it the rank. A thread that sleeps doesn't hold the lock. A collective that ends during the
-    fork does no harm: whoever waits for it still holds the tensors.
+    A data loader forks its workers, often right after a collective. The thread that ran the collective then frees its
+    tensors. For that it enters the interpreter, under a lock. A forked process inherits the lock in its current state.
+    Before 3.12, CPython acquires the lock in the new process before it resets it. If the thread held it, the worker
+    hangs forever, and so does the rank. A sleeping thread doesn't hold the lock. A collective that ends during the fork
+    does no harm, because its caller still holds the tensors.
     """
     if sys.version_info < (3, 12) and _THREADS.exists():
         os.register_at_fork(before=_wait_for_process_groups)
@@ -31,7 +31,7 @@ def guard_forks() -> None:
 def _wait_for_process_groups() -> None:
     end = time.monotonic() + _MAX_SECONDS
     while any(map(_is_busy, os.listdir(_THREADS))) and time.monotonic() < end:
-        time.sleep(0.0002)  # lets go of the interpreter, for which the thread may wait
+        time.sleep(0.0002)  # releases the interpreter, for which the thread may wait
 
 
 def _is_busy(thread: str) -> bool:

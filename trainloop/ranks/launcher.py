@@ -1,7 +1,7 @@
-"""What this process tells the launcher that started it: why it ends, and that it should not be started again.
+"""Tells the launcher why this process ends, and whether it must not be restarted.
 
-`torchrun`, and `accelerate launch` by way of it, gives each process the name of a file for its error. The summary that
-it prints at the end takes the failure with the smallest time for the first one.
+`torchrun` (which `accelerate launch` uses) gives each process the path of a file for its error. In the summary that it
+prints at the end, the failure with the earliest time is the first one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from typing import Any
 from .lost_contact import is_consequence
 
 _LATER = 60
-"""Seconds that a consequence is dated later: a rank that was killed writes no file, so the launcher dates it by when it
-looks. That is at its monitor interval, and after the others may have written."""
+"""Seconds that are added to the time of a consequence. A killed rank writes no file, so the launcher uses the time when
+it notices: at its monitor interval, which may be after the others have written."""
 _parent = os.getppid()
 _reported: list[BaseException] = []
 _reason_to_end: list[str] = []
 
 
 def report(exception: BaseException, place: str) -> None:
-    """Write why this process fails into the launcher's error file; nothing without such a launcher.
+    """Write the reason why this process fails into the launcher's error file. Does nothing without such a launcher.
 
     Args:
-        exception: What ends it. It counts as the first failure unless it is the consequence of another rank's.
-        place: Where the run was, for example "step 17".
+        exception: The exception that ends the process. It counts as the first failure, unless it is a consequence of
+            another rank's.
+        place: The position of the run, for example "step 17".
     """
     _reported[:] = [exception]
     summary = detail = f"{type(exception).__name__}: {exception}"
@@ -48,9 +49,9 @@ def write(summary: str, detail: str, place: str, *, is_first: bool) -> None:
     """Write the launcher's error file, in the form of torch's `record`.
 
     Args:
-        summary: What has happened, in a line.
-        detail: The same with all particulars, which the launcher prints.
-        place: Where the run was.
+        summary: What has happened, in one line.
+        detail: The same with all details, which the launcher prints.
+        place: The position of the run.
         is_first: False: another rank failed first.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -59,12 +60,12 @@ def write(summary: str, detail: str, place: str, *, is_first: bool) -> None:
     place = f"Rank {os.environ.get('RANK', '0')}, {place}"
     timestamp = str(int(time.time()) + (0 if is_first else _LATER))
     extra = {"py_callstack": f"{place}: {detail}", "timestamp": timestamp}
-    with suppress(OSError):  # the disk of the launcher's files is full: its summary says less
+    with suppress(OSError):  # the disk for the launcher's files may be full; its summary then has less information
         Path(file).write_text(json.dumps({"message": {"message": f"{place}: {summary}", "extraInfo": extra}}))
 
 
 def retract() -> None:
-    """Take back what was reported: the script has caught the exception and goes on."""
+    """Remove the report: the script has caught the exception and continues."""
     if _reported:
         _reported.clear()
         _reason_to_end.clear()
@@ -73,10 +74,10 @@ def retract() -> None:
 
 
 def end_restarts(reason: str) -> None:
-    """When this process ends, end the launcher as well, if it would start the run again. Call on every rank.
+    """When this process ends, also end the launcher if it would restart the run. Call on every rank.
 
     Args:
-        reason: Why not, for the log: "SIGTERM was received".
+        reason: Why it must not restart, for the log: "SIGTERM was received".
     """
     _reason_to_end[:] = [reason]
 
@@ -87,13 +88,13 @@ def _num_restarts_left() -> int:
 
 
 def _launcher() -> Any:
-    """The process of the launcher. There may be others in between, which have the launcher's variables as well."""
+    """The launcher's process. There may be processes in between, which also have the launcher's variables."""
     import psutil  # Accelerate brings it
 
     process: Any = psutil.Process().parent()
     while process is not None and "TORCHELASTIC_RUN_ID" in process.environ():
         process = process.parent()
-    # Where the launcher is gone, init has taken its place.
+    # If the launcher is gone, its place is taken by init, which is not Python.
     return process if process is not None and "python" in os.path.basename(process.exe()) else None
 
 
@@ -102,7 +103,7 @@ def _at_exit() -> None:
     if exception is not None and all(reported not in (exception, exception.__cause__) for reported in _reported):
         report(exception, "outside of `train`")
     if _reason_to_end and _num_restarts_left() > 0 and os.getppid() == _parent:
-        with suppress(Exception):  # no psutil, or no right to look: the launcher then starts the run again
+        with suppress(Exception):  # no psutil, or no permission; then the launcher restarts the run
             launcher = _launcher()
             if launcher is not None:
                 print(

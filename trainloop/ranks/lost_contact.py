@@ -1,4 +1,4 @@
-"""Whether an exception is this rank's own, or what it sees of the end of another."""
+"""Whether an exception is this rank's own, or a consequence of another rank's end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import TrainingError
 from . import collectives
 
 _GLOO = re.compile(r"\[\S+\.(cc|h):\d+\]")
-"""How gloo begins its errors, which are plain RuntimeErrors; a script may raise one with the same words."""
+"""The start of gloo's errors, which are plain RuntimeErrors. A script may raise one with the same words."""
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -27,12 +27,12 @@ def is_lost_contact(exception: BaseException | None) -> bool:
 
 
 def has_timed_out(exception: BaseException) -> bool:
-    """Whether that collective waited in vain, rather than seeing a connection break."""
+    """Whether that collective has timed out, rather than lost a connection."""
     return any(words in str(_lost_contact(exception)) for words in _TIMED_OUT)
 
 
 def _lost_contact(exception: BaseException | None) -> BaseException | None:
-    """The one of `exception` and its causes that comes from a collective in which others did not take part."""
+    """The first exception, among `exception` and its causes, from a collective in which other ranks are missing."""
     while exception is not None:
         text = str(exception)
         is_gloo = type(exception) is RuntimeError and _GLOO.search(text) is not None
@@ -47,6 +47,6 @@ def _lost_contact(exception: BaseException | None) -> BaseException | None:
 
 
 def is_consequence(exception: BaseException) -> bool:
-    """Whether another rank failed first, as far as this one can know."""
+    """Whether another rank failed first, as far as this rank can know."""
     told = isinstance(exception, TrainingError) and exception.is_consequence
     return told or is_lost_contact(exception)

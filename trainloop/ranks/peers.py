@@ -1,9 +1,10 @@
-"""Which ranks live and what they are doing, asked without a collective, for the error of those that wait in vain.
+"""Asks which ranks live and what they are doing, without a collective, for the error of ranks that wait in vain.
 
-A dead or stuck rank shows in the others as an exception of a collective, which knows an address at best. So each rank
-answers over a socket of its own, from a thread that lives as long as its process, and tells the others why it ends.
+If a rank is dead or stuck, a collective raises on the others, and its exception contains an address at best. So each
+rank answers questions over a separate socket, from a thread that lives as long as its process. When a rank ends, it
+tells the others why.
 
-    a rank loses contact ─► asks the first rank that lives, the leader, to search
+    a rank loses contact ─► asks the first living rank, the leader, to search
     the leader           ─► asks every rank what it is doing, and tells every rank what it has found
 
 So the number of questions is proportional to the number of ranks, however many of them lose contact at once.
@@ -31,27 +32,27 @@ from .lost_contact import has_timed_out
 from .roll_call import await_all
 
 ENDED = "ended with"
-"""The beginning of a status that the rank itself has reported."""
+"""The start of a status that the rank itself has reported."""
 
 _IS_GONE = "is gone"
 _IS_SILENT = "does not answer"
 _NO_ANSWERS = (_IS_GONE, _IS_SILENT)
 _HANGS = "has been in step"
 _ANSWER_SECONDS = 3.0  # a living rank answers in milliseconds, also from within a collective
-_ASK_SECONDS = 10.0  # no longer than this for all ranks together
-_SETTLE_SECONDS = 5.0  # within which the ranks reach the timeout of the same collective
-_SEARCH_SECONDS = _SETTLE_SECONDS + 2 * _ASK_SECONDS  # after which a rank takes its leader for lost
+_ASK_SECONDS = 10.0  # limit for asking all ranks
+_SETTLE_SECONDS = 5.0  # within this time, the ranks reach the timeout of the same collective
+_SEARCH_SECONDS = _SETTLE_SECONDS + 2 * _ASK_SECONDS  # after this time, a rank assumes that its leader is lost
 _PAUSE_SECONDS = 0.3
-_NUM_LEADERS = 3  # ranks that are asked to search, one after the other, before a rank searches by itself
+_NUM_LEADERS = 3  # ranks that are asked in turn to search, before a rank searches itself
 _NUM_ASKED_AT_ONCE = 64
 _MAX_LINE = 2**20
-_STUCK_SECONDS = 20.0  # that a rank may need to notice that the others are gone
-_NUM_NAMED = 3  # ranks that are named with all their particulars
+_STUCK_SECONDS = 20.0  # time for a rank to notice that the others are gone
+_NUM_NAMED = 3  # ranks that are named with all details
 _listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 class Address(NamedTuple):
-    """Where a rank runs and answers; without `ip` it cannot be asked."""
+    """The address at which a rank answers. Without `ip` it cannot be asked."""
 
     host: str
     pid: int
@@ -60,8 +61,8 @@ class Address(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a rank answers: the step and phase it has been in for so many seconds. `gave_up`: it has lost contact, so it
-    was waiting for others.
+    """A rank's answer: its step and phase, and how many seconds it has been in them. `gave_up`: it has lost contact, so
+    it was waiting for others.
     """
 
     step: int
@@ -74,12 +75,12 @@ class State(NamedTuple):
 
 
 class Peers:
-    """The other ranks of the run, and what this one tells them when they ask.
+    """The other ranks of the run, and this rank's answers to them.
 
     Attributes:
         step: The optimizer step that this rank is in.
         gone: The ranks that `explain` has found to be gone.
-        is_ending: This rank has failed as well, and knows it.
+        is_ending: Whether this rank has noticed that it fails as well.
     """
 
     def __init__(self) -> None:
@@ -99,7 +100,7 @@ class Peers:
         self._has_heard = threading.Event()
 
     def open(self) -> None:
-        """Begin to answer, and learn where the others do. Call on every rank; nothing in a single process."""
+        """Begin to answer, and learn the others' addresses. Call on every rank. Does nothing in a single process."""
         self.close()
         self._forget()
         if collectives.world_size() == 1:
@@ -115,15 +116,15 @@ class Peers:
             threading.Thread(target=self._serve, args=(self._server,), name="peers", daemon=True).start()
 
     def close(self) -> None:
-        """Answer no longer."""
+        """Stop answering."""
         server, self._server, self._addresses = self._server, None, []
         if server is not None:
             with suppress(OSError):
-                server.shutdown(socket.SHUT_RDWR)  # wakes the thread, as `close` does not
+                server.shutdown(socket.SHUT_RDWR)  # wakes the thread; `close` alone doesn't
             server.close()
 
     def enter(self, phase: str) -> None:
-        """Note what this rank does from now on. A few hundred nanoseconds: called several times a step."""
+        """Record what this rank is doing from now on. Takes a few hundred nanoseconds; called several times a step."""
         self._phase, self._since = phase, time.monotonic()
 
     @property
@@ -133,31 +134,31 @@ class Peers:
 
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:
-        """Within it, this rank does `phase`; an exception leaves it standing, to be reported."""
+        """Inside this context, this rank is doing `phase`. After an exception `phase` stays, so that it is reported."""
         before = self._phase
         self.enter(phase)
         yield
         self.enter(before)
 
     def tell(self, statuses: Mapping[int, str]) -> None:
-        """Tell all ranks what became of some, by rank ("ended with …"), so that they need not ask. Any rank."""
+        """Tell all ranks what happened to some ranks ("ended with …"), so that they need not ask. Call on any rank."""
         ranks = [rank for rank in self._askable() if statuses.get(rank) not in _NO_ANSWERS]
         self._ask(ranks, {"told": statuses, "by": collectives.rank()})
-        self._hear(statuses)  # last: this rank may end as soon as it has heard
+        self._hear(statuses)  # last, because this rank may end as soon as it has heard
 
     def explain(self, timeout: timedelta | None, exception: BaseException) -> str:
-        """What to say when a collective has failed, found out within about half a minute. Call on any rank.
+        """The error message for a failed collective. Finding the cause takes up to half a minute. Call on any rank.
 
         Args:
-            timeout: Of the collectives, if it is known.
-            exception: With which it failed.
+            timeout: Timeout of the collectives, if known.
+            exception: The exception of the collective.
         """
         waited, phase = time.monotonic() - self._since, self._phase
         self._gave_up = True
         self._await_search(has_timed_out(exception))
         intro = f"Step {self.step}: lost contact with other ranks after {waited:.1f} s of {phase}."
         limit = "`timeout`" if timeout is None else f"`timeout` ({timeout.total_seconds():g} s)"
-        found = dict(sorted(self._statuses.items()))  # a copy: the thread may add to it
+        found = dict(sorted(self._statuses.items()))  # a copy, because the thread may add to it
         self.gone = set(found)
         if not found:
             return (
@@ -174,7 +175,7 @@ class Peers:
     # ------------------------------------------------------------------ searching
 
     def _await_search(self, has_timed_out: bool) -> None:
-        """Have the first rank that answers search for whom the others wait for. Return when it has told."""
+        """Let the first rank that answers search for the ranks that the others wait for. Return after its report."""
         askable = self._askable()
         for leader in range(min(len(self._addresses), _NUM_LEADERS)):
             if self._has_heard.is_set():
@@ -191,14 +192,14 @@ class Peers:
         self._has_heard.wait(_SEARCH_SECONDS)
 
     def _begin_search(self, has_timed_out: bool) -> None:
-        """Search in a thread, once. Ranks that ask for it meanwhile wait for the same one."""
+        """Search in a thread, once. If more ranks ask for a search in the meantime, they wait for the same one."""
         self._has_timed_out |= has_timed_out
         if not self._searches:
             self._searches = True
             threading.Thread(target=lambda: self.tell(self._search()), name="search", daemon=True).start()
 
     def _search(self) -> dict[int, str]:
-        """What became of the ranks that the others wait for, by rank. Empty: all wait, or no verdict is possible."""
+        """Status of the ranks that the others wait for, by rank. Empty: all ranks wait, or the cause is unknown."""
         this_rank = collectives.rank()
         searched, end = [this_rank, *self._askable()], time.monotonic() + _SETTLE_SECONDS
         while True:
@@ -206,9 +207,9 @@ class Peers:
             if this_rank in searched:
                 answers[this_rank] = self._state()
             gone = {rank: answer for rank, answer in answers.items() if answer == _IS_GONE}
-            if gone or self._statuses:  # it may have been told of meanwhile
+            if gone or self._statuses:  # another rank may have reported in the meantime
                 return gone
-            # Who lost contact did wait. In time this shows for all but those that the others wait for.
+            # A rank that lost contact was waiting. After a while, only the ranks that the others wait for remain.
             answers = {
                 rank: answer for rank, answer in answers.items() if isinstance(answer, str) or not answer.gave_up
             }
@@ -216,13 +217,13 @@ class Peers:
             if not searched or time.monotonic() > end:
                 break
             time.sleep(_PAUSE_SECONDS)
-        if not self._has_timed_out:  # a connection broke: ranks that still wait have done nothing wrong
+        if not self._has_timed_out:  # a connection broke, so ranks that still wait have done nothing wrong
             answers = {rank: got for rank, got in answers.items() if isinstance(got, str)}
-        is_verdict = 2 * len(answers) <= len(self._addresses)  # else rather this rank is cut off
+        is_verdict = 2 * len(answers) <= len(self._addresses)  # otherwise it is more likely that this rank is cut off
         return {rank: str(answer) for rank, answer in answers.items()} if is_verdict else {}
 
     def _hear(self, statuses: Mapping[Any, str]) -> None:
-        """Take over what became of ranks. What is told first is the cause of what comes later."""
+        """Record the status of ranks. The first report of a rank stays, because later ones are consequences."""
         for rank, status in statuses.items():
             self._statuses.setdefault(int(rank), str(status))
         self._has_heard.set()
@@ -239,7 +240,7 @@ class Peers:
         return text[0].upper() + text[1:] if text else text
 
     def _askable(self) -> list[int]:
-        """The other ranks whose address can be reached from here; a loopback address means another host there."""
+        """The other ranks whose address can be reached from here. A loopback address works only on the same host."""
         this_rank, here = collectives.rank(), socket.gethostname()
         return [
             rank
@@ -248,23 +249,23 @@ class Peers:
         ]
 
     def _ask(self, ranks: list[int], request: Mapping[str, Any]) -> dict[int, State | str]:
-        """The answers by rank: what it is doing, or what became of it."""
+        """The answers by rank: the state of a rank, or a text if it didn't answer."""
         line = json.dumps({**request, "token": self._token}).encode() + b"\n"
         pool = ThreadPoolExecutor(min(len(ranks), _NUM_ASKED_AT_ONCE) or 1)
         asked = {pool.submit(_ask, self._addresses[rank], line): rank for rank in ranks}
-        done, _ = wait(asked, _ASK_SECONDS)  # of thousands on hosts that are gone, those asked by then are enough
+        done, _ = wait(asked, _ASK_SECONDS)  # if thousands of ranks are gone, it is enough to find some of them
         pool.shutdown(wait=False, cancel_futures=True)
         return dict(sorted((asked[future], future.result()) for future in done))
 
     # ------------------------------------------------------------------ answering
 
     def _listen(self) -> tuple[str, int]:
-        """Open the socket, on the interface that leads to the master; without one the rank just cannot be asked."""
+        """Open the socket, on the interface that leads to the master. If that fails, this rank can't be asked."""
         try:
             master = (os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500")))
             family, kind, protocol, _, remote = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind, protocol) as outward:
-                outward.connect(remote)  # of a datagram socket: sends nothing, chooses the interface
+                outward.connect(remote)  # on a datagram socket: sends nothing, only chooses the interface
                 ip = outward.getsockname()[0]
             self._server = socket.create_server((ip, 0), family=family)
         except (OSError, ValueError):
@@ -299,10 +300,10 @@ class Peers:
         return State(self.step, self._phase, time.monotonic() - self._since, self._gave_up)
 
     def _end_if_stuck(self, server: socket.socket) -> None:
-        """End this process if it doesn't notice that the run is over: its launcher sees only processes that have ended,
-        and cannot restart the run before.
+        """End this process if it doesn't notice that the run is over. Its launcher only notices processes that have
+        ended, and can't restart the run before.
 
-        The others have told that they end. As long as one of them lives, it may finish a save that needs this rank.
+        The others have reported that they end. While one of them lives, it may still finish a save that needs this one.
         """
         noticed_at: float | None = None
         while not self.is_ending and self._server is server:
@@ -336,7 +337,7 @@ def _ask(place: Address, line: bytes) -> State | str:
 
 
 def _close_in_child() -> None:
-    """A worker of a data loader that outlives its rank for a moment must not seem to be it."""
+    """Close the sockets in a forked data loader worker. It may outlive its rank, and must not be mistaken for it."""
     for server in list(_listening):
         server.close()
 

@@ -1,12 +1,12 @@
-"""Lets the launcher restart a run: each attempt meets in a part of the launcher's store that is its own.
+"""Lets the launcher restart a run: each attempt uses its own part of the launcher's store.
 
 torch gives every attempt the same keys in the same store ("We create a new TCPStore for every retry", says
 `_create_c10d_store`, but `accelerate launch` keeps one). The ranks of a second attempt then read the addresses of the
-first and wait for processes that are gone (pytorch#135712). A canary test tells when torch mends this.
+first, and wait for processes that are gone (pytorch#135712). A canary test reports when torch fixes this.
 
-The launchers of several machines count their restarts each for itself, so their count cannot name the attempt. Instead,
-rank 0 opens a round in the store, the others register in it, and rank 0 closes it with the list of those it has met. A
-process that is not in the list waits for the next round.
+The launchers of several machines each count their own restarts, so their count can't identify the attempt. Instead,
+rank 0 opens a round in the store, the others register in it, and rank 0 closes it with a list of the registered ranks.
+A process that is not in the list waits for the next round.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ..errors import TrainingError
 
 _ROUND = "trainloop/round"
 _AT_LEAST = timedelta(minutes=10)
-"""A rank waits so long for the others to start: their launcher may first have to end a rank that hangs."""
-_LONGEST_PAUSE = 0.5  # seconds between two questions
+"""The minimum time that a rank waits for the others to start: a launcher may first have to end a rank that hangs."""
+_LONGEST_PAUSE = 0.5  # seconds between two checks
 
 
 def join_round(store: Any, rank: int, world_size: int, timeout: timedelta) -> Any:
     """Meet the other ranks of this attempt. Call on every rank, before there is a process group.
 
     Args:
-        store: The launcher's, which outlives the attempts.
-        rank: This process's.
+        store: The launcher's store, which outlives the attempts.
+        rank: The rank of this process.
         world_size: Number of ranks.
         timeout: How long to wait for the others.
 
@@ -43,10 +43,10 @@ def join_round(store: Any, rank: int, world_size: int, timeout: timedelta) -> An
         The part of `store` that only these processes use.
 
     Raises:
-        TrainingError: Not all ranks have come in time.
+        TrainingError: Some rank did not come in time.
     """
     pause, deadline = 0.01, time.monotonic() + timeout.total_seconds()
-    token = secrets.token_hex(8)  # of this call: an earlier process of this rank may have registered, and died
+    token = secrets.token_hex(8)  # identifies this call: an earlier process of this rank may have registered and died
     number = store.add(_ROUND, 1) if rank == 0 else 0
     while not _is_complete(store, number, rank, world_size, token):
         if time.monotonic() > deadline:
@@ -60,7 +60,7 @@ def join_round(store: Any, rank: int, world_size: int, timeout: timedelta) -> An
 
 
 def _is_complete(store: Any, number: int, rank: int, world_size: int, token: str) -> bool:
-    """Whether all ranks have met in this round, and this process is one of them. Rank 0 closes the round."""
+    """Whether all ranks have met in this round, including this process. Rank 0 closes the round."""
     if rank != 0:
         closed = f"{_ROUND}/{number}/members"
         return bool(number and store.check([closed]) and token in store.get(closed).decode().split(","))
@@ -87,7 +87,7 @@ def _late(store: Any, number: int, rank: int, world_size: int, timeout: timedelt
 
 
 def _by_rounds(create_store: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's `_create_c10d_store`, which then gives each attempt its own keys in the launcher's store."""
+    """Wrap torch's `_create_c10d_store`, so that each attempt gets its own keys in the launcher's store."""
 
     @wraps(create_store)
     def create(hostname: str, port: int, rank: int, world_size: int, timeout: timedelta, *args: Any, **kw: Any) -> Any:
@@ -97,7 +97,7 @@ def _by_rounds(create_store: Callable[..., Any]) -> Callable[..., Any]:
             str(port),
             str(world_size),
         ] == [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")]
-        # Also in the first attempt: a launcher elsewhere may have restarted already.
+        # Also in the first attempt, because a launcher on another machine may already have restarted.
         if is_launchers and world_size > 1:
             store = join_round(store, rank, world_size, max(timeout, _AT_LEAST))
         return store
@@ -106,11 +106,11 @@ def _by_rounds(create_store: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """From now on, every process group of this process is made so, be it by a trainer, or by an `Accelerator` or a
+    """From now on, all process groups of this process are made in this way: by a trainer, or by an `Accelerator` or
     `PartialState` of the script.
     """
     if dist.is_available():
-        torchs: Any = importlib.import_module("torch.distributed.rendezvous")  # a function of that name hides it
+        torchs: Any = importlib.import_module("torch.distributed.rendezvous")  # a function of the same name hides it
         create_store = getattr(torchs, "_create_c10d_store", None)
         if create_store is not None and not hasattr(create_store, "__wrapped__"):
             torchs._create_c10d_store = _by_rounds(create_store)

@@ -1,7 +1,7 @@
-"""Before the first collective of a run: is every rank there, or has one ended on its way?
+"""Checks before the first collective of a run that every rank is there, and that none has already ended.
 
 A rank that fails in its constructor never joins. The others would wait for it until the timeout of the collectives, and
-could not name it. So they don't wait in a collective: they ask the store of the process group, which exists by then.
+could not name it. So they don't wait in a collective. They poll the store of the process group, which already exists.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..errors import TrainingError
 from . import collectives
 
 _ENDED = "trainloop/ended"
-_LONGEST_PAUSE = 0.5  # seconds between two questions
+_LONGEST_PAUSE = 0.5  # seconds between two checks
 _TOLD = "trainloop/told"
-_LAST_SECONDS = 15.0  # that rank 0, if it holds the store, stays at most for the others to read in it
+_LAST_SECONDS = 15.0  # if rank 0 holds the store, it stays at most this long, so that the others can read it
 _calls = itertools.count()
 _told: list[bool] = []
 
 
 def await_all() -> None:
-    """Return when every rank has called it. Call on every rank; at once in a single process.
+    """Return when every rank has called this. Call on every rank. Returns at once in a single process.
 
     Raises:
-        TrainingError: A rank has ended with an exception, which is named.
+        TrainingError: A rank has ended with an exception. The message names it.
     """
     if collectives.world_size() == 1:
         return
@@ -49,7 +49,7 @@ def await_all() -> None:
                 error.is_consequence = True
                 raise error
             if time.monotonic() > deadline:
-                return  # the collectives that follow fail, and say who waits
+                return  # the next collectives will fail, and report who waits
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
     except dist.DistError as ex:
@@ -60,7 +60,7 @@ def await_all() -> None:
 
 
 def _count_told(store: Any) -> None:
-    """Count this rank, once, as one that knows."""
+    """Count this rank, once, as one that has read the message."""
     if not _told:
         _told.append(True)
         store.add(_TOLD, 1)
@@ -71,7 +71,7 @@ def _store() -> Any:
 
 
 def _tell() -> None:
-    """At the end of a process that an exception has ended: leave word in the store, unless another has."""
+    """When an exception ends this process, leave a message in the store, unless another rank has."""
     exception = getattr(sys, "last_value", None)
     if exception is None or collectives.world_size() == 1:
         return
@@ -79,7 +79,7 @@ def _tell() -> None:
     text = f"rank {rank} (process {os.getpid()} on {socket.gethostname()}) ended with {type(exception).__name__}"
     with suppress(Exception):  # the store may be gone already
         store = _store()
-        if not store.check([_ENDED]):  # a rank that was told of the first one ends as well
+        if not store.check([_ENDED]):  # a rank that has read the first message ends too
             store.set(_ENDED, f"{text}: {exception}".encode())
         _count_told(store)
         deadline = time.monotonic() + _LAST_SECONDS

@@ -1,4 +1,4 @@
-"""Gathers the samples of all ranks for a loss that compares each with all, as CLIP's does."""
+"""Gathers the samples of all ranks, for a loss that compares each sample with all others, such as CLIP's."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch.distributed as dist
 from . import collectives
 
 _is_padding = False
-"""Whether this rank runs a batch again only because the others still have one."""
+"""Whether this rank repeats a batch, only because other ranks still have one."""
 _is_gathering = False
 
 
 def gather_samples(samples: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Gather a batch from all ranks, also where the batches have different sizes. Call on every rank.
+    """Gather a batch from all ranks. The batches may have different sizes. Call on every rank.
 
     Gradients flow back to the rank that a sample came from. In the last round of an evaluation, a rank without a batch
-    runs one again that does not count. The other ranks do not see its samples; it finds them behind theirs.
+    repeats one that doesn't count. The other ranks don't get its samples; the rank itself gets them after the others'.
 
-    Costs one exchange of host integers, and one collective on the device (in the backward pass another one).
+    Costs one exchange of host integers, and one collective on the device (and another one in the backward pass).
 
     Args:
-        samples: This rank's, batch x anything; all but the first dimension are the same on every rank.
+        samples: This rank's samples, batch x anything. All dimensions but the first are the same on every rank.
 
     Returns:
-        The samples of all ranks by rank, and where this rank's own begin in them.
+        The samples of all ranks, by rank, and the index of this rank's first sample in them.
 
     Raises:
         ValueError: `samples` has no dimensions.
@@ -66,7 +66,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
-        flat = own.detach().reshape(-1).view(torch.uint8)  # as bytes: gloo does not know every dtype
+        flat = own.detach().reshape(-1).view(torch.uint8)  # as bytes, because gloo doesn't support every dtype
         gathered = flat.new_empty(collectives.world_size(), flat.numel())
         dist.all_gather(list(gathered), flat)
         return gathered.view(own.dtype).reshape(-1, *own.shape)
@@ -81,7 +81,7 @@ class _Gather(torch.autograd.Function):
 
 @contextmanager
 def padding(is_padding: bool) -> Iterator[None]:
-    """Within it, this rank's samples do not count."""
+    """Inside this context, this rank's samples don't count."""
     global _is_padding
     before, _is_padding = _is_padding, is_padding
     try:
@@ -91,7 +91,7 @@ def padding(is_padding: bool) -> Iterator[None]:
 
 
 def is_gathering() -> bool:
-    """Whether `gather_samples` is just communicating."""
+    """Whether `gather_samples` is communicating right now."""
     return _is_gathering
 
 

@@ -224,7 +224,7 @@ class Window:
         return batch
 
     def look_ahead(self) -> None:
-        """Fetch the next batch while the device works on this window. Call it before the host waits for the device."""
+        """Fetch the next batch while the device works on this window. Call before the host waits for the device."""
         trainer = self._trainer
         if self._feed.can_look_ahead and trainer.step != trainer.max_steps:
             start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""What you test your own trainer with: killed anywhere, does it resume exactly?
+"""Tests for your own trainer: does it resume exactly, wherever it is killed?
 
 In: a function that makes the trainer, and where to kill its run.
-Out: nothing if the killed run ends bit-for-bit identical to an undisturbed one; else an error that shows the first
-difference.
+Out: nothing if the killed run finishes bit-for-bit identical to an uninterrupted one. Otherwise an error that shows the
+first difference.
 """
 
 from .kills import FILE_OPERATIONS, HOOK_EVENTS, KillAt

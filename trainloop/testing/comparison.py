@@ -10,7 +10,7 @@ import torch
 
 
 def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested state as one dict by path, "model/0.weight"; of sharded tensors this rank's part, on the CPU."""
+    """Nested state as one dict by path, "model/0.weight". Of sharded tensors: this rank's part. On the CPU."""
     if isinstance(nested, Mapping):
         items: Any = nested.items()
     elif isinstance(nested, list | tuple):
@@ -27,12 +27,12 @@ def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(expected: Any, actual: Any, ignore: Sequence[str] = ()) -> Iterator[str]:
-    """A sentence for each entry that is not the same, bit by bit: a NaN equals itself, and 0.0 is not -0.0.
+    """One sentence for each entry that is not bit-for-bit equal. A NaN equals itself, and 0.0 differs from -0.0.
 
     Args:
         expected: Nested state.
-        actual: What should be the same.
-        ignore: Patterns of paths, in the form of the shell, that may differ.
+        actual: State that should be the same.
+        ignore: Patterns of paths that may differ, with shell wildcards.
     """
     wanted, got = flat(expected), flat(actual)
     for path in [*wanted, *(path for path in got if path not in wanted)]:
@@ -47,7 +47,7 @@ def differences(expected: Any, actual: Any, ignore: Sequence[str] = ()) -> Itera
 
 
 def _difference(wanted: Any, got: Any) -> str | None:
-    """The rest of a sentence that begins with the path."""
+    """The rest of a sentence that begins with the path. None: no difference."""
     if not (isinstance(wanted, torch.Tensor) and isinstance(got, torch.Tensor)):
         same = type(wanted) is type(got) and repr(wanted) == repr(got)
         return None if same else f" is {_shown(got)} instead of {_shown(wanted)}"

@@ -1,4 +1,4 @@
-"""Where a life of a run may end."""
+"""The places at which a life of a run may end."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ HOOK_EVENTS = (
     "on_state_dict",
     "on_after_train",
 )
-"""Events of `BaseHook`. The trainer's own hooks have handled the event when the signal is sent."""
+"""Events of `BaseHook`. When the signal is sent, the trainer's own hooks have already handled the event."""
 FILE_OPERATIONS = ("make_dir", "write", "sync_file", "sync_dir", "rename", "replace_symlink", "remove_tree")
-"""What a save does to the disk (`trainloop.checkpoint.FileSystem`). The signal is sent before it is done."""
+"""The disk operations of a save (`trainloop.checkpoint.FileSystem`). The signal is sent before the operation."""
 EVENTS = (*HOOK_EVENTS, "forward", *FILE_OPERATIONS, "disk")
 
 
 @dataclass(frozen=True)
 class KillAt:
-    """Where a life of a run ends.
+    """The place at which a life of a run ends.
 
     Raises:
         ValueError: There is no such event, or a number is out of range.
 
     Example:
         >>> KillAt(5, "on_after_step")
-        >>> KillAt(6, "rename")  # the first checkpoint from step 6 on is written, and does not have its name yet
+        >>> KillAt(6, "rename")  # the first checkpoint from step 6 on is written, but doesn't have its name yet
         >>> KillAt(8, "forward", rank=1, signal=signal.SIGTERM)
     """
 
     step: int
-    """Events are counted from the beginning of this optimizer step on; 0: from the start of the process."""
+    """Events count from the beginning of this optimizer step on. 0: from the start of the process."""
     event: str
     """One of `HOOK_EVENTS`, one of `FILE_OPERATIONS`, "forward" (a micro-batch is about to be computed) or "disk" (any
     file operation)."""
     rank: int = 0
-    """Which process gets the signal."""
+    """The rank that gets the signal."""
     number: int = 1
-    """At which occurrence of the event, from 1."""
+    """The occurrence of the event at which the signal is sent, from 1."""
     signal: int = signal.SIGKILL
-    """SIGKILL: the process is gone, and all others with it. Any other is only sent: the life ends as the trainer has
-    it, for example saved by `CheckpointingHook(exit_signals=...)`."""
+    """SIGKILL: the process ends at once, and then all others. With any other signal, the life ends as the trainer
+    handles it, for example with a save by `CheckpointingHook(exit_signals=...)`."""
 
     def __post_init__(self) -> None:
         if self.event not in EVENTS:

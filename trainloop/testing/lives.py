@@ -1,7 +1,7 @@
-"""One life of a run: real processes, one a rank, that end by themselves or by a real signal.
+"""Runs one life of a run: real processes, one per rank, which end by themselves or by a real signal.
 
-They are forked from a server that has imported torch and trainloop already, and nothing else has happened in it: a life
-costs tenths of a second, and is a new process all the same.
+They are forked from a server that has only imported torch and trainloop. So a life costs tenths of a second, but each
+process is a new one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _PRELOADED = [
     __name__,
     "torch._dynamo",  # the first optimizer imports it
-    "torch.distributed.checkpoint.state_dict",  # what a run imports when it needs it
+    "torch.distributed.checkpoint.state_dict",  # this and the next ones: a run imports them when it needs them
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
 ]
@@ -43,7 +43,7 @@ _FAILED = 1
 _LOST_CONTACT = 3
 """Exit code of a process that has failed because another one is gone."""
 _SECONDS_FOR_THE_OTHER = 10.0
-"""How much longer that other one may take to its end than those that lost contact with it."""
+"""How much longer that other process may take to end than those that lost contact with it."""
 
 
 def live(
@@ -56,24 +56,24 @@ def live(
     record: Callable[[Any], Any] | None = None,
     timeout: float = 300.0,
 ) -> list[int | None]:
-    """Run one life, to its end or to `kill`. What it leaves besides its workspace lies beside, see `path_prefix`.
+    """Run one life, to its end or to `kill`. Its files outside of the workspace are beside it, see `path_prefix`.
 
     Args:
-        make_trainer: Makes the trainer for `workspace`; it is sent to the processes.
-        workspace: Of the run.
-        kill: Where this life ends.
-        num_processes: Of this life.
-        env: From `launch_environment`; None: what it gives without arguments.
-        record: Gives what is noted of a micro-batch.
+        make_trainer: Makes the trainer for `workspace`. It is sent to the processes.
+        workspace: The run's workspace.
+        kill: Where this life ends. None: at the end of the run.
+        num_processes: Number of processes in this life.
+        env: From `launch_environment`. None: its result without launch arguments.
+        record: Returns what is recorded of a micro-batch.
         timeout: In seconds.
 
     Returns:
-        How each rank ended, as `multiprocessing` tells it: -signal or the exit code; None: it was ended from outside,
-        because the one that was killed has gone.
+        How each rank ended, as in `multiprocessing`: -signal or the exit code. None: it was ended from outside, because
+        the killed process is gone.
 
     Raises:
-        ValueError: The trainer is unfit, or the kill never happened.
-        RuntimeError: The life ended in another way than it should, or did not end.
+        ValueError: The trainer is not suitable, or the kill never happened.
+        RuntimeError: The life ended in an unexpected way, or did not end.
     """
     if not hasattr(signal, "SIGKILL"):
         raise RuntimeError("To kill a run, a POSIX system is needed: this one has no SIGKILL.")
@@ -100,7 +100,7 @@ def live(
             time.sleep(0.005)
             was_lost, codes = _LOST_CONTACT in codes, [process.exitcode for process in processes]
             if _FAILED in codes or -signal.SIGKILL in codes:
-                break  # the others may wait for it without end
+                break  # the others may wait for it forever
             if _LOST_CONTACT in codes and not was_lost:
                 end = min(end, time.monotonic() + _SECONDS_FOR_THE_OTHER)
     finally:
@@ -123,9 +123,9 @@ def live(
 
 
 def path_prefix(workspace: Path, number: int, rank: int) -> str:
-    """The beginning of the paths of the files that a process writes.
+    """The start of the paths of the files that a process writes.
 
-    The files are `.jsonl` (its notes), `.log` (its output), and `.pt` (its state, if it came to its end).
+    The files are `.jsonl` (its notes), `.log` (its output), and `.pt` (its state, if it reached its end).
     """
     return f"{workspace}.life{number:03d}.rank{rank}"
 
@@ -136,7 +136,7 @@ def read_notes(prefix: str) -> list[dict[str, Any]]:
         lines = Path(f"{prefix}.jsonl").read_text().split("\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines[:-1]]  # the last one may be cut off
+    return [json.loads(line) for line in lines[:-1]]  # the last line may be cut off
 
 
 def start_step(prefix: str) -> int:
@@ -145,10 +145,10 @@ def start_step(prefix: str) -> int:
 
 
 def launch_environment(num_processes: int, launch_args: Sequence[str] = ()) -> dict[str, str]:
-    """This process's environment, and what `accelerate launch` would add to it, which is asked.
+    """This process's environment, with the variables that `accelerate launch` adds. `accelerate launch` is run for it.
 
     Raises:
-        ValueError: `accelerate launch` does not take `launch_args`.
+        ValueError: `accelerate launch` does not accept `launch_args`.
     """
     env = dict(os.environ)
     if not torch.cuda.is_available():
@@ -185,15 +185,15 @@ def _live(
     start_method: str,
     prefix: str,
 ) -> None:
-    """What each process runs."""
-    multiprocessing.set_start_method(start_method, force=True)  # of a loader's workers: as in a script
+    """The function that each process runs."""
+    multiprocessing.set_start_method(start_method, force=True)  # for a loader's workers, as in a script
     os.environ.clear()
     os.environ.update(env)
     log = os.open(f"{prefix}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     if "OMP_NUM_THREADS" in env:
-        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # torch was imported before it was set
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # because torch was imported before the variable was set
     try:
         workspace.mkdir(parents=True, exist_ok=True)
         trainer = make_trainer(workspace)
@@ -207,7 +207,7 @@ def _live(
     except Exception as ex:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(_LOST_CONTACT if is_lost_contact(ex) else _FAILED)  # not by way of what waits for other ranks
+        os._exit(_LOST_CONTACT if is_lost_contact(ex) else _FAILED)  # skips exit handlers, which wait for other ranks
     state = {**trainer.live_state_dict(), "buffers": dict(trainer.unwrapped_model.named_buffers())}
     torch.save(flat({**state, "logged": witness.after_train}), f"{prefix}.pt")
     Path(f"{prefix}.count").write_text(str(witness.count))
@@ -226,8 +226,8 @@ def _unexpected(codes: Sequence[int | None], prefixes: Sequence[str], number: in
 
 
 def _guilt(code: int | None) -> int:
-    """The process to be shown is the one with the most: an exception of its own tells more than that it hangs, and
-    that it lost contact with another tells least.
+    """How much a process's exit code says about the cause: most if it has its own exception, less if it hangs, least if
+    it lost contact with another process. The output of the process with the highest value is shown.
     """
     return {0: 0, _LOST_CONTACT: 1, None: 2}.get(code, 3)
 

@@ -1,8 +1,8 @@
-"""Proves of a user's trainer what the tests prove of ours: what `trainloop prove` does.
+"""Proves for a user's trainer what our tests prove for ours. This is the work of `trainloop prove`.
 
 ```
-1 process      undisturbed, and killed twice and resumed     every step and the end, bit by bit
-N processes    undisturbed, and killed twice and resumed     the same
+1 process      uninterrupted, and killed twice and resumed   every step and the end, bit by bit
+N processes    uninterrupted, and killed twice and resumed   the same
 1 process      with N times the accumulation                 learning rates, losses and gradients of N processes
 ```
 """
@@ -33,34 +33,34 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
         "--fsdp_cpu_ram_efficient_loading", "false",
     ),
 }  # fmt: skip
-"""Options of `accelerate launch` by the name of the strategy."""
+"""Options of `accelerate launch`, by the name of the strategy."""
 MIN_STEPS = 6
 _TOLERANCE = {"no": (1e-4, 2e-2)}
 _LOW_TOLERANCE = (5e-2, 2e-1)
-"""How far losses and norms may differ in the first step, and in a later one, relative: the sums have another order."""
+"""Relative tolerances for losses and norms in the first step and in later steps: the sums have another order."""
 _RUNS = {"whole": "the run undisturbed", "killed": "the run in several lives", "again": "the run undisturbed, again"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was to be shown."""
+    """One property to be shown."""
 
     name: str
     is_held: bool
     text: str
-    """What was seen; of a failure, where and why, as far as it is known."""
+    """What was observed. For a failure: where and why, as far as known."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What came out."""
+    """The result of a proof."""
 
     checks: list[Check] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_held(self) -> bool:
-        """Whether everything was shown."""
+        """Whether all properties were shown."""
         return all(check.is_held for check in self.checks)
 
 
@@ -78,15 +78,15 @@ def prove(
 
     Args:
         subject: The trainer.
-        folder: Where the runs go.
+        folder: The folder for the runs.
         num_processes: N.
-        strategy: Of the N processes, out of `STRATEGIES`.
-        launch_args: Further options of `accelerate launch`.
-        timeout: Seconds that one life may take.
-        tell: Is told what is done now.
+        strategy: Strategy of the N processes, from `STRATEGIES`.
+        launch_args: More options of `accelerate launch`.
+        timeout: Limit for one life, in seconds.
+        tell: Called with a text about the next action.
 
     Raises:
-        ValueError: The trainer cannot be made, or `accelerate launch` does not take the options.
+        ValueError: The trainer cannot be made, or `accelerate launch` does not accept the options.
     """
     proof = Proof()
     names = {1: "1 process"}
@@ -111,13 +111,13 @@ def prove(
 def _guarded(name: str, show: Callable[[], tuple[bool, str]]) -> Check:
     try:
         return Check(name, *show())
-    except RuntimeError as ex:  # a life has failed by itself
+    except RuntimeError as ex:  # a life has failed without a kill
         return Check(name, False, str(ex))
 
 
 @dataclass(frozen=True)
 class _Lives:
-    """Runs of one trainer at one number of processes."""
+    """Runs of one trainer with one number of processes."""
 
     subject: Subject
     folder: Path
@@ -128,7 +128,7 @@ class _Lives:
     name: str
 
     def run(self, run: str, kill: KillAt | None = None, *, is_async: bool | None = False) -> None:
-        """One life of the run of that name."""
+        """Run one life of the run with this name."""
         until = f", killed at step {kill.step}" if kill is not None else ""
         self.tell(f"{self.name}: {_RUNS[run]}{until}")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,12 +143,12 @@ class _Lives:
         )
 
     def measured(self, run: str) -> list[dict[str, Any]]:
-        """What each rank has measured; none if it did not come to its end."""
+        """The measurements of each rank. Empty: the run did not reach its end."""
         paths = [measured_file(self.folder / run, rank) for rank in range(self.num_processes)]
         return [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
 
     def prove_resume(self) -> tuple[bool, str]:
-        """Whether a run that was killed ends as one that was not."""
+        """Whether a killed run finishes like an uninterrupted one."""
         interval = self.subject.interval
         kills = [
             KillAt(interval + 2, "on_after_step", rank=self.num_processes - 1),
@@ -191,14 +191,14 @@ class StepDifference:
     """The step that the life resumed from."""
     rank: int
     paths: Sequence[str]
-    """A sentence for each entry."""
+    """One sentence per entry that differs."""
 
     def text(self) -> str:
-        """Where, and what."""
+        """Where and what the difference is."""
         return f"Step {self.step} on rank {self.rank}, {self.step - self.start} after the resume: {self.paths[0]}."
 
     def meaning(self) -> str:
-        """What it points to."""
+        """A probable cause."""
         kinds = {path.split("/")[0].split(" ")[0] for path in self.paths}
         if "recorded" in kinds:
             return (
@@ -225,7 +225,7 @@ class StepDifference:
 
 
 def first_difference(whole: Path, other: Path, num_lives: int, num_processes: int) -> StepDifference | None:
-    """The first step of any life of `other` that differs from `whole`, of whatever rank."""
+    """The first step of any life of `other` that differs from `whole`, on any rank."""
     found: list[StepDifference] = []
     for rank in range(num_processes):
         expected = {row["step"]: row for row in read_notes(path_prefix(whole, 1, rank)) if "step" in row}
@@ -239,7 +239,7 @@ def first_difference(whole: Path, other: Path, num_lives: int, num_processes: in
 
 
 def _compare_training(one: _Lives, several: list[dict[str, Any]]) -> tuple[bool, str]:
-    """Whether one process with more accumulation trains as several processes do."""
+    """Whether one process with more accumulation trains like several processes."""
     one.run("whole")
     (single,) = one.measured("whole")
     strict, loose = _TOLERANCE.get(single["precision"], _LOW_TOLERANCE)
@@ -294,13 +294,13 @@ def _deviation(a: float, b: float) -> float:
 
 
 def _numbers(lives: _Lives, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What was measured in the run that nobody disturbed."""
+    """The measurements in the uninterrupted run."""
     events = read_events(lives.folder / "whole")
     saves = [event for event in events if event["event"] == "save"]
     whole = [event["seconds"] for event in events if event["event"] == "durable" or event.get("durable")]
     folders = [path for path in (lives.folder / "whole").rglob("step_*") if path.is_dir()]
     sizes = [info.num_bytes for folder in {path.parent for path in folders} for info in Catalog(folder).infos()]
-    steps = sorted(ranks[0]["steps"], key=int)[1:] or list(ranks[0]["steps"])  # the first one warms up
+    steps = sorted(ranks[0]["steps"], key=int)[1:] or list(ranks[0]["steps"])  # without the first one, the warm-up
     seconds = statistics.median(max(rank["steps"][step]["seconds"] for rank in ranks) for step in steps)
     samples = statistics.median(sum(rank["steps"][step]["samples"] for rank in ranks) for step in steps)
     return {

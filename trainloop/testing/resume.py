@@ -1,7 +1,7 @@
-"""Proves that a run which is killed ends as one that is not.
+"""Proves that a killed and resumed run finishes like an uninterrupted one.
 
 ```
-assert_resume_exact ─► the run, undisturbed              one life
+assert_resume_exact ─► the run, uninterrupted            one life
                        the run, killed again and again   a life for each kill, and one to the end
                     ─► every step of every life, and the state at the end, bit by bit
 ```
@@ -26,7 +26,7 @@ from .lives import launch_environment, live, path_prefix, read_notes, start_step
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
-MEASURED = ("*step_time*", "*data_time*", "*max_memory*")  # by our own hooks, and never the same twice
+MEASURED = ("*step_time*", "*data_time*", "*max_memory*")  # measurements of our own hooks; they always differ
 _NUM_TOLD = 5
 
 
@@ -41,37 +41,37 @@ def assert_resume_exact(
     workspace: Path | str | None = None,
     timeout: float = 300.0,
 ) -> None:
-    """Assert that a run which is killed ends with every bit of one that is not.
+    """Assert that a killed run finishes bit-for-bit identical to an uninterrupted one.
 
-    The run is done twice: once undisturbed, and once in several lives. Each of these goes on from what the one before
-    has left on the disk, and ends at the next of `kill_at`; the last one goes on to the end. Compared are, of every
-    rank:
+    The run is done twice: once uninterrupted, and once in several lives. Each life resumes from the disk and ends at
+    the next entry of `kill_at`; the last one runs to the end. On every rank, these are compared:
 
-    - at each step of each life: losses, gradient norm, learning rates, what was logged, and what `record` gave;
-    - at the end: model, buffers, optimizer, scheduler, scaler, random generators, data position, and what the hooks put
-      into the state.
+    - at each step of each life: losses, gradient norm, learning rates, logged records, and the results of `record`;
+    - at the end: model, buffers, optimizer, scheduler, scaler, random generators, data position, and the state of the
+      hooks.
 
-    Needs a POSIX system. A script guards the call with `if __name__ == "__main__":`.
+    Needs a POSIX system. In a script, guard the call with `if __name__ == "__main__":`.
 
     Args:
-        make_trainer: Makes a new trainer, with a `CheckpointingHook` and a `seed`, for the `workspace` that it is
-            given. It is called in other processes: a function of a module, or a `functools.partial` of one.
+        make_trainer: Makes a new trainer for the given `workspace`, with a `CheckpointingHook` and a `seed`. It is
+            called in other processes, so it must be a function of a module, or a `functools.partial` of one.
         kill_at: Where the lives end, in this order.
-        num_processes: Processes of a life; without a GPU, on the CPU.
+        num_processes: Number of processes in a life; on the CPU if there is no GPU.
         launch_args: Options of `accelerate launch`, for example `["--use_fsdp", "--fsdp_version", "2"]` or
-            `["--config_file", "launch.yaml"]`: the processes get the environment that it gives them.
-        record: Called with each micro-batch before `forward`; what it returns (nested numbers, strings, tensors) is
-            compared. With the ids of the samples it shows that each is seen when it should be.
-        ignore: Patterns of entries that may differ, in the form of the shell: `["*_seconds"]`. Time and memory that
-            trainloop's own hooks measure are always left out.
-        workspace: Where the runs go, and what each process printed. None: a temporary folder, which is removed.
-        timeout: Seconds that one life may take.
+            `["--config_file", "launch.yaml"]`. The processes get the environment that it would give them.
+        record: Called with each micro-batch before `forward`. Its results (nested numbers, strings, tensors) are
+            compared. If it returns the ids of the samples, this shows that each is seen at the right time.
+        ignore: Patterns of entries that may differ, with shell wildcards: `["*_seconds"]`. Time and memory that
+            trainloop's own hooks measure are always ignored.
+        workspace: Folder for the runs and the output of each process. None: a temporary folder, which is removed.
+        timeout: Limit for one life, in seconds.
 
     Raises:
         AssertionError: Something differs. The message names the first entries, with both values.
-        ValueError: An argument is of no use, or nothing was shown: the trainer saves nothing, a kill never happened, or
-            none came after a commit.
-        RuntimeError: A process failed by itself, or hangs. The message has what it printed.
+        TypeError: An entry of `kill_at` is not a `KillAt`.
+        ValueError: An argument is not usable, or nothing was shown: the trainer saves nothing, a kill never happened,
+            or no kill came after a commit.
+        RuntimeError: A process failed by itself, or hangs. The message contains its output.
 
     Example:
         ```python
@@ -106,14 +106,14 @@ def assert_resume_exact(
 
 
 def compare(whole: Path, killed: Path, kills: Sequence[KillAt], num_processes: int, ignore: Sequence[str]) -> None:
-    """Compare what `live` has left of a run in one life, and of the same run in several.
+    """Compare a run in one life with the same run in several lives, by the files of `live`.
 
     Args:
-        whole: Workspace of the first.
-        killed: Workspace of the second, which was killed at each of `kills` and then came to its end.
-        kills: Where.
-        num_processes: Of each life.
-        ignore: See `assert_resume_exact`, as for what is raised.
+        whole: Workspace of the first run.
+        killed: Workspace of the second run, which was killed at each of `kills` and then ran to its end.
+        kills: Where it was killed.
+        num_processes: Number of processes in each life.
+        ignore: See `assert_resume_exact`, also for the exceptions.
     """
     _check_worth(whole, killed, kills)
     for check in (_compare_steps, _compare_ends):
@@ -122,7 +122,7 @@ def compare(whole: Path, killed: Path, kills: Sequence[KillAt], num_processes: i
 
 
 def _check_worth(whole: Path, killed: Path, kills: Sequence[KillAt]) -> None:
-    """Raise if the lives have shown nothing."""
+    """Raise if the lives can't have shown anything."""
     first = [start_step(path_prefix(run, 1, 0)) for run in (whole, killed)]
     if any(first):
         raise ValueError(

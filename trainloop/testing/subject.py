@@ -1,4 +1,4 @@
-"""What `trainloop prove` runs: the user's own trainer, for a few steps, with checkpoints where the proof needs them."""
+"""The trainer in `trainloop prove`: the user's own, for a few steps, with checkpoints where the proof needs them."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Subject:
     """Makes the trainer in the processes of a life.
 
     The trainer gets `steps` steps, and checkpoints every `interval` steps. Hooks that send numbers to trackers are left
-    out, and so are evaluations before the first and after the last step, which may take hours.
+    out. So are evaluations before the first and after the last step, which may take hours.
     """
 
     name: str
-    """"module:function" or "path/to/file.py:function"; the function takes the workspace. Or a class of trainer."""
+    """"module:function" or "path/to/file.py:function"; the function takes the workspace. Or a trainer class."""
     steps: int
     interval: int
     accumulate: int = 1
-    """Times so many micro-batches a step, so that one process trains on what several train on."""
+    """Factor for the micro-batches a step, so that one process can train on the data of several."""
     is_async: bool | None = False
-    """Whether saves are async; None: as the trainer has it."""
+    """Whether saves are async. None: as in the trainer."""
 
     def __call__(self, workspace: Path) -> BaseTrainer:
         """Make the trainer."""
@@ -57,7 +57,7 @@ class Subject:
             trainer = made(workspace)
         if not isinstance(trainer, BaseTrainer):
             raise UnfitError(f"{self.name} must return a trainer, but returned {type(trainer).__name__}.")
-        trainer = cast("Any", trainer)  # what follows sets methods
+        trainer = cast("Any", trainer)  # because the next lines set methods
         trainer.max_steps, trainer.max_epochs, trainer.workspace = self.steps, None, workspace
         trainer.seed = trainer._asked_seed = _SEED if trainer.seed is None else trainer.seed
         trainer.gradient_accumulation_steps *= self.accumulate
@@ -81,10 +81,10 @@ class Subject:
 
 
 class Measuring(BaseHook):
-    """Measures a life from inside, and writes what it found when the run has come to its end.
+    """Measures a life from inside, and writes the measurements when the run has reached its end.
 
     Args:
-        workspace: Of the run; the file lies beside it, one a rank.
+        workspace: The run's workspace. The files are beside it, one per rank.
     """
 
     def __init__(self, workspace: Path) -> None:
@@ -94,7 +94,7 @@ class Measuring(BaseHook):
         self._draws = False
 
     def watched(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`forward`, which is looked at: how many samples it gets, and whether it draws random numbers."""
+        """Wrap `forward`, to count its samples and to see whether it draws random numbers."""
 
         def watched(batch: Any) -> Any:
             self._num_samples += find_batch_size(batch) or 0
@@ -119,9 +119,9 @@ class Measuring(BaseHook):
         }
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
-        import resource  # POSIX has it, as a proof needs
+        import resource  # POSIX has it, and a proof needs POSIX anyway
 
-        unit = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of `ru_maxrss`
         measured = {
             "steps": self._steps,
             "draws": self._draws,
@@ -134,12 +134,12 @@ class Measuring(BaseHook):
 
 
 def measured_file(workspace: Path, rank: int) -> Path:
-    """Where a rank's measurements are."""
+    """The file with a rank's measurements."""
     return workspace.parent / f"{workspace.name}.measured.rank{rank}.json"
 
 
 def batch_checksum(batch: Any) -> int:
-    """What is noted of a micro-batch, to know whether it is the same."""
+    """The record of a micro-batch, by which it is compared."""
     return sample_checksum([batch])
 
 
@@ -149,10 +149,10 @@ def _generators() -> list[torch.Tensor]:
 
 
 def find_function(name: str) -> Callable[..., Any]:
-    """The function or class that a name says.
+    """Import the function or class with this name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such function, or it doesn't take the workspace.
     """
     place, _, function = name.rpartition(":")
     if not place or not function:

@@ -1,4 +1,4 @@
-"""Inside a process of the run: notes what every step did, and sends the signal that ends the life."""
+"""Runs inside a process of the run: records every step, and sends the signal that ends the life."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 class UnfitError(ValueError):
-    """The trainer is none with which anything can be shown."""
+    """Nothing can be shown with this trainer."""
 
 
 class Witness(BaseHook):
     """The last hook of a run that is to be compared.
 
     Args:
-        trainer: The trainer, which is not built yet.
-        notes: The file that gets a line a step.
+        trainer: The trainer. It must not be built yet.
+        notes: The file for the notes, one line a step.
         kill: Where to send the signal on this rank, if at all.
-        record: Gives what is noted of a micro-batch.
+        record: Returns what is recorded of a micro-batch.
 
     Attributes:
-        count: How often the event of `kill` has come.
-        after_train: What was logged when the last step was over.
+        count: How often the event of `kill` has occurred.
+        after_train: The records that were logged after the last step.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Witness(BaseHook):
 
         trainer.build_hooks = build_watched_hooks  # type: ignore[method-assign]
         trainer.forward = watched_forward  # type: ignore[method-assign]
-        for operation in FILE_OPERATIONS:  # for good: this process runs nothing else
+        for operation in FILE_OPERATIONS:  # never undone, because this process runs nothing else
             setattr(FileSystem, operation, self._watched(getattr(FileSystem, operation), operation))
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
@@ -134,19 +134,19 @@ class Witness(BaseHook):
                 os.kill(os.getpid(), kill.signal)
 
     def _note(self, row: dict[str, Any]) -> None:
-        """Written before the next line of code can be the last."""
+        """Write a note at once: the next line of code may be the last."""
         plain = map_nested_tensor(_plain, row)
         with self._notes.open("a") as file:
             file.write(json.dumps(plain, default=_values) + "\n")
 
 
 def _plain(tensor: torch.Tensor) -> Any:
-    """A number, or dtype, shape and numbers; of a sharded tensor this rank's part."""
+    """A number, or dtype, shape and numbers. Of a sharded tensor: this rank's part."""
     tensor = tensor.detach()
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.item() if local.dim() == 0 else [str(local.dtype), list(local.shape), local.reshape(-1).tolist()]
 
 
 def _values(value: Any) -> Any:
-    """An array as lists of numbers; anything else that JSON does not have, as text."""
+    """An array as lists of numbers. Other values that JSON doesn't support, as text."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
