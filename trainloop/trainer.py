@@ -158,7 +158,7 @@ class BaseTrainer(Evaluating, Recipe):
     checkpointers: list[CheckpointerHook]  # the hooks that save the run
     averagers: list[AveragingHook]  # the hooks that average the weights
 
-    # Where the run stands.
+    # The state of the run.
     step: int
     """Number of the optimizer step that began last, from 1. An exception before the update takes the step back."""
     phase: str | None  # the phase that is running, if the step has `phases`
@@ -396,7 +396,7 @@ class BaseTrainer(Evaluating, Recipe):
 
         Args:
             records: Nested images: Pillow's, tensors or numpy arrays, H x W or C x H x W, or batches N x C x H x W.
-            dry_run: As for `log`.
+            dry_run: The hooks only say what they would write.
         """
         for hook in listeners(self, "log_images", records):
             hook.on_log_images(self, records, dry_run)

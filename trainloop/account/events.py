@@ -12,20 +12,19 @@
 | --- | --- | --- |
 | begin | the run is built | hosts, processes, version, started (process start), pid, host, restart, versions, before |
 | start | the run is restored | step (resumed from; 0: fresh), settings, max_steps |
-| progress | about every 30 seconds | step, data_seconds (waits for data since the last event that has them) |
-| evaluation | after a step with one | step, seconds |
+| progress | about every 30 seconds | step, data_seconds (waits for data since the last event with this field) |
+| evaluation | after a step with an evaluation | step, seconds |
 | discarded | after a step that needed several windows | step, retries, overflows |
 | save | the save has returned | step, seconds (blocked), durable, data_seconds |
-| durable | it is known that an async save has succeeded | step, seconds (from its start) |
+| durable | an async save is known to have succeeded | step, seconds (from its start) |
 | save_failed | a save has failed | step, detail |
-| again | a life has done all steps again that were done before | step, data_seconds |
-| audit | the steps done again were compared | first, last, same, comparable; if not the same step, rank, quantity |
+| again | a life has repeated all steps of the earlier lives | step, data_seconds |
+| audit | the repeated steps were compared | first, last, same, comparable; if they differ: step, rank, quantity |
 | failed | an exception has left `train` | step, rank, error (its type), detail (its first line), lost_contact |
 | end | rank 0 leaves `train` | step, reason, detail, data_seconds |
 
-`restart` is the launcher's count of its restarts. `before` is the last word of the life before: time and step of its
-ledger, which is written more often than this file.
-A life that was killed has no "end". The last line may be cut off.
+`restart` is the launcher's count of its restarts. `before` is the last record of the life before: time and step in its
+ledger, which is written more often than this file. A life that was killed has no "end". The last line may be cut off.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ EVENTS = "events.jsonl"
 
 
 class EventLog:
-    """Appends to the events file. A disk that does not take an event does not end the run: the log says so once.
+    """Appends to the events file. If the disk fails, the run continues, and the log says so once.
 
     Args:
-        path: The file; its folder is made. None: nothing is written.
-        logger: Is told when writing fails.
+        path: The file. Its folder is made. None: nothing is written.
+        logger: For the warning when writing fails.
     """
 
     def __init__(self, path: Path | None, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self.path, self._logger = path, logger
         self.life = 0
-        """Number of the life, from 1; each event has it."""
+        """Number of the life, from 1. Each event contains it."""
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one whole line."""
+        """Append one complete line."""
         if self.path is None:
             return
         line = json.dumps(_plain({"event": event, "time": time.time(), "life": self.life, **fields}), allow_nan=False)
@@ -65,14 +64,14 @@ class EventLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                os.write(file, f"{line}\n".encode())  # one call: lines of several processes do not mix
+                os.write(file, f"{line}\n".encode())  # one call, so that lines of several processes don't mix
             finally:
                 os.close(file)
         except OSError as ex:
             self._give_up(ex)
 
     def cut_torn_line(self) -> None:
-        """Cut off the line that a killed process has left unfinished, so that the next one stands for itself."""
+        """Cut off the unfinished line of a killed process, so that the next line is separate."""
         if self.path is not None:
             try:
                 cut_torn_line(self.path)
@@ -85,10 +84,10 @@ class EventLog:
 
 
 def cut_torn_line(path: Path) -> int:
-    """Cut off the line that a killed process has left unfinished.
+    """Cut off the unfinished line of a killed process.
 
     Returns:
-        The size of the file; 0: there is none.
+        The size of the file. 0: there is no file.
     """
     try:
         with path.open("rb+") as file:

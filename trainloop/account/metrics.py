@@ -1,12 +1,12 @@
-"""The metrics file of a run: a row a step, with all numbers that were logged at it, under flat names.
+"""The metrics file of a run: one row per step, with all numbers that were logged at the step, under flat names.
 
 ```
 {"step": 10, "time": 1764149893.4, "train/loss": 0.52, "train/lr/0": 0.001}
 {"step": 20, "time": 1764149894.1, "train/loss": 0.47, "train/lr/0": 0.001, "val/loss": 0.49}
 ```
 
-Or the same as a CSV file, a column a name. A name that comes later gets a further column, for which the file is written
-anew, beside, and renamed. NaN is null in JSON, and an infinity is 1e999, which every reader takes for one.
+Or the same as a CSV file, with one column per name. If a new name appears later, the file is written again with one
+more column, and renamed. NaN is null in JSON, and infinity is 1e999, which every reader parses as infinity.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class MetricsFile:
             self.path.replace(self.path.with_suffix(f".old{self.path.suffix}"))
 
     def open(self, step: int) -> int:
-        """Cut off what belongs to steps after `step`, and a row that is not whole.
+        """Cut off the rows of steps after `step`, and an incomplete row.
 
         Returns:
-            How many rows of later steps there were.
+            The number of rows of later steps.
         """
         num_cut = self._lines.cut(step)
         self._columns, self._last = [], {}
@@ -72,7 +72,7 @@ class MetricsFile:
         return _csv_rows([_csv_line(self._columns), text])
 
     def put(self, step: int, numbers: Mapping[str, int | float]) -> None:
-        """Write the numbers of a step. Those of the step that was written last join its row."""
+        """Write the numbers of a step. If the last row has the same step, they are added to it."""
         named = {(f"logged/{name}" if name in _OWN else name): value for name, value in numbers.items()}
         if self._is_csv:
             named = {" ".join(name.splitlines()): value for name, value in named.items()}
@@ -86,7 +86,7 @@ class MetricsFile:
         self._last = row
 
     def _put_csv(self, row: Row, joins: bool) -> None:
-        if not self.path.exists():  # somebody has removed it
+        if not self.path.exists():  # somebody has removed the file
             self._columns, joins = [], False
         columns = self._columns + [name for name in row if name not in self._columns]
         line = _csv_line([_in_csv(row[name]) if name in row else "" for name in columns])
@@ -107,14 +107,14 @@ class MetricsFile:
 
 
 def read_metrics(workspace: Path | str) -> list[Row]:
-    """The rows of the metrics file in a workspace, in the order of the steps; also while the run goes on.
+    """The rows of the metrics file in a workspace, in the order of the steps. The run may still be going.
 
     Args:
-        workspace: Of the trainer; or the path of a metrics file.
+        workspace: The trainer's workspace, or the path of a metrics file.
 
     Returns:
-        The numbers that were logged at each step, under flat names as "train/loss", with "step" and "time". None if
-        there is no file.
+        The numbers that were logged at each step, under flat names such as "train/loss", with "step" and "time". Empty
+        if there is no file.
     """
     path = Path(workspace)
     files = [path] if path.suffix[1:] in FORMATS and path.is_file() else [path / f"{METRICS}.{end}" for end in FORMATS]
@@ -129,7 +129,7 @@ def read_metrics(workspace: Path | str) -> list[Row]:
 
 
 def step_in_json(line: bytes) -> int | None:
-    """The step of a line of JSON; None: it is damaged."""
+    """The step in a line of JSON. None: the line is damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""A file of lines that belong to steps, in the order of the steps. It may be read while it grows."""
+"""A file of lines that belong to steps, in the order of the steps. It can be read while it grows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..checkpoint.disk.fs import FileSystem
 from .events import cut_torn_line
 
 TEMPORARY = ".tmp-"
-"""How the name of a file begins that is still being written."""
+"""Start of the name of a file that is being written."""
 
 
 def write_whole(file: Path, content: bytes, temporary: Path | None = None) -> None:
-    """Write beside, then rename: under `file` there is all of it or nothing, also after a loss of power.
+    """Write to a temporary file, then rename: `file` is complete or doesn't exist, even after a loss of power.
 
     Args:
-        file: It is replaced if it is there. Its folder is made.
-        content: Of the file.
+        file: It is replaced if it exists. Its folder is made.
+        content: Content of the file.
         temporary: A free name on the same disk. None: one in the same folder.
     """
     disk = FileSystem()
@@ -35,25 +35,25 @@ def write_whole(file: Path, content: bytes, temporary: Path | None = None) -> No
 
 
 class StepLines:
-    """Writes such a file. Each method may raise an `OSError`; the file then is as before.
+    """Writes such a file. Each method may raise an `OSError`; the file is then unchanged.
 
-    The file is opened for each write, which takes a few microseconds, so it may be moved or replaced at any time.
+    The file is opened for each write, which takes a few microseconds. So it may be moved or replaced at any time.
 
     Args:
-        path: The file; its folder is made.
-        step_of: The step of a line, without its end; None: the line has none, as the header of a table.
+        path: The file. Its folder is made.
+        step_of: Returns the step of a line without its end. None: the line has no step, such as the header of a table.
     """
 
     def __init__(self, path: Path, step_of: Callable[[bytes], int | None]) -> None:
         self.path = path
         self._step_of = step_of
-        self._last: tuple[int, bytes] = (0, b"")  # where the last line begins, and the line
+        self._last: tuple[int, bytes] = (0, b"")  # start of the last line, and the line
 
     def cut(self, step: int) -> int:
-        """Cut off what belongs to later steps, and a line that is not whole.
+        """Cut off the lines of later steps, and an incomplete line.
 
         Returns:
-            How many lines of later steps there were.
+            The number of lines of later steps.
         """
         self._last = (0, b"")
         size = cut_torn_line(self.path)
@@ -75,18 +75,18 @@ class StepLines:
 
     @property
     def last(self) -> bytes:
-        """The last line, with its end; empty: there is none."""
+        """The last line, with its end. Empty: there is none."""
         return self._last[1]
 
     def append(self, line: bytes) -> None:
-        """Write a line, which has its end, at once."""
+        """Write a line, including its end, at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(file).st_size
             try:
                 written = os.write(file, line)
-                while written < len(line):  # the disk is full, and the next call will say so
+                while written < len(line):  # the disk is full, so the next call raises
                     written += os.write(file, line[written:])
             except BaseException:
                 with suppress(OSError):
@@ -108,7 +108,7 @@ class StepLines:
             return
         file = os.open(self.path, os.O_WRONLY)
         try:
-            os.pwrite(file, line, position)  # one call: a killed process leaves the old line or the new one
+            os.pwrite(file, line, position)  # one call, so that a killed process leaves the old line or the new one
             if len(line) < len(last):
                 os.ftruncate(file, position + len(line))
         finally:
@@ -116,12 +116,12 @@ class StepLines:
         self._last = (position, line)
 
     def rewrite(self, content: bytes) -> None:
-        """Replace the whole file, at once. Its last line is the last line of `content`."""
+        """Replace the whole file atomically. Its last line is then the last line of `content`."""
         write_whole(self.path, content)
         start = content.rfind(b"\n", 0, len(content) - 1) + 1
         self._last = (start, content[start:])
 
     def sync(self) -> None:
-        """Make what was written durable."""
+        """Make the written data durable."""
         with suppress(FileNotFoundError):
             FileSystem().sync_path(self.path)

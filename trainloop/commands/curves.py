@@ -1,4 +1,4 @@
-"""The curves of runs, from their metrics files and their events: which panels there are, and how each is drawn."""
+"""The curves of runs, from their metrics files and events: chooses the panels and draws them."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ _STYLES = ("-", "--", ":", "-.")
 
 @dataclass
 class Run:
-    """What is drawn of a run."""
+    """The data of a run that is drawn."""
 
     name: str
     curves: dict[str, tuple[list[float], list[float]]]
     """Steps and values, by the name of the metric."""
     lives: Sequence[Life] = ()
     restarts: list[int] = field(default_factory=list)
-    """The steps after which lives but the first went on."""
+    """The steps from which the later lives resumed."""
     retries: list[int] = field(default_factory=list)
     """Steps that needed several windows."""
     checkpoints: list[int] = field(default_factory=list)
 
     @property
     def last_step(self) -> int:
-        """The last one with a number."""
+        """The last step with a number."""
         return int(max(steps[-1] for steps, _ in self.curves.values()))
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The metrics that are drawn over each other."""
+    """A group of metrics that are drawn over each other."""
 
     title: str
     names: tuple[str, ...]
 
 
 def read_runs(workspaces: Sequence[Path]) -> list[Run]:
-    """The runs in some workspaces.
+    """Read the runs in some workspaces.
 
     Raises:
         ValueError: One has no metrics.
@@ -87,15 +87,15 @@ def _read_run(workspace: Path, name: str) -> Run:
 
 
 def choose_panels(runs: Sequence[Run], patterns: Sequence[str]) -> tuple[list[Panel], list[str]]:
-    """The panels, and the names that none shows.
+    """Choose the panels. Returns them, and the names that no panel shows.
 
     Args:
         runs: The runs.
-        patterns: Names of metrics, as "val/*"; a panel each. Empty: loss, validation, learning rate, gradient norm and
-            throughput, as far as there are any.
+        patterns: Names of metrics, such as "val/*", one panel each. Empty: loss, validation, learning rate, gradient
+            norm and throughput, if they exist.
 
     Raises:
-        ValueError: A pattern fits no name.
+        ValueError: A pattern matches no name.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     if patterns:
@@ -128,11 +128,11 @@ def draw_panel(ax: Any, panel: Panel, runs: Sequence[Run], theme: Theme, *, has_
     """Draw a panel.
 
     Args:
-        ax: The axes of matplotlib.
-        panel: What it shows.
-        runs: The runs, a colour each; of a single one, each metric has a colour.
+        ax: The matplotlib axes.
+        panel: The panel.
+        runs: The runs, each with a colour. If there is only one, each metric has a colour.
         theme: The colours.
-        has_marks: Whether checkpoints and retries are marked too; restarts always are.
+        has_marks: Whether checkpoints and retries are marked too. Restarts always are.
     """
     drawn: list[float] = []
     for i, run in enumerate(runs):
@@ -155,7 +155,7 @@ def draw_panel(ax: Any, panel: Panel, runs: Sequence[Run], theme: Theme, *, has_
     ax.set_title(panel.title, fontsize=11, loc="left", fontweight="bold", color=theme.text)
     ax.set_xlabel("step", fontsize=9)
     style_axes(ax, theme)
-    by_label = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # a mark of several runs is there once
+    by_label = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # one entry per mark for all runs
     if len(by_label) > 1:
         place = {"loc": "upper left", "bbox_to_anchor": (0, -0.2), "borderaxespad": 0.0}
         legend = ax.legend(by_label.values(), by_label, ncols=3, fontsize=8, frameon=False, **place)

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib, the colours of a light and of a dark page, and how axes look."""
+"""Shared by all pictures: matplotlib, the colours of a light and a dark page, and the look of axes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_POINTS = 4000  # of a curve
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours. People who do not see all colours can tell those of a series apart."""
+    """Colours. Colour-blind people can distinguish those of a series."""
 
     background: str
     text: str
@@ -59,7 +59,7 @@ def style_axes(ax: Any, theme: Theme, grid: str = "both") -> None:
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most about `MAX_POINTS` points of a curve: the lowest and the highest one of each stretch, so spikes stay."""
+    """At most about `MAX_POINTS` points of a curve: the lowest and highest of each stretch, so that spikes stay."""
     size = 2 * -(-len(xs) // MAX_POINTS)
     if size <= 2:
         return list(xs), list(ys)

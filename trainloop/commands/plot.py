@@ -1,4 +1,4 @@
-"""`trainloop plot`: the curves of one or several runs, as a picture or as a page."""
+"""`trainloop plot`: the curves of one or several runs, as a picture or a page."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ figure svg text { font-family: system-ui, sans-serif }
 
 
 def page(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
-    """One HTML page that needs no other file, light or dark as the reader's system is."""
+    """One HTML page that needs no other file. It is light or dark, like the reader's system."""
     title = html.escape(", ".join(run.name for run in runs))
     figures = "\n".join(
         f'<figure aria-label="{html.escape(panel.title)}">{_svg(panel, runs, has_marks=i == 0)}</figure>'
@@ -136,13 +136,13 @@ def _style() -> str:
 
 
 def _svg(panel: Panel, runs: Sequence[Run], *, has_marks: bool) -> str:
-    """A panel as inline SVG, whose colours are the page's variables."""
+    """A panel as inline SVG. Its colours are variables of the page."""
     figure = make_figure(_PANEL, LIGHT, _ASKED_BY)
     import matplotlib
 
     draw_panel(figure.subplots(), panel, runs, LIGHT, has_marks=has_marks)
     content = io.StringIO()
-    # Identifiers differ from panel to panel, since all are in one page. Text stays text.
+    # Identifiers must differ between panels, because all panels are in one page. Text stays text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
         figure.savefig(content, format="svg", facecolor=LIGHT.background, metadata={"Date": None})
     svg = content.getvalue()

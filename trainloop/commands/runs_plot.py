@@ -1,4 +1,4 @@
-"""The picture of a run: its lives over time, and below them the loss."""
+"""Draws the picture of a run: its lives over time, and the loss below them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..account.ledger import LEDGER, read_ledger
 from ..account.lives import FAILURES, Life
 from .pictures import DARK, FAILURE, LIGHT, Theme, make_figure, style_axes, thinned
 
-_COLOURS = {  # by Wong, told apart by people who do not see all colours; legible on white and on black
+_COLOURS = {  # Wong's colours: colour-blind people can distinguish them; legible on white and on black
     "done again": "#E69F00",
     "saving": "#009E73",
     "evaluating": "#CC79A7",
     "starting": "#999999",
 }
-_MAX_ROWS = 12  # of lives that are named
+_MAX_ROWS = 12  # lives that are named
 _UNITS = ((3 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
 
 
@@ -27,9 +27,9 @@ def draw(run: Sequence[Life], workspace: Path, path: Path, *, is_dark: bool = Fa
 
     Args:
         run: Its lives.
-        workspace: Has its ledger, for the loss.
+        workspace: Its workspace, which has the ledger with the loss.
         path: A .png or .svg file.
-        is_dark: For a dark page.
+        is_dark: Whether to use a dark background.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -68,7 +68,7 @@ def _draw_lives(ax: Any, run: Sequence[Life], start: float, scale: float, colour
 
 
 def _segments(life: Life, before: Sequence[Life]) -> list[tuple[str, float, float]]:
-    """What was done from when to when; later ones are drawn over earlier ones."""
+    """Categories of a life, each with its begin and end. Later segments are drawn over earlier ones."""
     ready = life.ready if life.ready is not None else life.ended
     segments = [("starting", life.started, ready), ("training", ready, life.ended)]
     highest = max((other.step for other in before), default=0)
@@ -83,8 +83,8 @@ def _segments(life: Life, before: Sequence[Life]) -> list[tuple[str, float, floa
 
 
 def _losses(run: Sequence[Life], workspace: Path) -> dict[int, tuple[list[float], list[float]]]:
-    """Times and losses by life, of rank 0, for those that have read any. The ledger has no times: they are
-    interpolated between the events.
+    """Times and losses of rank 0 by life, for lives with losses. The ledger has no times, so they are interpolated
+    between the events.
     """
     curves = {}
     recorded = {life.number: life for life in read_ledger(workspace / LEDGER, 0)}
@@ -100,7 +100,7 @@ def _losses(run: Sequence[Life], workspace: Path) -> dict[int, tuple[list[float]
 
 
 def _marks(life: Life) -> list[tuple[int, float]]:
-    """Steps that were over at a known time, ascending."""
+    """Steps with a known end time, ascending."""
     assert life.ready is not None
     marks = [(life.start_step, life.ready)]
     for event in life.events:

@@ -61,7 +61,7 @@ class IndexedSource:
         """Whether the next `open` also fetches the samples that the ranks compare."""
         self._iterator: Iterator[Any] | None = None
         self._bad_samples_ahead: deque[list[BadSample]] = deque()
-        """Of the batches that were fetched and not yet consumed."""
+        """Bad samples of each batch that was fetched but not consumed."""
 
     @property
     def epoch(self) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..trainer import BaseTrainer
 
-_MAX_NAME_BYTES = 255  # what the usual file systems take
+_MAX_NAME_BYTES = 255  # limit of the usual file systems
 
 
 class ImageFileLoggerHook(BaseHook):
@@ -61,7 +61,7 @@ class ImageFileLoggerHook(BaseHook):
     def on_before_train(self, trainer: BaseTrainer) -> None:
         if trainer.accelerator.is_main_process:
             root = self._root(trainer)
-            root.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before the first step
+            root.mkdir(parents=True, exist_ok=True)  # fails before the first step if the folder can't be made
             for leftover in root.glob(f"{TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The logged numbers as a file of the workspace, a row a step."""
+"""Writes the logged numbers into a file of the workspace, one row per step."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 class MetricsFileHook(BaseHook):
-    """Writes every logged number into the workspace, on rank 0: `metrics.jsonl` or `metrics.csv`, a row a step.
+    """Writes every logged number into the workspace, on rank 0: `metrics.jsonl` or `metrics.csv`, one row per step.
 
-    The names are the nested keys, joined: "train/loss". pandas reads the file at any time, also while the run goes on:
+    The names are the nested keys, joined: "train/loss". pandas can read the file at any time, also during the run:
     `pd.read_json(file, lines=True)` or `pd.read_csv(file)`. `trainloop plot` draws it.
 
-    Each step is there once, however often the run is killed: a resumed run first cuts off the rows of the steps that
-    it will do again, and a row that was not written whole. A save makes the rows durable before the checkpoint is
-    there. What the disk refuses is logged and tried again with the next row, and training goes on.
+    Each step appears once, however often the run is killed: a resumed run first cuts off the rows of the steps that it
+    will repeat, and an incomplete row. A save makes the rows durable before the checkpoint exists. If the disk fails,
+    the error is logged and the rows are written with the next row; training continues.
 
-    A run that begins at step 0 moves the file of the run before aside, to `metrics.old.jsonl` or `metrics.old.csv`.
+    A run that begins at step 0 renames the file of an earlier run to `metrics.old.jsonl` or `metrics.old.csv`.
 
     Args:
-        format: "jsonl" or "csv". A CSV file is written anew whenever a name is logged for the first time.
+        format: "jsonl" or "csv". A CSV file is written again whenever a name is logged for the first time.
 
     Raises:
-        ValueError: `format` is neither.
+        ValueError: `format` is neither of them.
     """
 
     needs_workspace = True
@@ -41,9 +41,9 @@ class MetricsFileHook(BaseHook):
             raise ValueError(f"`format` must be one of {FORMATS}, but is {format!r}.")
         self.format = format
         self._file: MetricsFile | None = None
-        self._row: tuple[int, dict[str, int | float]] | None = None  # step and numbers, of the step that is on
-        self._waiting: list[tuple[int, dict[str, int | float]]] = []  # rows that the disk has refused
-        self._cut_after: int | None = None  # rows of later steps are still to be cut off
+        self._row: tuple[int, dict[str, int | float]] | None = None  # step and numbers of the current step
+        self._waiting: list[tuple[int, dict[str, int | float]]] = []  # rows that could not be written yet
+        self._cut_after: int | None = None  # rows of later steps must still be cut off
         self._guard = Guard("The metrics file", "What is logged waits, and is tried again with the next row.")
 
     def claims(self, workspace: Path) -> list[tuple[str, str]]:
@@ -63,7 +63,7 @@ class MetricsFileHook(BaseHook):
         self._cut(trainer)
 
     def _cut(self, trainer: BaseTrainer) -> None:
-        """Drop what belongs to steps that will be done again."""
+        """Drop the rows of steps that will be repeated."""
         self._cut_after = trainer.step
         self._waiting = [row for row in self._waiting if row[0] <= trainer.step]
         if self._row is not None and self._row[0] > trainer.step:
@@ -83,7 +83,7 @@ class MetricsFileHook(BaseHook):
         else:
             self._flush(trainer)
             self._row = (trainer.step, numbers)
-        if not trainer._feed.is_started:  # before the loop, or after it: no event of a step follows
+        if not trainer._feed.is_started:  # before or after the loop, when no event of a step follows
             self._flush(trainer)
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
@@ -102,7 +102,7 @@ class MetricsFileHook(BaseHook):
         self._flush(trainer)
 
     def _flush(self, trainer: BaseTrainer) -> None:
-        """Write what waits. Rank 0."""
+        """Write the waiting rows. Rank 0."""
         if self._row is not None:
             self._waiting.append(self._row)
             self._row = None
