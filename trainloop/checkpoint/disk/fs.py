@@ -85,7 +85,7 @@ class FileSystem:
             raise
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a file, a link, or a folder with its content."""
+        """Remove `path`: a file, a link, or a folder with its content."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
