@@ -5,14 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
+
+from trainloop.testing import lives
 
 REPOSITORY = Path(__file__).parents[1]
 COMMON = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -43,6 +48,10 @@ FORMS: dict[str, list[str]] = {
 GPU: on a CPU, Accelerate makes a plain process of it."""
 
 NUM_PROCESSES = {"single": 1, "ddp2": 2, "ddp3": 3, "fsdp1": 1, "fsdp2": 2, "fsdp3": 3, "hsdp2x2": 4}
+
+
+PRELOADED = ["accelerate.commands.launch", *lives._PRELOADED]
+"""What the server has imported from which `launch` and `trainloop.testing` fork; a process has one such server."""
 
 
 def free_port() -> int:
@@ -77,22 +86,47 @@ def launch(
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run `script` in `form` to its end; with `check`, an exit code other than 0 fails with what it printed."""
-    process = subprocess.Popen(
-        command(script, form, args, launch_args),
-        env=environment(**(env or {})),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill_tree(process.pid)
-        output, _ = process.communicate()
-        raise AssertionError(f"{script.name} in form {form} hung for {timeout} s:\n{output[-4000:]}") from None
-    if check and process.returncode != 0:
-        raise AssertionError(f"{script.name} in form {form} ended with {process.returncode}:\n{output[-6000:]}")
-    return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+    arguments = command(script, form, args, launch_args)[3:]  # without `python -m accelerate.commands.launch`
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_run_launcher, args=(arguments, environment(**(env or {})), writer))
+    with reader:
+        process.start()
+        writer.close()
+        output = _read_to_end(reader.fileno(), time.monotonic() + timeout)
+        if output is None:
+            kill_tree(process.pid or 0)
+            output = _read_to_end(reader.fileno(), time.monotonic() + 60) or ""
+            raise AssertionError(f"{script.name} in form {form} hung for {timeout} s:\n{output[-4000:]}")
+    process.join()
+    code = process.exitcode or 0
+    if check and code != 0:
+        raise AssertionError(f"{script.name} in form {form} ended with {code}:\n{output[-6000:]}")
+    return subprocess.CompletedProcess(arguments, code, output, "")
+
+
+def _run_launcher(arguments: list[str], env: dict[str, str], output: Connection) -> None:
+    """What `python -m accelerate.commands.launch` does, in a process that has imported it already."""
+    from accelerate.commands import launch as launcher
+
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv[1:] = arguments
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    output.close()
+    launcher.main()
+
+
+def _read_to_end(descriptor: int, deadline: float) -> str | None:
+    """What is written until the last writer has closed the pipe; None: it is open at the deadline."""
+    chunks = []
+    while select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
+        chunks.append(os.read(descriptor, 65536))
+        if not chunks[-1]:
+            return b"".join(chunks).decode(errors="replace")
+    return None
 
 
 def kill_tree(pid: int) -> None:
