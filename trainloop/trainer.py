@@ -61,8 +61,7 @@ class BaseTrainer(Evaluating, Recipe):
     gradient comes from exactly `gradient_accumulation_steps` micro-batches on each process.
 
     Args:
-        max_steps: Total number of optimizer steps. A resumed run continues up to it. None: only `max_epochs` ends the
-            run.
+        max_steps: Number of optimizer steps, including those before a resume. None: only `max_epochs` ends the run.
         grad_clip: Limit of the gradient's 2-norm. None: the norm is measured, but nothing is clipped. With `phases`,
             this is the limit of each phase, or a mapping from phase names to limits.
         max_non_finite_grad_retries: How often a step with a non-finite gradient is tried again with new data before
@@ -72,8 +71,7 @@ class BaseTrainer(Evaluating, Recipe):
         gradient_accumulation_steps: Micro-batches a step. None: the value of the launch, else 1.
         workspace: Folder that hooks write to. A relative path is resolved when the trainer is constructed.
         device: "cpu" forces the CPU. None: Accelerate chooses.
-        no_sync_accumulate: False: reduce gradients at each micro-batch. This needs less memory (FSDP2) and more
-            communication.
+        no_sync_accumulate: False: reduce gradients at each micro-batch: less memory (FSDP2), more communication.
         state_dict_options: Options for `state_dict` and `load_state_dict`.
         logger: None: the logger "trainloop", on rank 0; it gets a handler if logging is not configured.
         accelerator: An accelerator that the script already has. None: `build_accelerator` makes one.
@@ -239,10 +237,8 @@ class BaseTrainer(Evaluating, Recipe):
 
         Raises:
             NonFiniteGradientError: See `max_non_finite_grad_retries`.
-            RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the ranks train different
-                models by now.
-            TrainingError: `forward` returned no loss for a whole epoch. Or a rank is gone or hangs; the message names
-                it.
+            RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the models have diverged.
+            TrainingError: A whole epoch gave no loss. Or a rank is gone or hangs; the message names it.
         """
         with reported_failure(self):
             self._build()

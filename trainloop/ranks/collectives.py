@@ -63,8 +63,8 @@ def host_group() -> Any:
 
 
 def _end_groups() -> None:
-    """End gloo's threads before the interpreter ends. If a thread then frees a tensor, it aborts the process, and a
-    successful launch fails ("terminate called without an active exception"). No communication.
+    """End gloo's threads before the interpreter ends. A thread that frees a tensor during that end aborts the process,
+    and a successful launch fails ("terminate called without an active exception"). No communication.
 
     This is needed even if the script has ended the groups (`Accelerator.end_training`): a group's threads live as long
     as anybody holds the group, as we do with ours. It is not done after an uncaught exception: a thread may still wait
