@@ -44,7 +44,7 @@ class Expected:
     @classmethod
     def of(cls, lives: Iterable[LedgerLife], start_step: int) -> Expected:
         """The records of a run's lives for the steps after `start_step`. Later lives win. If two of them differ, the
-        rest of the older one is left out, because the run has taken another way since then.
+        rest of the older one is left out, because the run has diverged from it.
         """
         expected = cls()
         for life in lives:

@@ -109,10 +109,10 @@ def cut_torn_line(path: Path) -> int:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a file in the order in which they were written. What is cut off or damaged is left out.
+    """The events of a file in the order in which they were written. Incomplete or damaged lines are skipped.
 
     Args:
-        path: The file, or the workspace that has it. There are no events if there is no file.
+        path: The file, or the workspace that has it. If the file doesn't exist, the result is empty.
     """
     path = path / EVENTS if path.is_dir() else path
     try:
@@ -123,7 +123,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:  # of UTF-8 as well
+        except ValueError:  # from JSON or UTF-8
             continue
         if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
             events.append(event)
@@ -135,7 +135,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Infinities and NaN as text, since JSON has none; what else it does not have, as text too."""
+    """A value that JSON can represent. Infinity, NaN and objects of other types become text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -158,10 +158,9 @@ def split_runs(lives: Sequence[Life]) -> list[list[Life]]:
 
 def failures_at_same_step(lives: Sequence[Life]) -> tuple[int, int]:
     """The step at which the last life failed, and how many consecutive lives, up to the last one, have failed there.
-    Leave out a life that is still running.
 
     Args:
-        lives: From `read_lives`.
+        lives: From `read_lives`, without a life that is still running.
 
     Returns:
         Step and number of lives. (0, 0): the last life did not fail.

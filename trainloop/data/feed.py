@@ -155,8 +155,8 @@ class DataFeed:
         return self._ahead is not None and self._ahead.is_empty and self._source.has_ready_batch()
 
     def look_ahead(self) -> None:
-        """Fetch the next batch, which `can_look_ahead` says is there, and start to copy it to the device. Its position
-        is counted, and its exception raised, when it is drawn.
+        """Fetch the next batch, and start to copy it to the device. Call only if `can_look_ahead`. The
+        batch counts as consumed when it is drawn, and an exception from fetching it is raised then.
         """
         assert self._ahead is not None
         self._ahead.fetch(self._next)

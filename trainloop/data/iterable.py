@@ -77,7 +77,7 @@ class IterableSource:
         self._position += 1
 
     def has_ready_batch(self) -> bool:
-        return False  # the loader counts what it has given, and may draw from the generators of this process
+        return False  # fetching ahead would change its own position, and perhaps the random generators
 
     def compared_checksum(self) -> int | None:
         return None

@@ -28,7 +28,7 @@ def looks_ahead(device: torch.device) -> bool:
 
 
 class LookAhead:
-    """Holds at most one batch.
+    """Fetches the next batch, and keeps it until it is taken.
 
     Args:
         device: The device for the batches. `looks_ahead` must be true for it.
