@@ -77,7 +77,7 @@ class IterableSource:
         self._position += 1
 
     def has_ready_batch(self) -> bool:
-        return False  # fetching ahead would change its own position, and perhaps the random generators
+        return False  # fetching ahead would change the loader's own position, and perhaps this process's generators
 
     def compared_checksum(self) -> int | None:
         return None

@@ -14,8 +14,8 @@ from .adapters import adapters_text, config_of
 def texts_beside(model: nn.Module, groups: Iterable[str], *, is_partial: bool = False) -> dict[str, str]:
     """The texts that a checkpoint has beside the weights of each group, by path.
 
-    A model with peft's adapters has a `peft.json` and no `config.json`. Without frozen parameters, there is no
-    `config.json` either: `from_pretrained` would load the folder, with random values for the missing weights.
+    A model with peft's adapters has a `peft.json` and no `config.json`. If frozen parameters are left out,
+    there is no `config.json` either: `from_pretrained` would fill in random values for the missing weights.
 
     Args:
         model: The model without its wrappers.
