@@ -38,11 +38,24 @@ def test_the_phases_are_those_of_a_plain_loop(game: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", ["ddp2", "fsdp2"])
 def test_the_phases_on_two_ranks(form: str, tmp_path: Path) -> None:
-    """The same under DDP and FSDP2, and bit for bit after a resume. FSDP2 says what a gradient penalty needs there."""
-    launch(WORKER, form, str(tmp_path), form)
-    *games, told = [*json.loads((tmp_path / "done.json").read_text()), *([""] if form == "ddp2" else [])]
+    """The same under DDP and FSDP2, and bit for bit after a resume. FSDP2 says what a gradient penalty needs there.
+    Phases that differ between the ranks are an error on all of them before the window, also if only one has changed.
+    """
+    launch(WORKER, form, str(tmp_path), form, timeout=120)
+    *games, penalty = [*json.loads((tmp_path / "done.json").read_text()), *([""] if form == "ddp2" else [])]
     assert games == [["dcgan", "mapping"], ["vqgan", "mapping"], ["vqgan", "whole"]]
-    assert form == "ddp2" or "call `set_reshard_after_forward(False)` and `set_reshard_after_backward(False)`" in told
+    both, one = zip(*(json.loads((tmp_path / f"errors{rank}.json").read_text()) for rank in range(2)), strict=True)
+    text = "Step 3: `phases` and calls of `set_trainable` must be the same on every rank, at the same step, but are not"
+    told = f"{text} (rank 0: phases ('generator',); rank 1: phases ('generator', 'discriminator'))."
+    assert both == (["RankDisagreementError", told, 2],) * 2
+    told = f"{text} (rank 1: phases ('generator', 'discriminator'); rank 0: goes on as before)."
+    assert one[1] == ["RankDisagreementError", told, 2]
+    assert one[0][0] == "TrainingError"
+    assert "Rank 1 (process " in one[0][1]
+    assert f"ended with RankDisagreementError: {told}" in one[0][1]
+    assert (
+        form == "ddp2" or "call `set_reshard_after_forward(False)` and `set_reshard_after_backward(False)`" in penalty
+    )
 
 
 def test_events_and_records_of_a_phase() -> None:

@@ -173,6 +173,9 @@ class AveragingHook(BaseHook):
         allowed. Must not change the weights.
         """
 
+    def follow_trainable(self, trainer: BaseTrainer) -> None:
+        """Other parameters are trained from the next window on. Every rank, before that window."""
+
 
 _WRITERS = {
     "log": "MetricsFileHook, WandbHook, TrackerHook",

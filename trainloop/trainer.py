@@ -30,11 +30,12 @@ from .hook import AveragingHook, BaseHook, CheckpointerHook, listeners
 from .paths import parse_absolute_path
 from .ranks.control import Control
 from .ranks.failure import reported_failure
-from .ranks.peers import Peers
+from .ranks.peers import IN_WINDOW, Peers
 from .recipe import Recipe
 from .records import Records
 from .setup import arguments, factories, launch
 from .setup.building import build
+from .setup.trainable import Trainable
 from .state.live import model_state, unwrap
 from .state.training import load_whole_state, restore_run, run_state, start_data
 from .step.agreement import Agreement
@@ -180,6 +181,7 @@ class BaseTrainer(Evaluating, Recipe):
     _gradients: Gradients
     _update: Update
     _phases: Phases
+    _trainable: Trainable
     _window: Window
     _agreement: Agreement
     _built_model: BuiltModel
@@ -263,6 +265,7 @@ class BaseTrainer(Evaluating, Recipe):
             self.peers.enter("hooks")
             for hook in self.hooks:
                 hook.on_before_step(self)
+            self._trainable.take_effect()
             start = time.perf_counter()
             for phase in self._phases.of_step():  # usually one; a GAN has several
                 with phase:
@@ -277,6 +280,7 @@ class BaseTrainer(Evaluating, Recipe):
         self.peers.enter("hooks")
         for hook in self.hooks:
             hook.on_after_step(self)
+        self._trainable.take_effect()
 
     def _run_phase(self, phase: Phase) -> None:
         while not self._run_window():
@@ -293,7 +297,7 @@ class BaseTrainer(Evaluating, Recipe):
 
     def _run_window(self) -> bool:
         """Run one window and clip its gradient. Return whether the gradient can be applied."""
-        self.peers.enter("forward and backward")
+        self.peers.enter(IN_WINDOW)
         self._window.run()
         self.control.start(self._window.skipped, self._agreement.checksum(), self._feed.num_epochs_done)
         norm = self._gradients.norm()
@@ -396,6 +400,22 @@ class BaseTrainer(Evaluating, Recipe):
         """
         for hook in listeners(self, "log_images", records):
             hook.on_log_images(self, records, dry_run)
+
+    def set_trainable(self, patterns: Iterable[str] | str) -> None:
+        """Train the parameters whose names match, from the next step on, and freeze the others. Call it with the same
+        patterns on every rank: before `train`, or in a hook's `on_before_step` or `on_after_step`. A resume goes on
+        with what was trained when the checkpoint was saved, whatever `build_model` has frozen.
+
+        Args:
+            patterns: Names as of `named_parameters`, or patterns in which `*` stands for any characters, dots too:
+                `["head.*", "layers.11.*"]`. Each must match. The optimizer must have the parameters already.
+
+        Raises:
+            RuntimeError: A step is under way.
+            ValueError: A pattern matches nothing, or a parameter that matches cannot be trained.
+        """
+        self._build()
+        self._trainable.select(patterns)
 
     def request_stop(self, reason: str | None = None) -> None:
         """End the run early, after the same step on all ranks. Call on any rank.

@@ -6,6 +6,7 @@ Arguments: the folder for the results, and the form of the launch.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook
+from trainloop import BaseHook, BaseTrainer, CheckpointingHook, EmaHook, TrainingError
 from trainloop.ranks import collectives
 
 STEPS = 6
@@ -241,6 +242,29 @@ def compare(game: str, form: str, folder: Path) -> None:
         assert torch.equal(a, b) or is_own_buffer, name
 
 
+class Differs(Game):
+    """From step 3 on, rank 1 runs the phases in another order, and the other ranks as before or one phase only."""
+
+    def __init__(self, others: tuple[str, ...]) -> None:
+        self.others = others
+        super().__init__("dcgan")
+
+    def phases(self) -> tuple[str, ...]:
+        names = super().phases()
+        if self.step < 3:
+            return names
+        return names[::-1] if collectives.rank() == 1 else self.others
+
+
+def error_of(others: tuple[str, ...]) -> list[Any]:
+    trainer = Differs(others)
+    try:
+        trainer.train()
+    except TrainingError as ex:
+        return [type(ex).__name__, str(ex), trainer.step]
+    raise AssertionError("no error")
+
+
 def main() -> None:
     folder, form = Path(sys.argv[1]), sys.argv[2]
     done: list[Any] = []
@@ -254,6 +278,10 @@ def main() -> None:
             done.append(str(ex))
     if collectives.rank() == 0:
         (folder / "done.json").write_text(json.dumps(done))
+    errors = [error_of(("generator",))]
+    errors.append(error_of(("discriminator", "generator")))  # last: rank 0 hears of it when rank 1 is gone
+    (folder / f"errors{collectives.rank()}.json").write_text(json.dumps(errors))
+    os._exit(0)  # as after an exception that nobody has caught: without waiting for what the other rank is in
 
 
 if __name__ == "__main__":

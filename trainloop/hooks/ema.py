@@ -33,9 +33,9 @@ _COARSE = (torch.float16, torch.bfloat16)
 class EmaHook(AveragingHook):
     """Averages the weights over the steps: `average = decay * average + (1 - decay) * weights` after each update.
 
-    Each rank averages its own shards, without communication, host sync, or a copy of the module. Frozen parameters are
-    not averaged, and buffers are those of the model. As in torch's `AveragedModel`, the first update copies the
-    weights. A discarded window is not an update. For fp16 and bf16 parameters the average is kept in fp32.
+    Each rank averages its own shards, without communication, host sync, or a copy of the module. Parameters that were
+    never trained are not averaged, and buffers are those of the model. As in torch's `AveragedModel`, the first update
+    copies the weights. A discarded window is not an update. For fp16 and bf16 parameters the average is kept in fp32.
 
     In a checkpoint the average is in the folder `name`, in the same format as `model/`. It can be resumed at any number
     of processes, and `python -m trainloop checkpoints export --group ema` exports it as a model.
@@ -108,7 +108,8 @@ class EmaHook(AveragingHook):
         self._constants = loose_tensors(self._unwrapped)
         named = trainer.named_parameters()
         prefix = "" if self.module is None else f"{self.module}."
-        self._params = {name: p.detach() for name, p in named.items() if p.requires_grad and name.startswith(prefix)}
+        trained = trainer._trainable.so_far
+        self._params = {name: p.detach() for name, p in named.items() if name in trained and name.startswith(prefix)}
         if not self._params:
             raise ValueError(
                 f"`module` of EmaHook is {self.module!r}, but the model has no parameters to train in a part of that"
@@ -117,14 +118,30 @@ class EmaHook(AveragingHook):
         first_names = {p: name for name, p in named.items()}
         tied = self._unwrapped.named_parameters(remove_duplicate=False)
         self._first_names = {clean_name(name): first_names[p] for name, p in tied}
+        self._begin_averages({})
+
+    def _begin_averages(self, known: dict[str, torch.Tensor]) -> None:
+        """Make the averages of `_params`: take the known ones over, and copy the weights of the others."""
         # These lists are made once: for many small tensors, making them costs more than the update.
         self._weights = [local_tensor(param) for param in self._params.values()]
         self._averages = [
-            weight.to(self._device or weight.device, torch.float32 if weight.dtype in _COARSE else None, copy=True)
-            for weight in self._weights
+            known[name]
+            if name in known
+            else weight.to(self._device or weight.device, torch.float32 if weight.dtype in _COARSE else None, copy=True)
+            for name, weight in zip(self._params, self._weights, strict=True)
         ]
         pairs = zip(self._averages, self._weights, strict=True)
         self._is_direct = all((a.dtype, a.device) == (w.dtype, w.device) for a, w in pairs)
+
+    def follow_trainable(self, trainer: BaseTrainer) -> None:
+        # Of what was frozen until now, the average is the weight. What is frozen from now on goes on being averaged.
+        self._bind(trainer)
+        known = dict(zip(self._params, self._averages, strict=True))
+        prefix, trained = "" if self.module is None else f"{self.module}.", trainer._trainable.so_far | known.keys()
+        named = trainer.named_parameters()
+        self._params = {name: p.detach() for name, p in named.items() if name in trained and name.startswith(prefix)}
+        self._begin_averages(known)
+        self._copy = None
 
     # ------------------------------------------------------------------ the average
 

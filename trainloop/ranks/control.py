@@ -17,6 +17,8 @@ REQUESTS = ("exit_signal", "stop", "checkpoint", "save_failed", "bad_samples")
 DEADLINE = 256 + signal.SIGTERM
 """An exit signal that nobody has sent: the run's time is up. The run exits as after SIGTERM."""
 
+NOT_ALIKE = "`phases` and calls of `set_trainable` must be the same on every rank, at the same step, but are not"
+
 _NOTHING = [0] * (len(REQUESTS) + 1)  # and no skipped micro-batch
 
 
@@ -83,12 +85,13 @@ class Control:
             if exit_signal := alarm():
                 self.ask("exit_signal", exit_signal)
 
-    def start(self, skipped: Sequence[int], checksum: int = 0, num_epochs_done: int = 0) -> None:
+    def start(self, skipped: Sequence[int] | str, checksum: int = 0, num_epochs_done: int = 0) -> None:
         """Send this rank's message, without waiting for the others. Call on every rank once a window, after its work is
         queued: the exchange over gloo then runs while the device computes.
 
         Args:
-            skipped: The draws of the window that gave no loss on this rank. They must be the same on all ranks.
+            skipped: The draws of the window that gave no loss on this rank. They must be the same on all ranks. Or,
+                before a window, what this rank is about to do (see `alike`).
             checksum: Checksum of everything else that must be the same on all ranks.
             num_epochs_done: Number of epochs of its data that this rank has completed.
         """
@@ -96,7 +99,7 @@ class Control:
         # The dict is replaced before it is read: a signal may come between any two lines, and must not be lost.
         asked, self._asked = self._asked, dict.fromkeys(REQUESTS, 0)
         values = [asked[request] for request in REQUESTS]
-        self._skipped = list(skipped)
+        self._skipped = skipped if isinstance(skipped, str) else list(skipped)
         pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
         self.num_epochs_done = num_epochs_done
         self._usual = [*_NOTHING, checksum, num_epochs_done]
@@ -121,6 +124,9 @@ class Control:
         self.num_epochs_done = min(epochs)
         if len(set(patterns)) > 1:
             skipped = collectives.gather_objects(self._skipped)
+            if any(isinstance(one, str) for one in skipped):
+                told = "; ".join(f"rank {rank}: {one or 'goes on as before'}" for rank, one in enumerate(skipped))
+                raise RankDisagreementError(f"Step {step}: {NOT_ALIKE} ({told}).")
             told = "; ".join(f"rank {rank}: {draws or 'none'}" for rank, draws in enumerate(skipped))
             raise RankDisagreementError(
                 f"Step {step}: `forward` returned None for different micro-batches on different ranks (draws of the"

@@ -34,10 +34,9 @@ from .roll_call import await_all
 ENDED = "ended with"
 """The start of a status that the rank itself has reported."""
 
-_IS_GONE = "is gone"
-_IS_SILENT = "does not answer"
-_NO_ANSWERS = (_IS_GONE, _IS_SILENT)
+_NO_ANSWERS = _IS_GONE, _IS_SILENT = "is gone", "does not answer"
 _HANGS = "has been in step"
+IN_WINDOW = "forward and backward"
 _ANSWER_SECONDS = 3.0  # a living rank answers in milliseconds, also from within a collective
 _ASK_SECONDS = 10.0  # limit for asking all ranks
 _SETTLE_SECONDS = 5.0  # within this time, the ranks reach the timeout of the same collective
@@ -61,14 +60,13 @@ class Address(NamedTuple):
 
 
 class State(NamedTuple):
-    """A rank's answer: its step and phase, and how many seconds it has been in them. `gave_up`: it has lost contact, so
-    it was waiting for others.
-    """
+    """A rank's answer: its step and phase, and the seconds in them. A rank that `gave_up` has lost contact."""
 
     step: int
     phase: str
     seconds: float
     gave_up: bool
+    num_agreements: int
 
     def __str__(self) -> str:
         return f"{_HANGS} {self.step}, {self.phase}, for {self.seconds:.1f} s"
@@ -81,10 +79,11 @@ class Peers:
         step: The optimizer step that this rank is in.
         gone: The ranks that `explain` has found to be gone.
         is_ending: Whether this rank has noticed that it fails as well.
+        num_agreements: How often this rank has called `alike.agree`.
     """
 
     def __init__(self) -> None:
-        self.step = 0
+        self.step = self.num_agreements = 0
         self._phase, self._since = "the start", time.monotonic()
         self._addresses: list[Address] = []
         self._token = ""
@@ -248,6 +247,11 @@ class Peers:
             if rank != this_rank and place.ip and (not place.ip.startswith("127.") or place.host == here)
         ]
 
+    def ask_next(self) -> tuple[int, State | str]:
+        """The next rank, and what it answers. Its cost does not grow with the number of ranks."""
+        rank = (collectives.rank() + 1) % collectives.world_size()
+        return rank, self._ask([rank], {}).get(rank, _IS_SILENT) if rank in self._askable() else _IS_SILENT
+
     def _ask(self, ranks: list[int], request: Mapping[str, Any]) -> dict[int, State | str]:
         """The answers by rank: the state of a rank, or a text if it didn't answer."""
         line = json.dumps({**request, "token": self._token}).encode() + b"\n"
@@ -297,7 +301,7 @@ class Peers:
                     file.write(json.dumps(self._state()).encode() + b"\n")
 
     def _state(self) -> State:
-        return State(self.step, self._phase, time.monotonic() - self._since, self._gave_up)
+        return State(self.step, self._phase, time.monotonic() - self._since, self._gave_up, self.num_agreements)
 
     def _end_if_stuck(self, server: socket.socket) -> None:
         """End this process if it doesn't notice that the run is over. Its launcher only notices processes that have

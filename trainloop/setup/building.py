@@ -21,6 +21,7 @@ from . import factories
 from .frozen_helpers import build_frozen, check_frozen
 from .preparing import prepare
 from .report import announce
+from .trainable import Trainable
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -63,6 +64,7 @@ def build(trainer: BaseTrainer) -> None:
     trainer._agreement = Agreement(trainer, trainer._feed)
     sums_frozen = any(hook.trainable_only for hook in trainer.checkpointers)
     trainer._built_model = BuiltModel.of(trainer.unwrapped_model, sums_frozen=sums_frozen)
+    trainer._trainable = Trainable(trainer)
     trainer._is_built = True
     if trainer.timeout is not None:
         collectives.set_timeout(trainer.timeout, trainer.model)

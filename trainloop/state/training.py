@@ -52,6 +52,7 @@ def run_state(trainer: BaseTrainer, model: dict[str, torch.Tensor]) -> dict[str,
             "grad_scaler": scaler.state_dict() if scaler is not None else None,
             "data": trainer._feed.state_dict(),
             "changed_buffers": changed_forms(trainer),
+            "trainable": trainer._trainable.state_dict(),
         },
         "rank": {
             "rng": rng_state(trainer.device),
@@ -161,6 +162,7 @@ def load_run_state(
     if own_state is not None:
         load_rank_buffers(trainer, own_state, state["seed"])
         load_made_entries(trainer.unwrapped_model, own_state.get("extra_state", {}))
+    trainer._trainable.load_state_dict(state.get("trainable"))
     script = ScriptHyperparameters(trainer)
     if "optimizer" not in script_wins:
         load_optimizer_state(trainer.unwrapped_model, trainer._raw_optimizer, state["optimizer"], copy=copy)

@@ -44,6 +44,10 @@ class BufferKeeper:
         """Another keeper of the same model, for use within a window or between two windows."""
         return BufferKeeper(model, self._frozen.fork())
 
+    def follow_trainable(self, model: nn.Module) -> None:
+        """Other parameters of the model are frozen from here on."""
+        self._frozen = self._frozen.renewed(model)
+
     def remember(self) -> None:
         """Remember the current value of every buffer."""
         if self._is_first or self._before or any(self._dicts):

@@ -26,7 +26,8 @@ class BuiltModel:
         sums: Checksums of the buffers that are not persistent.
         non_finite: Clean names of buffers and frozen parameters that contain infinities or NaN on purpose, as masks do.
             They say nothing about the health of the run.
-        frozen_sums: Checksums of this rank's part of the frozen parameters. Empty if nobody needs them.
+        frozen_sums: Checksums of this rank's part of the parameters, any of which may be frozen later. Empty if nobody
+            needs them.
         fingerprints: Fingerprints of the frozen parameters as they were built, as far as they have been computed.
     """
 
@@ -43,7 +44,7 @@ class BuiltModel:
 
         Args:
             model: The model.
-            sums_frozen: Whether to fill `frozen_sums`, which costs a pass over the frozen parameters.
+            sums_frozen: Whether to fill `frozen_sums`, which costs a pass over the parameters.
         """
         slots = buffer_slots(model)
         volatile = {n: b for n, (module, key, b) in slots.items() if key in module._non_persistent_buffers_set}
@@ -53,16 +54,17 @@ class BuiltModel:
             {name: buffer_form(buffer) for name, (_, _, buffer) in slots.items()},
             dict(zip(present, sums_of_bytes(list(present.values())), strict=True)),
             frozenset(name for names in collectives.gather_objects(non_finite) for name in names),
-            sums_of_held(frozen_entries(model)) if sums_frozen else {},
+            sums_of_held(frozen_entries(model, all_params=True)) if sums_frozen else {},
         )
 
 
-def frozen_entries(model: nn.Module) -> dict[str, torch.Tensor]:
+def frozen_entries(model: nn.Module, *, all_params: bool = False) -> dict[str, torch.Tensor]:
     """The entries of a model's `state_dict` that belong to frozen parameters, by clean name. These are the parameters
-    and what a module saves beside one, for example "fc.weight.absmax" of a quantized "fc.weight".
+    and what a module saves beside one, for example "fc.weight.absmax" of a quantized "fc.weight". With `all_params`,
+    also those of the other parameters.
     """
     named = model.named_parameters(remove_duplicate=False)
-    frozen = {clean_name(name) for name, param in named if not param.requires_grad}
+    frozen = {clean_name(name) for name, param in named if all_params or not param.requires_grad}
 
     def is_frozen(name: str) -> bool:
         while name and name not in frozen:

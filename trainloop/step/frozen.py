@@ -57,6 +57,13 @@ class FrozenKeeper:
         other._changing = self._smallest | self._changing
         return other
 
+    def renewed(self, model: nn.Module) -> FrozenKeeper:
+        """A keeper of the parameters that are frozen now. Those that are known to change stay known."""
+        other = FrozenKeeper(model)
+        for name in self._changing.keys() & other._watched.keys():
+            other._changing[name] = other._watched.pop(name)
+        return other
+
     @property
     def is_needed(self) -> bool:
         """Whether the model has frozen parameters."""

@@ -37,13 +37,13 @@ class GradientChecks:
         self._needed = {name: param for name, param in self._trainable.items() if param in reduced}
 
     def before_forward(self) -> None:
-        """Raise if a parameter requires grad now but was frozen when the model was built."""
+        """Raise if a frozen parameter has come to require grad without a call of `set_trainable`."""
         thawed = [name for name, param in self._frozen.items() if param.requires_grad]
         if thawed:
             raise ValueError(
                 f"`requires_grad` of {_listed(thawed)} was set after the model was built. They would be neither reduced"
-                " over the ranks by DDP nor averaged by EmaHook. To train them from here on, end the run and resume it"
-                " with a `build_model` that leaves them trainable."
+                " over the ranks by DDP nor averaged by EmaHook. To train them from here on, call"
+                " `trainer.set_trainable`."
             )
 
     def after_forward(self) -> None:

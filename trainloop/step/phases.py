@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ..ranks.alike import agree
 from ..ranks.collectives import reshard
 from .gradient_checks import ddp_modules
 from .gradients import Gradients
@@ -77,7 +79,8 @@ class NamedPhase(Phase):
         first = groups.index(id(optimizer.param_groups[0]))
         self._groups = slice(first, first + len(optimizer.param_groups))
         self._others: list[nn.Parameter] = []
-        self._idle = [ddp for ddp in ddp_modules(trainer.model) if own.isdisjoint(ddp.parameters())]
+        self._foreign = [ddp for ddp in ddp_modules(trainer.model) if own.isdisjoint(ddp.parameters())]
+        self._idle: list[DistributedDataParallel] = []
 
     def __enter__(self) -> None:
         trainer = self._trainer
@@ -87,6 +90,7 @@ class NamedPhase(Phase):
             param.requires_grad = False
         # A forward pass makes DDP wait for gradients, which these modules don't get here. In the next phase DDP would
         # then reduce too early.
+        self._idle = [ddp for ddp in self._foreign if ddp.require_backward_grad_sync]
         for ddp in self._idle:
             ddp.require_backward_grad_sync = False
         trainer.phase, trainer._gradients, trainer._update = self.name, self._gradients, self._update
@@ -124,6 +128,7 @@ class Phases:
         self._trainer = trainer
         self._only: list[Phase] = []
         self._by_name: dict[str, Phase] = {}
+        self._agreed = ""
         if not trainer._has_phases():
             self._only = [Phase(trainer)]
             return
@@ -133,11 +138,16 @@ class Phases:
         """The phases of the step that has begun, in order.
 
         Raises:
-            ValueError: `phases` did not return distinct names of optimizers.
+            RankDisagreementError: `phases` returned other names on another rank.
+            ValueError: It did not return distinct names of optimizers.
         """
         if self._only:
             return self._only
-        names = self._trainer.phases()
+        trainer = self._trainer
+        names = trainer.phases()
+        if (told := f"phases {names!r}") != self._agreed:
+            agree(trainer.control, trainer.peers, trainer.step, told)
+            self._agreed = told
         is_sequence = isinstance(names, list | tuple)
         if not is_sequence or not names or len(set(names)) != len(names) or not set(names) <= self._by_name.keys():
             raise ValueError(

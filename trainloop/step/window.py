@@ -68,7 +68,8 @@ class Window:
         self._is_updated = False
         self.is_in_step = False
         """True from a step's first hook until its update is complete."""
-        self._has_run = False
+        self.has_run = False
+        """Whether the step's window has begun."""
         self._checked_step = -1
         self._first_epoch = 0
         self._retries = Retries(trainer, feed)
@@ -78,8 +79,13 @@ class Window:
         self.is_in_step = True
         self._trainer.step += 1
         self._trainer.peers.step = self._trainer.step
-        self._has_run = self._is_updated = False
+        self.has_run = self._is_updated = False
         self._kept = []
+
+    def follow_trainable(self) -> None:
+        """Other parameters require grad from here on."""
+        self.buffers.follow_trainable(self._trainer.unwrapped_model)
+        self._checks = GradientChecks(self._trainer.model, self._trainer.unwrapped_model)
 
     def take_back(self) -> None:
         """After an exception: take the step back if its update has not begun, so that a later `train` repeats it. The
@@ -88,7 +94,7 @@ class Window:
         if self.is_updating or self._is_updated:
             return  # see `check_whole`
         self._trainer.step -= 1
-        if self._has_run:
+        if self.has_run:
             self.buffers.restore()
 
     def finish_update(self) -> None:
@@ -129,7 +135,7 @@ class Window:
         self.skipped = []
         self._first_epoch = self._feed.epoch
         self.buffers.remember()
-        self._has_run = True
+        self.has_run = True
         if self._is_weighted:
             if not self._kept:
                 self._draw_weighted(num_micro_steps)
