@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from trainloop import CheckpointError, CheckpointingHook
+from trainloop import Trainer as ReadyMade
 from trainloop.checkpoint import Checkpoint
 from trainloop.checkpoint.fingerprint import fingerprints
 from trainloop.checkpoint.format.layout import manifest_texts, parse_manifest
@@ -150,6 +151,24 @@ def test_a_frozen_helper_has_the_precision_of_the_launch() -> None:
     assert not helper.training
     assert plain.frozen is None
     assert torch.equal(helped.named_parameters()["weight"], plain.named_parameters()["weight"])
+
+
+def test_the_trainer_of_ready_made_objects_takes_frozen_helpers() -> None:
+    """Prepared in place, and under the name `frozen` of the trainer."""
+    helper, model = nn.Linear(3, 3), nn.Linear(3, 1)
+    trainer = ReadyMade(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=[torch.ones(2, 3)],
+        forward=lambda model, batch: (model(helper(batch.bfloat16()).float()).pow(2).mean(), {}),
+        frozen={"helper": helper},
+        max_steps=1,
+        mixed_precision="bf16",
+    )
+    trainer.train()
+    assert trainer.frozen == {"helper": helper}
+    assert helper.weight.dtype == torch.bfloat16
+    assert (helper.training, helper.weight.requires_grad) == (False, False)
 
 
 def test_a_helper_that_is_part_of_the_model_is_refused() -> None:

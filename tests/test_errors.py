@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -353,6 +354,44 @@ def test_an_accelerator_with_another_accumulation_is_a_conflict() -> None:
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 4, but the `Accelerator` was built with 2"):
         SmallTrainer(accelerator=accelerator, gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+@pytest.mark.parametrize(
+    ("name", "launched", "options", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", {"mixed_precision": "no"}, "`mixed_precision` should be 'bf16', but .* with 'no'"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "plugin", "`gradient_accumulation_steps` is 2, but the launch .* says 4"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "argument", "is 3, but the launch configuration says 1"),
+    ],
+)
+def test_an_accelerator_of_the_script_passes_the_checks_of_the_launch(
+    monkeypatch: pytest.MonkeyPatch, name: str, launched: str, options: Any, message: str, is_given: bool
+) -> None:
+    """What the script's `Accelerator` does in spite of the launch is an error, given or from `build_accelerator`."""
+    monkeypatch.setenv(f"ACCELERATE_{name}", launched)
+    plugin = accelerate.utils.GradientAccumulationPlugin(num_steps=2)
+    kwargs = {"plugin": {"gradient_accumulation_plugin": plugin}, "argument": {}}.get(str(options), options)
+    arguments = {"gradient_accumulation_steps": 3} if options == "argument" else {}
+    accelerator = accelerate.Accelerator(cpu=True, **kwargs)
+
+    class Builds(SmallTrainer):
+        def build_accelerator(self) -> accelerate.Accelerator:
+            return accelerator
+
+    trainer = functools.partial(SmallTrainer, accelerator=accelerator) if is_given else Builds
+    with pytest.raises(ValueError, match=message):
+        trainer(**arguments)
+
+
+def test_the_accumulation_of_a_script_s_accelerator_is_that_of_the_run() -> None:
+    """Also of one from `build_accelerator`, which trained with one micro-batch a step."""
+
+    class Builds(SmallTrainer):
+        def build_accelerator(self) -> accelerate.Accelerator:
+            return accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+
+    assert Builds().gradient_accumulation_steps == 2
 
 
 def test_ranks_that_disagree_are_told_on_every_rank(tmp_path: Path) -> None:

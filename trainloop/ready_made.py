@@ -36,6 +36,8 @@ class Trainer(BaseTrainer):
         predict_forward: Called as `predict_forward(model, batch)`. Returns the same as `BaseTrainer.predict_forward`.
         finish_evaluation: Called like `BaseTrainer.finish_evaluation`.
         forward_methods: See `BaseTrainer.forward_methods`.
+        frozen: Frozen modules that `forward` needs beside the model, prepared in place. See
+            `BaseTrainer.build_frozen`.
         **kwargs: Arguments of `BaseTrainer`.
 
     Example:
@@ -60,6 +62,7 @@ class Trainer(BaseTrainer):
         predict_forward: Callable[[nn.Module, Any], Any] | None = None,
         finish_evaluation: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         forward_methods: Sequence[str] = (),
+        frozen: nn.Module | Mapping[str, nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         functions: dict[str, Any] = {"forward": forward, "batch_weight": batch_weight, "eval_forward": eval_forward}
@@ -70,7 +73,7 @@ class Trainer(BaseTrainer):
                 raise TypeError(f"`{name}` must be callable, but is {describe(function)}.")
             if function is not None:
                 check_call(name, function, arguments.get(name, ["model", "batch"]))
-        self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks), eval_data_loader)
+        self._given = (model, optimizer, data_loader, lr_scheduler, list(hooks), eval_data_loader, frozen)
         self._forward, self._batch_weight, self._eval_forward = forward, batch_weight, eval_forward or forward
         self._predict_forward, self._finish_evaluation = predict_forward, finish_evaluation
         self.forward_methods = forward_methods
@@ -93,6 +96,9 @@ class Trainer(BaseTrainer):
 
     def build_eval_data_loader(self) -> Any:
         return self._given[5]
+
+    def build_frozen(self) -> nn.Module | Mapping[str, nn.Module] | None:
+        return self._given[6]
 
     def forward(self, batch: Any) -> tuple[torch.Tensor | None, Records]:
         return self._forward(self.model, batch)

@@ -152,7 +152,7 @@ def check_accelerator(
                 f"The launch configuration asks for {kind}_size {size}, which trainloop does not support yet: every"
                 " rank draws data of its own. Use dp_replicate_size and dp_shard_size."
             )
-    wanted = mixed_precision if mixed_precision is not None or not is_ours else launched_mixed_precision() or "no"
+    wanted = mixed_precision or launched_mixed_precision() or ("no" if is_ours else None)
     if wanted is not None and accelerator.mixed_precision != wanted:
         raise ValueError(
             f"`mixed_precision` should be {wanted!r}, but this process's Accelerator runs with"
@@ -225,7 +225,8 @@ def choose_accelerator(
         trainer.accelerator = built
     else:
         trainer.accelerator = given
-        trainer.gradient_accumulation_steps = gradient_accumulation_steps or given.gradient_accumulation_steps
+    asked = gradient_accumulation_steps or trainer.accelerator.gradient_accumulation_steps
+    trainer.gradient_accumulation_steps = resolve_accumulation(asked)
     rehearse_fsdp2_on_cpu(trainer.accelerator)
     check_accelerator(
         trainer.accelerator,
