@@ -13,7 +13,8 @@ import trainloop
 PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
     "errors version",
-    "records rng images paths",
+    "records rng paths",
+    "images histograms",
     "ranks.__init__ ranks.forks",
     "ranks.collectives ranks.rendezvous",
     "ranks.lost_contact",
@@ -81,6 +82,7 @@ LAYERS = [
     "step.info step.run_length",
     "step.window step.agreement",
     "hook",
+    "logged",
     "step.update",
     "step.phases",
     "recipe",
@@ -106,7 +108,8 @@ LAYERS = [
     "evaluation.methods",
     "trainer",
     "ready_made",
-    "hooks.__init__ hooks.ema hooks.tracking hooks.wandb_files hooks.wandb_run_file",
+    "hooks.__init__ hooks.ema hooks.out_of_memory hooks.tracker_forms hooks.tracking",
+    "hooks.wandb_files hooks.wandb_run_file",
     "hooks.evaluation",
     "hooks.metrics hooks.deadline",
     "hooks.save_timing",

@@ -20,7 +20,7 @@ from trainloop.account.metrics import MetricsFile, read_metrics
 
 from .launching import REPOSITORY, environment
 from .small import SmallTrainer
-from .workers.tracking import LAST_STEP, VALIDATE_EVERY
+from .workers.tracking import IMAGES_EVERY, LAST_STEP, VALIDATE_EVERY
 
 FORMATS = ("jsonl", "csv")
 
@@ -69,6 +69,12 @@ def test_each_step_is_there_once_however_often_the_run_is_killed(tmp_path: Path,
     life(tmp_path / "killed", format, "never", 0)
     rows = read_metrics(tmp_path / "killed")
     assert [row["step"] for row in rows] == list(range(1, LAST_STEP + 1))
+    shown = list(range(IMAGES_EVERY, LAST_STEP + 1, IMAGES_EVERY))
+    histograms, texts = (pd.read_json(file.with_name(f"{name}.jsonl"), lines=True) for name in ("histograms", "texts"))
+    assert list(histograms["step"]) == shown
+    assert [sum(counts) for counts in histograms["counts"]] == shown
+    assert list(texts["text"]) == [f"<step> {step}\n" for step in shown]
+    assert (texts["name"] == "words/of").all()
     assert [row["step"] for row in rows if "val/twice" in row] == list(range(4, LAST_STEP + 1, VALIDATE_EVERY))
     validate = Log(lambda step: {"val": {"twice": 2.0 * step}} if step % VALIDATE_EVERY == 0 else None)
     train(tmp_path / "once", LoggingHook(1), MetricsFileHook(format), validate, steps=LAST_STEP)

@@ -36,13 +36,17 @@ def life(workspace: Path, how: str, step: int) -> None:
 def events(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}
+    )
     accumulator.Reload()
     return accumulator
 
 
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
-    """Killed before its first checkpoint and again later: numbers, images and hyperparameters are those of one run."""
+    """Killed before its first checkpoint and again later: numbers, images, histograms, texts and
+    hyperparameters are those of one run.
+    """
     life(tmp_path, "kill", 3)
     life(tmp_path, "kill", 17)
     life(tmp_path, "never", 0)
@@ -55,6 +59,12 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     images = seen.Images("samples/grey")
     assert [image.step for image in images] == list(range(IMAGES_EVERY, LAST_STEP + 1, IMAGES_EVERY))
     assert [(image.width, image.height) for image in images] == [(6, 4)] * len(images)
+    shown = list(range(IMAGES_EVERY, LAST_STEP + 1, IMAGES_EVERY))
+    histograms = seen.Histograms("steps")
+    assert [(event.step, event.histogram_value.num) for event in histograms] == [(step, step) for step in shown]
+    assert [sum(event.histogram_value.bucket) for event in histograms] == shown
+    texts = [(event.step, event.tensor_proto.string_val) for event in seen.Tensors("words/of/text_summary")]
+    assert texts == [(step, [f"<step> {step}\n".encode()]) for step in shown]
     configs = sorted((tmp_path / "trackers" / "trainloop").glob("*/hparams.yml"))
     assert configs, "written by the lives before the first checkpoint"
     assert f"max_steps: {LAST_STEP}" in configs[-1].read_text().splitlines()
@@ -98,6 +108,53 @@ class Recording(GeneralTracker):
 
     def finish(self) -> None:
         self.calls.append("finish")
+
+
+def test_histograms_and_texts_reach_the_trackers_that_take_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorBoard, W&B, and one of your own that has the methods; another one is told, with what to add."""
+
+    class Takes(Recording):
+        def log_histogram(self, values: Any, step: int) -> None:
+            self.calls.append((step, values))
+
+        def log_text(self, values: Any, step: int) -> None:
+            self.calls.append((step, values))
+
+    class Wandb(Recording):
+        name = "wandb"
+
+    class Objects(BaseHook):
+        def on_after_step(self, trainer: Any) -> None:
+            trainer.log_histogram({"a": [np.arange(4), torch.ones(2, 3)]})
+            trainer.log_text({"b": "<c>"})
+
+    takes, wandb, other = Takes(), Wandb(), Recording()
+    with caplog.at_level(logging.WARNING, "trainloop"):
+        trainer = train(tmp_path, TrackerHook([takes, wandb, other]), Objects())
+    assert [(step, list(values)) for step, values in takes.calls[2:4]] == [(1, ["a/0", "a/1"]), (1, ["b"])]
+    assert sum(takes.calls[2][1]["a/1"].counts) == 6
+    assert takes.calls[3][1] == {"b": "<c>"}
+    assert [type(value).__name__ for _, values in wandb.calls[2:4] for value in values.values()] == [
+        "Histogram",
+        "Histogram",
+        "Html",
+    ]
+    assert other.calls[2:] == ["finish"]
+    remedy = "they are left out. MetricsFileHook writes them to a file."
+    assert [message.removeprefix("[RANK 0] ") for message in caplog.messages] == [
+        f"recording takes no histograms: {remedy}",
+        f"recording takes no texts: {remedy}",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "trainloop"):
+        trainer.log_histogram({"a": np.arange(4)}, dry_run=True)
+        trainer.log_text({"b": "c"}, dry_run=True)
+    assert [message.removeprefix("[RANK 0] ") for message in caplog.messages] == [
+        "Would log histograms to recording, wandb, recording at step 3: a.",
+        "Would log texts to recording, wandb, recording at step 3: b.",
+    ]
 
 
 class Log(BaseHook):

@@ -75,8 +75,11 @@ def test_log_and_state_reach_every_hook() -> None:
     events.clear()
     trainer.log({"x": 1.0})
     trainer.log_images({"x": None}, dry_run=True)
+    trainer.log_histogram({"x": None}, dry_run=True)
+    trainer.log_text({"x": None}, dry_run=True)
     trainer.load_state_dict(trainer.state_dict())
-    assert [event for _, event, _ in events] == ["on_log", "on_log_images", "on_state_dict", "on_load_state_dict"]
+    logs = ["on_log", "on_log_images", "on_log_histogram", "on_log_text"]
+    assert [event for _, event, _ in events] == [*logs, "on_state_dict", "on_load_state_dict"]
 
 
 class Shows(BaseHook):
@@ -126,7 +129,7 @@ def test_what_is_logged_before_the_hooks_exist_is_warned_of() -> None:
         SmallTrainer(hooks_=lambda self: [Shows()]).log({"x": 1.0})
 
 
-@pytest.mark.parametrize("method", ["log", "log_images"])
+@pytest.mark.parametrize("method", ["log", "log_images", "log_histogram", "log_text"])
 def test_log_takes_a_mapping(method: str) -> None:
     """Lightning's `log(name, value)` is refused, whoever listens."""
     with pytest.raises(TypeError, match=rf"^`{method}` must be given a mapping, for example .* but was given 'loss'"):

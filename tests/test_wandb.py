@@ -43,6 +43,12 @@ class Told(BaseHook):
         flat = {f"{k}/{name}": value for k, group in records.items() for name, value in group.items()}
         self.rows.setdefault(trainer.step, {}).update(flat)
 
+    def on_log_histogram(self, trainer: Any, records: Any, dry_run: bool) -> None:
+        pass
+
+    def on_log_text(self, trainer: Any, records: Any, dry_run: bool) -> None:
+        pass
+
     def on_log_images(self, trainer: Any, records: Any, dry_run: bool) -> None:
         """Hears of the images, and keeps none."""
 
@@ -94,7 +100,10 @@ def assert_each_step_once(history: list[dict[str, Any]], unbroken: dict[int, dic
         assert row["train/lr/0"] == groups["0"]
         assert ("val/twice" in row) == (step % VALIDATE_EVERY == 0)
         assert set(TIMES) <= set(row)
-        assert ("samples/grey" in row) == (step % IMAGES_EVERY == 0)
+        names = {"samples/grey", "steps", "words/of"}
+        assert names & set(row) == (names if step % IMAGES_EVERY == 0 else set())
+        if "steps" in row:
+            assert (row["steps"]["_type"], sum(row["steps"]["values"])) == ("histogram", step)
 
 
 def assert_images_are_there(run: Any) -> None:
@@ -103,6 +112,8 @@ def assert_images_are_there(run: Any) -> None:
             image = Image.open(io.BytesIO(run.uploads[row["samples/grey"]["path"]]))
             assert image.size == (6, 4)
             assert set(image.convert("L").tobytes()) == {row["trainer/step"]}
+            text = run.uploads[row["words/of"]["path"]].decode()
+            assert text == f"<pre>&lt;step&gt; {row['trainer/step']}\n</pre>"
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from .hooks.ema import EmaHook
 from .hooks.evaluation import EvaluationHook
 from .hooks.images import ImageFileLoggerHook
 from .hooks.metrics_file import MetricsFileHook
+from .hooks.profiler import ProfilerHook
 from .hooks.stats import LoggingHook, ProgressHook
 from .hooks.throughput import ThroughputHook
 from .hooks.trackers import TrackerHook
@@ -46,6 +47,7 @@ __all__ = [
     "MetricsFileHook",
     "NonFiniteGradientError",
     "PerSample",
+    "ProfilerHook",
     "ProgressHook",
     "RankDisagreementError",
     "Records",

@@ -87,6 +87,24 @@ class BaseHook:
             dry_run: Only say what would be written.
         """
 
+    def on_log_histogram(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
+        """`trainer.log_histogram` was called, on the ranks that called it.
+
+        Args:
+            trainer: The trainer.
+            records: Nested mapping of tensors or numpy arrays, of any shape.
+            dry_run: Say what would be written, and write nothing.
+        """
+
+    def on_log_text(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
+        """`trainer.log_text` was called, on the ranks that called it.
+
+        Args:
+            trainer: The trainer.
+            records: Nested mapping of strings.
+            dry_run: Say what would be written, and write nothing.
+        """
+
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
         """`trainer.state_dict` collects the state of the run. Add yours, under a key of your own. Every rank;
         collectives allowed.
@@ -180,6 +198,8 @@ class AveragingHook(BaseHook):
 _WRITERS = {
     "log": "MetricsFileHook, WandbHook, TrackerHook",
     "log_images": "ImageFileLoggerHook, WandbHook, TrackerHook",
+    "log_histogram": "MetricsFileHook, WandbHook, TrackerHook",
+    "log_text": "MetricsFileHook, WandbHook, TrackerHook",
 }
 
 

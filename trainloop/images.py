@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .errors import describe
+from .records import flatten_objects
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,24 +32,7 @@ def flatten_images(records: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     Raises:
         TypeError: `records` is not a mapping, or a key is not a string.
     """
-    if not isinstance(records, Mapping):
-        raise TypeError(f"The records of `log_images` must be a mapping of images, but are {describe(records)}.")
-    flat: dict[tuple[str, ...], Any] = {}
-
-    def walk(path: tuple[str, ...], value: Any) -> None:
-        if isinstance(value, list | tuple):
-            value = {str(i): item for i, item in enumerate(value)}
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    place = f"`{'/'.join(path)}` has" if path else "the records have"
-                    raise TypeError(f"The keys of images must be strings, but {place} {describe(key)}.")
-                walk((*path, key), item)
-        else:
-            flat[path] = value.detach().full_tensor() if hasattr(value, "full_tensor") else value
-
-    walk((), records)
-    return flat
+    return flatten_objects(records, "log_images", "images")
 
 
 def to_pil(key: str, value: Any) -> Image.Image:

@@ -83,6 +83,40 @@ def flatten_nested_dict(nested: Mapping[Any, Any]) -> dict[tuple[Any, ...], Any]
     return flat
 
 
+def flatten_objects(records: Mapping[str, Any], method: str, what: str) -> dict[tuple[str, ...], Any]:
+    """Flatten nested objects to log. Call on every rank that has them: DTensors are made whole, which is a collective.
+
+    Args:
+        records: Nested mappings of objects; a list or tuple counts as a mapping from "0", "1", and so on.
+        method: The trainer's method that was given them, for errors.
+        what: What they are, for errors.
+
+    Returns:
+        The objects by the keys on the way to each.
+
+    Raises:
+        TypeError: `records` is not a mapping, or a key is not a string.
+    """
+    if not isinstance(records, Mapping):
+        raise TypeError(f"The records of `{method}` must be a mapping of {what}, but are {describe(records)}.")
+    flat: dict[tuple[str, ...], Any] = {}
+
+    def walk(path: tuple[str, ...], value: Any) -> None:
+        if isinstance(value, list | tuple):
+            value = {str(i): item for i, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    place = f"`{'/'.join(path)}` has" if path else "the records have"
+                    raise TypeError(f"The keys of {what} must be strings, but {place} {describe(key)}.")
+                walk((*path, key), item)
+        else:
+            flat[path] = value.detach().full_tensor() if hasattr(value, "full_tensor") else value
+
+    walk((), records)
+    return flat
+
+
 def unflatten_nested_dict(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
     """The inverse of `flatten_nested_dict`. Empty mappings are lost, because they have no key in `flat`."""
     nested: dict[Any, Any] = {}

@@ -26,13 +26,13 @@ from torch import nn
 from .data.feed import DataFeed
 from .errors import check_initialised
 from .evaluation.methods import Evaluating
-from .hook import AveragingHook, BaseHook, CheckpointerHook, listeners
+from .hook import AveragingHook, BaseHook, CheckpointerHook
+from .logged import Logging
 from .paths import parse_absolute_path
 from .ranks.control import Control
 from .ranks.failure import reported_failure
 from .ranks.peers import IN_WINDOW, Peers
 from .recipe import Recipe
-from .records import Records
 from .setup import arguments, factories, launch
 from .setup.building import build
 from .setup.trainable import Trainable
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-class BaseTrainer(Evaluating, Recipe):
+class BaseTrainer(Evaluating, Logging, Recipe):
     """Trains a model. Subclass it, write the `build_*` factories and `forward`, and call `train`.
 
     The same script runs under any `accelerate launch` configuration. One step is one applied optimizer update. Its
@@ -380,26 +380,6 @@ class BaseTrainer(Evaluating, Recipe):
         has ended an epoch. For a hook's `on_after_step`; the same on every rank.
         """
         return self.step_info.ends_epoch if interval == "epoch" else self.step % int(interval) == 0
-
-    def log(self, records: Records, dry_run: bool = False) -> None:
-        """Pass numbers to every hook's `on_log`. Call on any rank; hooks that write do so on rank 0.
-
-        Args:
-            records: Nested numbers or 0-dim tensors, for example `{"val": {"loss": 0.1}}`.
-            dry_run: The hooks only say what they would write.
-        """
-        for hook in listeners(self, "log", records):
-            hook.on_log(self, records, dry_run)
-
-    def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
-        """Pass images to every hook's `on_log_images`. Call on every rank if there are DTensors among them.
-
-        Args:
-            records: Nested images: Pillow's, tensors or numpy arrays, H x W or C x H x W, or batches N x C x H x W.
-            dry_run: The hooks only say what they would write.
-        """
-        for hook in listeners(self, "log_images", records):
-            hook.on_log_images(self, records, dry_run)
 
     def set_trainable(self, patterns: Iterable[str] | str) -> None:
         """Train the parameters whose names match, from the next step on, and freeze the others. Call it with the same

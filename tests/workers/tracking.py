@@ -23,13 +23,15 @@ IMAGES_EVERY, VALIDATE_EVERY, SAVE_EVERY = 3, 4, 5
 
 
 class Log(BaseHook):
-    """Logs images and something beside the step's means, after the hook that may die in between."""
+    """Logs images, histograms, texts and something beside the step's means, after the hook that may die in between."""
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
         if trainer.step % VALIDATE_EVERY == 0:
             trainer.log({"val": {"twice": torch.tensor(2.0 * trainer.step)}})
         if trainer.step % IMAGES_EVERY == 0:
             trainer.log_images({"samples": {"grey": torch.full((4, 6), trainer.step, dtype=torch.uint8)}})
+            trainer.log_histogram({"steps": torch.arange(trainer.step)})
+            trainer.log_text({"words": {"of": f"<step> {trainer.step}\n"}})
 
 
 class End(BaseHook):

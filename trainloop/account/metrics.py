@@ -47,8 +47,7 @@ class MetricsFile:
 
     def set_aside(self) -> None:
         """Give the file of another run, if there is one, the name `metrics.old.jsonl` or `metrics.old.csv`."""
-        if self.path.exists():
-            self.path.replace(self.path.with_suffix(f".old{self.path.suffix}"))
+        set_aside(self.path)
 
     def open(self, step: int) -> int:
         """Cut off the rows of steps after `step`, and an incomplete row.
@@ -106,6 +105,36 @@ class MetricsFile:
         self._lines.sync()
 
 
+class ObjectsFile:
+    """Writes `histograms.jsonl` or `texts.jsonl` of a workspace: a line for each object that was logged. Each method
+    may raise an `OSError`.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines = StepLines(path, step_in_json)
+
+    def open(self, step: int) -> None:
+        """Cut off what belongs to steps after `step`, and a line that is not whole."""
+        self._lines.cut(step)
+
+    def put(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
+        """Write an object of a step."""
+        row = {"step": step, "time": round(time.time(), 3), "name": name, **fields}
+        self._lines.append(f"{json.dumps(row, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
+
+    def sync(self) -> None:
+        """Make the lines durable."""
+        self._lines.sync()
+
+    def set_aside(self) -> None:
+        """As `MetricsFile.set_aside`."""
+        set_aside(self.path)
+
+
 def read_metrics(workspace: Path | str) -> list[Row]:
     """The rows of the metrics file in a workspace, in the order of the steps. The run may still be going.
 
@@ -126,6 +155,12 @@ def read_metrics(workspace: Path | str) -> list[Row]:
         lines = whole.decode(errors="replace").split("\n")
         return _csv_rows(lines) if file.suffix == ".csv" else _json_rows(lines)
     return []
+
+
+def set_aside(path: Path) -> None:
+    """Put "old" before the extension of a file, if it is there."""
+    if path.exists():
+        path.replace(path.with_suffix(f".old{path.suffix}"))
 
 
 def step_in_json(line: bytes) -> int | None:

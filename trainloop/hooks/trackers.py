@@ -12,10 +12,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import LoggerType
 
 from ..errors import describe
+from ..histograms import flatten_histograms, flatten_texts, to_histogram
 from ..hook import BaseHook, CheckpointerHook
 from ..images import flatten_images, to_pil
 from ..paths import parse_path
 from ..records import Records, check_records
+from .tracker_forms import log_histogram, log_text
 from .tracking import Guard, arguments_of, flat_config, launch_of, numbers_by_name, on_rank_zero, read_config
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ _ONE_IMAGE_A_KEY = {"aim", "clearml"}  # for these, Accelerate needs one image p
 
 
 class TrackerHook(BaseHook):
-    """Logs to trackers through Accelerate, on rank 0: numbers under names like "train/loss", images, and the config.
+    """Logs to trackers through Accelerate, on rank 0: numbers under names like "train/loss", images, histograms,
+    texts, and the config.
 
     TensorBoard shows each step once, also after a resume: steps that a killed process logged after the checkpoint are
     purged. Each process starts a new run in the other trackers, unless `init_kwargs` name a run to continue. For
@@ -163,6 +166,40 @@ class TrackerHook(BaseHook):
                 _log_images(tracker, pictures, step)
             else:
                 self._tell_once(trainer, f"Accelerate logs no images to {tracker.name}: they are left out.")
+
+        self._write(trainer, write)
+
+    def on_log_histogram(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
+        flat = flatten_histograms(records)
+        if trainer.accelerator.is_main_process:
+            histograms = {"/".join(path): to_histogram("/".join(path), value) for path, value in flat.items()}
+            self._write_objects(trainer, histograms, "histogram", log_histogram, dry_run)
+
+    def on_log_text(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
+        flat = flatten_texts(records)
+        if trainer.accelerator.is_main_process:
+            texts = {"/".join(path): text for path, text in flat.items()}
+            self._write_objects(trainer, texts, "text", log_text, dry_run)
+
+    def _write_objects(
+        self,
+        trainer: BaseTrainer,
+        objects: Mapping[str, Any],
+        kind: str,
+        log: Callable[[Any, Mapping[str, Any], int], bool],
+        dry_run: bool,
+    ) -> None:
+        step = trainer.step
+        if dry_run:
+            trainer.logger.info(f"Would log {kind}s to {self._names()} at step {step}: {', '.join(objects)}.")
+            return
+
+        def write(tracker: Any) -> None:
+            if not log(tracker, objects, step):
+                self._tell_once(
+                    trainer,
+                    f"{tracker.name} takes no {kind}s: they are left out. MetricsFileHook writes them to a file.",
+                )
 
         self._write(trainer, write)
 

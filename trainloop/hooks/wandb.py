@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import describe
+from ..histograms import flatten_histograms, flatten_texts, to_histogram
 from ..hook import BaseHook, CheckpointerHook
 from ..images import flatten_images, to_pil
 from ..records import Records, check_records
+from .tracker_forms import wandb_objects
 from .tracking import Guard, arguments_of, launch_of, numbers_by_name, on_rank_zero, read_config
 from .wandb_files import STEP, last_step_of
 from .wandb_run_file import find_killed_run, note_run
@@ -37,11 +39,15 @@ class _Row:
     """The paths where wandb has stored the images that were sent."""
     images: dict[str, Any] = field(default_factory=dict)
     """The images to send, as `wandb.Image`."""
+    histograms: dict[str, list[Any]] = field(default_factory=dict)
+    """Counts and edges of the bins."""
+    texts: dict[str, str] = field(default_factory=dict)
     is_sent: bool = False
 
 
 class WandbHook(BaseHook):
-    """Logs to Weights & Biases, on rank 0: numbers under names like "train/loss", images, and the config.
+    """Logs to Weights & Biases, on rank 0: numbers under names like "train/loss", images, histograms, texts,
+    and the config.
 
     Everything that is logged during a step becomes one row of the W&B run, with its `trainer/step`, the x axis of all
     charts. The row is sent when the step is over.
@@ -235,6 +241,26 @@ class WandbHook(BaseHook):
             self._guard.attempt(trainer, work)  # `Image` writes a file
             self._send_late(trainer)
 
+    def on_log_histogram(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
+        flat = flatten_histograms(records)
+        if trainer.accelerator.is_main_process and (dry_run or not self._is_known(trainer.step)):
+            histograms = {"/".join(path): to_histogram("/".join(path), value) for path, value in flat.items()}
+            if dry_run:
+                trainer.logger.info(f"Would log histograms to W&B at step {trainer.step}: {', '.join(histograms)}.")
+                return
+            new = {name: [histogram.counts, histogram.edges] for name, histogram in histograms.items()}
+            self._row_of(trainer).histograms.update(new)
+            self._send_late(trainer)
+
+    def on_log_text(self, trainer: BaseTrainer, records: dict[str, Any], dry_run: bool) -> None:
+        texts = {"/".join(path): text for path, text in flatten_texts(records).items()}
+        if trainer.accelerator.is_main_process and (dry_run or not self._is_known(trainer.step)):
+            if dry_run:
+                trainer.logger.info(f"Would log texts to W&B at step {trainer.step}: {', '.join(texts)}.")
+                return
+            self._row_of(trainer).texts.update(texts)
+            self._send_late(trainer)
+
     def _is_known(self, step: int) -> bool:
         """Whether W&B already has this step from an earlier process."""
         return self._is_in_step and step <= self._last_step
@@ -264,7 +290,8 @@ class WandbHook(BaseHook):
         for row in self._recent:
             if not row.is_sent:
                 images = row.images or _images_again(row.files)
-                self.run.log({**row.numbers, **images, STEP: row.step})
+                objects = wandb_objects(row.histograms, row.texts)
+                self.run.log({**row.numbers, **images, **objects, STEP: row.step})
                 row.files = {key: str(image._path) for key, image in images.items()}
                 row.is_sent, row.images = True, {}
 
@@ -283,7 +310,7 @@ class WandbHook(BaseHook):
         if self._run_id is not None:
             state_dict[_STATE_KEY] = {
                 "run_id": self._run_id,
-                "rows": [[row.step, row.numbers, row.files] for row in self._recent],
+                "rows": [[row.step, row.numbers, row.files, row.histograms, row.texts] for row in self._recent],
             }
 
     def on_load_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:
@@ -292,7 +319,9 @@ class WandbHook(BaseHook):
             self._run_id = state["run_id"]
             self._is_complete = False
             self._recent.clear()
-            self._recent.extend(_Row(step, numbers, files, is_sent=True) for step, numbers, files in state["rows"])
+            for step, numbers, files, *objects in state["rows"]:  # earlier versions saved three values
+                histograms, texts = objects or ({}, {})
+                self._recent.append(_Row(step, numbers, files, {}, histograms, texts, is_sent=True))
 
 
 def _images_again(files: dict[str, str]) -> dict[str, Any]:
