@@ -100,7 +100,7 @@ LAYERS = [
     "state.saved",
     "state.adoption state.training",
     "state.restoring state.weights",
-    "evaluation.objects evaluation.guard",
+    "evaluation.objects evaluation.guard evaluation.shares",
     "evaluation.totals evaluation.collected",
     "evaluation.batches evaluation.huggingface",
     "evaluation.__init__",

@@ -75,6 +75,38 @@ class Sharded(Stream):
         return Stream(rank, world_size)
 
 
+class Files(IterableDataset):  # type: ignore[type-arg]
+    """Becomes its share, and shuffles its files anew in each epoch. Counts what it reads."""
+
+    reads = 0
+
+    def __init__(self, sizes: list[int], is_strict: bool = False) -> None:
+        self.files = [list(part) for part in torch.arange(sum(sizes)).split(sizes)]
+        self.place, self.epoch, self.is_strict = slice(None), 0, is_strict
+
+    def shard(self, rank: int, world_size: int) -> None:
+        if self.is_strict and len(self.files) % world_size:
+            raise ValueError("uneven")
+        self.place = slice(rank, None, world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        files = random.Random(self.epoch).sample(self.files, len(self.files)) if self.epoch else self.files
+        for file in files[self.place]:
+            for number in file:
+                Files.reads += 1
+                yield number
+
+
+class OwnList(Files):
+    """Takes the files of the other ranks out of its list, which a shallow copy shares."""
+
+    def shard(self, rank: int, world_size: int) -> None:
+        self.files[:] = self.files[rank::world_size]
+
+
 class Batches:
     """A bare iterable."""
 
@@ -163,6 +195,9 @@ class Trainer(BaseTrainer):
         self.seen += numbers.tolist()
         return self.model(numbers[:, None].float()).mean(), {}
 
+    def predict_forward(self, batch: Any) -> Any:
+        return batch
+
     def eval_forward(self, batch: Any) -> Any:
         numbers = batch["number"] if isinstance(batch, dict) else batch
         mean = self.metric(numbers)
@@ -172,6 +207,50 @@ class Trainer(BaseTrainer):
             "sum": numbers.sum(),
             "mean": mean,
         }
+
+
+def evaluated_shares(trainer: Trainer) -> dict[str, Any]:
+    """By case: what an evaluation finds, and how much of it this rank reads."""
+    found: dict[str, Any] = {}
+    used, strict = DataLoader(Files([4] * 6), BATCH), DataLoader(Files([4] * 7, is_strict=True), BATCH)
+    uneven, own_list = (DataLoader(kind([7, 1, 9, 3, 5]), BATCH) for kind in (Files, OwnList))
+    for name, loader in {
+        "used": used,
+        "uneven": uneven,
+        "again": uneven,
+        "own_list": own_list,
+        "own_list_again": own_list,
+        "one_file": DataLoader(Files([10]), BATCH),
+        "strict": strict,
+        "in_workers": DataLoader(Files([4] * 6), BATCH, num_workers=1),
+        "drop_last": DataLoader(Files([7, 1, 9, 3, 5]), BATCH, drop_last=True),
+        "hugging_face": DataLoader(table(6).map(counted), BATCH),
+    }.items():
+        if name == "used":  # in training too, in another epoch
+            training = Trainer(N // BATCH // trainer.accelerator.num_processes, seed=1)
+            training.loader = loader
+            training.train()
+            loader.dataset.set_epoch(7 + trainer.accelerator.process_index)
+        Files.reads = 0
+        evaluated = told(partial(trainer.evaluate, loader, reduce={"count": "sum", "sum": "sum"}))
+        found[name] = [evaluated["count"], evaluated["sum"], Files.reads] if isinstance(evaluated, dict) else evaluated
+    assert used.dataset.epoch == 7 + trainer.accelerator.process_index  # type: ignore[attr-defined]
+    found["predicted"] = told(lambda: trainer.predict(uneven).tolist())
+    found["unseeded"] = told(partial(trainer.evaluate, DataLoader(table(6).shuffle(), BATCH)))
+    return found
+
+
+def counted(sample: dict[str, int]) -> dict[str, int]:
+    Files.reads += 1
+    return sample
+
+
+class Counting(Trainer):
+    """Without the metric, which a rank without a batch could not compute."""
+
+    def eval_forward(self, batch: Any) -> Any:
+        numbers = batch["number"] if isinstance(batch, dict) else batch
+        return self.model(numbers[:, None].float()).mean(), {"count": len(numbers), "sum": numbers.sum()}
 
 
 def told(function: Callable[[], Any]) -> Any:
@@ -202,7 +281,10 @@ def main() -> None:
     uneven = per_rank([torch.arange(4)] * (rank + 1))
     results["uneven"] = told(lambda: first.evaluate(uneven, reduce={"count": "sum"}))
     empty = per_rank([torch.arange(4)] * (1 - rank))
-    results["empty"] = told(lambda: first.evaluate(empty))
+    counting = Counting(1, seed=1)
+    counting.loader = first.loader
+    results["empty"] = told(lambda: counting.evaluate(empty, reduce={"count": "sum"}))
+    results["shares"] = evaluated_shares(counting)
     (out / f"{rank}.json").write_text(json.dumps(results))
 
 

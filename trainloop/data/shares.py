@@ -14,10 +14,13 @@ from .checksums import checksum
 class Shardable(Protocol):
     """A stream that gives each rank its share before anything is read. Return a `DataLoader` of it.
 
-    The trainer calls `shard` once, before the first epoch, on every rank, and in a single process too. Then each rank
+    The trainer calls `shard` before the first epoch, on every rank, and in a single process too. Then each rank
     reads only its share, and begins its next epoch when the share ends. So give the ranks shares of equal size;
     otherwise the samples of smaller shares are seen more often. `__len__`, if defined, is the length of the share. In
     worker processes, `__iter__` must split the share over the workers.
+
+    In an evaluation too, each rank reads only its share. There the shares may have any size, and each sample counts
+    once. `shard` is called on a shallow copy of the data set. If it raises a ValueError, every rank reads everything.
 
     To shuffle the files, give the data set a `set_epoch`: every rank and worker shuffles the whole list by the epoch,
     and takes its part after that. `integrations/data/web_dataset.py` is an example.
@@ -46,18 +49,26 @@ class Share:
     """Why a data set with shards can't provide a share."""
 
 
+_MARK = "_trainloop_share"
+"""Attribute of a data set that has become a share itself. Training and evaluation may use the same one."""
+
+
 def share_of(dataset: Any, rank: int, world_size: int) -> Share:
-    """Get this rank's share of a stream.
+    """Get this rank's share of a stream. May be called again.
 
     Raises:
         TypeError: `shard` returned something that is not iterable.
     """
     if is_of_hugging_face(dataset):
         return _share_of_hugging_face(dataset, rank, world_size)
-    if not _has_protocol(dataset):
+    if not has_protocol(dataset):
         return Share(dataset, is_own=False)
+    if getattr(dataset, _MARK, None) == (rank, world_size):
+        return Share(dataset, is_own=world_size > 1)
     share = dataset.shard(rank=rank, world_size=world_size)
-    share = dataset if share is None else share
+    if share is None:
+        share = dataset
+        object.__setattr__(dataset, _MARK, (rank, world_size))
     if not hasattr(share, "__iter__"):
         raise TypeError(
             f"`{type(dataset).__name__}.shard` must return an iterable data set or None, but returned"
@@ -66,7 +77,7 @@ def share_of(dataset: Any, rank: int, world_size: int) -> Share:
     return Share(share, is_own=world_size > 1)
 
 
-def _has_protocol(dataset: Any) -> bool:
+def has_protocol(dataset: Any) -> bool:
     """Whether the data set has our `shard` method. Other libraries use the name with other arguments."""
     shard = getattr(dataset, "shard", None)
     if not callable(shard):

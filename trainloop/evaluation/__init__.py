@@ -119,12 +119,14 @@ def _finished(trainer: BaseTrainer, metrics: dict[str, Any]) -> dict[str, Any]:
     return dict(finished)
 
 
-def rounds(trainer: BaseTrainer, loader: Any, title: str, limit_batches: int | None) -> Iterator[Round]:
+def rounds(
+    trainer: BaseTrainer, loader: Any, title: str, limit_batches: int | None, *, keeps_order: bool = False
+) -> Iterator[Round]:
     """The rounds of one pass, with a bar on rank 0 if it takes long. The random generators are seeded before each
     round, so that the noise is the same at every evaluation. Iterate on every rank, inside `untouched`.
     """
     assert trainer.seed is not None, "the trainer is built"
-    batches = EvaluationBatches(loader, trainer.seed, trainer.device, limit_batches)
+    batches = EvaluationBatches(loader, trainer.seed, trainer.device, limit_batches, keeps_order=keeps_order)
     is_shown = trainer.accelerator.is_main_process
     for one in tqdm(batches, title, batches.num_rounds, leave=False, delay=_QUIET_SECONDS, disable=not is_shown):
         seed_for(trainer.device, trainer.seed, "forward", one.index)

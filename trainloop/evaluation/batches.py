@@ -24,11 +24,14 @@ from ..data.loaders import is_map_style, with_sampler
 from ..data.order import Order
 from ..data.per_rank import PerRank
 from ..data.sampling import batch_keys, sample_key, sampling_of
+from ..data.shares import UNSEEDED, shuffle_checksum
 from ..data.workers import end_workers, start_iterator
 from ..errors import describe
 from ..ranks import collectives
+from ..records import map_nested_tensor
 from ..rng import OwnRng, derived_seed, seed_all
 from .guard import Gap
+from .shares import share_loader
 
 _compared: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 """Loaders whose samples have been found to be the same on all ranks."""
@@ -56,11 +59,12 @@ class EvaluationBatches:
 
     Args:
         data: A `DataLoader` of a map-style data set: each rank fetches only its own batches. Or the result of
-            `per_rank`: each rank iterates its own. Or another iterable of batches: each rank reads all of it. A loader
-            that Accelerate has prepared is unwrapped.
+            `per_rank`: each rank iterates its own. Or a stream that gives shares: each rank reads its share. Or another
+            iterable of batches: each rank reads all of it. A loader that Accelerate has prepared is unwrapped.
         seed: Seed of the order and of random transforms.
         device: The device for the batches.
         limit: Limit of batches, over all ranks together. None: all batches.
+        keeps_order: Whether the batches must be numbered in the order of the data. Then no shares are read.
 
     Raises:
         TypeError: `data` is not an iterable of batches.
@@ -68,13 +72,17 @@ class EvaluationBatches:
         RankDisagreementError: It differs between the ranks.
     """
 
-    def __init__(self, data: Any, seed: int, device: torch.device, limit: int | None = None) -> None:
+    def __init__(
+        self, data: Any, seed: int, device: torch.device, limit: int | None = None, *, keeps_order: bool = False
+    ) -> None:
         if not hasattr(data, "__iter__") or isinstance(data, str | bytes):
             raise TypeError(
                 "The evaluation data must be a DataLoader or another iterable of batches, or a mapping from names to"
                 f" such, but is {describe(data)}."
             )
         self._shards_itself = isinstance(data, PerRank)
+        self._share: Any = None
+        """What this rank reads of a stream that gives shares."""
         if isinstance(data, PerRank):
             data = data.loader
         self._data, self._seed, self._device, self._limit = data, seed, device, limit
@@ -92,13 +100,22 @@ class EvaluationBatches:
                 "The evaluation data is an IterableDataset in a loader that Accelerate has prepared: it repeats samples"
                 " to make the ranks equal. Return the plain loader; it is sharded so that each sample counts once."
             )
+        elif self._world_size > 1 and not keeps_order:
+            share = share_loader(data, self._rank, self._world_size)
+            own = None if share is None else shuffle_checksum(getattr(share, "dataset", share))
+            by_rank = collectives.gather_objects(own)
+            check_same_data(by_rank, UNSEEDED)
+            self._share = share if None not in by_rank else None
         self.num_rounds = -(-len(self._items) // self._world_size) if self._items is not None else None
         """None: unknown before the end."""
 
     def __iter__(self) -> Iterator[Round]:
         num_batches = 0
         if self._shards_itself:
-            batches = self._by_rank()
+            set_epoch(self._data, 0)
+            batches = self._by_rank(self._data, "read", self._rank)
+        elif self._share is not None:
+            batches = self._by_rank(self._share, "read")  # all shuffle alike, and take their parts of that
         else:
             batches = self._by_reading() if self._items is None else self._by_index()
         for one in batches:
@@ -169,12 +186,12 @@ class EvaluationBatches:
             yield Round(*(mine or (0, first, None)), "padding")
         check_same_data(collectives.gather_objects(sample_checksum([seen, i])))
 
-    def _by_rank(self) -> Iterator[Round]:
-        set_epoch(self._data, 0)
-        seed_for(self._device, self._seed, "read", self._rank)
-        rng = OwnRng(derived_seed("evaluation", self._seed, "read", self._rank))
+    def _by_rank(self, data: Any, *seed: Any) -> Iterator[Round]:
+        """Iterate data that is this rank's own, under generators of this seed."""
+        seed_for(self._device, self._seed, *seed)
+        rng = OwnRng(derived_seed("evaluation", self._seed, *seed))
         with rng.lent():
-            batches = start_iterator(self._data)
+            batches = start_iterator(data)
         first = None
         for i in itertools.count():
             index = i * self._world_size + self._rank
@@ -185,10 +202,13 @@ class EvaluationBatches:
             # Nobody knows how many batches the others have before they end.
             sizes = collectives.gather_objects((_size(batch), batch is not _END and is_within))
             if i == 0 and _ENDED in (own for own, _ in sizes):
-                empty = [rank for rank, (own, _) in enumerate(sizes) if own == _ENDED]
-                if len(empty) == self._world_size:
+                found = next((rank for rank, (own, _) in enumerate(sizes) if own != _ENDED), None)
+                if found is None:
                     return
-                raise ValueError(f"The evaluation data gave no batch on ranks {empty}. Each rank needs one at least.")
+                # A rank without a batch runs one of another rank, which does not count.
+                lent = map_nested_tensor(torch.Tensor.cpu, batch) if found == self._rank else None
+                lent = collectives.gather_objects(lent)[found]
+                first = lent if batch is _END else first
             left = [size for size, is_left in sizes if is_left]
             if not left:
                 return

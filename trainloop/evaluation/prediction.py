@@ -38,7 +38,7 @@ def _predict_one(
     trainer: BaseTrainer, loader: Any, on_batch: Callable[[Any], None] | None, limit_batches: int | None
 ) -> Any:
     collected = Collected(_NAME)
-    for one in rounds(trainer, loader, "prediction", limit_batches):
+    for one in rounds(trainer, loader, "prediction", limit_batches, keeps_order=True):
         with alone(trainer, one):
             output = trainer.predict_forward(one.batch)
         collected.add(one.index, output, one.is_counted)
