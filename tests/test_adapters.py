@@ -194,6 +194,13 @@ def test_a_helper_that_is_part_of_the_model_is_refused() -> None:
     ):
         Wrong()._build()
 
+    class OnMeta(SmallTrainer):
+        def build_frozen(self) -> Any:
+            return {"vae": nn.Linear(3, 3, device="meta")}
+
+    with pytest.raises(ValueError, match=r"2 tensors of vae are on the meta device \(first: weight\)"):
+        OnMeta(0).train()
+
 
 def test_a_fingerprint_sees_every_bit_and_every_place() -> None:
     """One flipped bit, two elements that change places, a tensor that is doubled; for each size of an element."""

@@ -107,9 +107,9 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # what factories return
     (train(model_=lambda self: None), TypeError, "`build_model` must return a Module, but returned None (NoneType)."),
     (
-        train(model_=lambda self: nn.Linear(3, 1, device="meta")),
+        train(model_=lambda self: nn.ParameterList([torch.empty(3, device="meta")])),
         ValueError,
-        "meta",
+        "`build_model` returned a model on the meta device, and nothing initialises 1 tensors: 0.",
     ),
     (train(optimizer_=lambda self: 3), TypeError, "`build_optimizer` must return a Optimizer, but returned 3 (int)."),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,19 @@ class Recipe:
             `self.model["generator"]` is one of them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `build_model`.")
+
+    def initial_weights(self) -> Path | str | None:
+        """Return the weights that the model starts from: a folder or file of safetensors, as of `from_pretrained`, or
+        one of trainloop's checkpoints. Or None: they are as `build_model` gave them.
+
+        Each rank reads its part. The files must hold all of the model's weights; values are cast to the model's dtypes.
+        They are not read if the run is restored from a checkpoint.
+
+        `build_model` may return a model on the meta device, wholly or in part. It is sharded, and then filled from
+        these files. Without them each module is initialised by its `reset_parameters`, and by the `_init_weights` of
+        the model that it is a part of, with random numbers that depend on the seed and its name alone.
+        """
+        return None
 
     def build_optimizer(self) -> Optimizer | Mapping[str, Optimizer]:
         """Return the optimizer of `self.model`'s parameters. Required.

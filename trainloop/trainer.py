@@ -35,6 +35,7 @@ from .ranks.peers import IN_WINDOW, Peers
 from .recipe import Recipe
 from .setup import arguments, factories, launch
 from .setup.building import build
+from .setup.initial_weights import InitialWeights
 from .setup.trainable import Trainable
 from .state.live import model_state, unwrap
 from .state.training import load_whole_state, restore_run, run_state, start_data
@@ -185,6 +186,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
     _window: Window
     _agreement: Agreement
     _built_model: BuiltModel
+    _initial_weights: InitialWeights
     _is_built: bool
     _is_restored: bool
     _unheard: set[str]
@@ -367,6 +369,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         """
         self._build()
         load_whole_state(self, state_dict)
+        self._initial_weights.drop()
 
     # ------------------------------------------------------------------ for hooks and scripts
 

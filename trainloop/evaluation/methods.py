@@ -45,8 +45,11 @@ class Evaluating:
             RuntimeError: `train` is running.
             CheckpointError: On every rank. There is no such checkpoint, it is damaged, or it belongs to another model.
         """
-        trainer = self._built()
-        return load_weights(trainer, which, ema)
+        trainer = cast("BaseTrainer", self)
+        trainer._build()
+        path = load_weights(trainer, which, ema)
+        trainer._initial_weights.drop()
+        return path
 
     def evaluate(
         self,
@@ -118,4 +121,5 @@ class Evaluating:
     def _built(self) -> BaseTrainer:
         trainer = cast("BaseTrainer", self)
         trainer._build()
+        trainer._initial_weights.fill()
         return trainer

@@ -195,7 +195,7 @@ def share_rank_zero_weights(model: torch.nn.Module, device: torch.device) -> boo
     """
     if world_size() == 1:
         return False
-    tensors = [t.detach() for t in [*model.parameters(), *model.buffers()]]
+    tensors = [t.detach() for t in [*model.parameters(), *model.buffers()] if not t.is_meta]
     checksums = gather_objects(zlib.crc32(repr([checksum(t) for t in tensors]).encode()))
     if len(set(checksums)) == 1:
         return False

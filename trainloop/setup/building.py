@@ -19,7 +19,8 @@ from ..step.run_length import RunLength
 from ..step.window import Window
 from . import factories
 from .frozen_helpers import build_frozen, check_frozen
-from .preparing import prepare
+from .initial_weights import InitialWeights
+from .preparing import prepare, shard_without_values
 from .report import announce
 from .trainable import Trainable
 
@@ -43,12 +44,19 @@ def build(trainer: BaseTrainer) -> None:
     set_seed(trainer.seed)  # so the model doesn't depend on random numbers drawn for data and frozen modules
     trainer.model = factories.check_model(trainer.build_model())
     check_frozen(trainer.model, trainer.frozen)
+    trainer._initial_weights = InitialWeights(trainer)
+    sharded = None
+    if trainer._initial_weights.is_on_meta:
+        if accelerator.is_fsdp2:
+            sharded = shard_without_values(trainer, trainer.model)
+            trainer.model = sharded.model
+        trainer._initial_weights.allocate()
     trainer.optimizer = factories.check_optimizer(trainer.build_optimizer())
     trainer.lr_scheduler, trainer.lr_monitor = factories.check_lr_scheduler(
         trainer.build_lr_scheduler(), trainer.optimizer
     )
     trainer.grad_scaler = factories.choose_grad_scaler(accelerator, trainer.build_grad_scaler())
-    trainer.model, trainer.optimizer = prepare(trainer, trainer.model, trainer.optimizer)
+    trainer.model, trainer.optimizer = prepare(trainer, trainer.model, trainer.optimizer, sharded)
     trainer._raw_optimizer = factories.raw_optimizer(trainer.optimizer)
     if isinstance(trainer._raw_optimizer, Optimizers):
         trainer.optimizer = trainer._raw_optimizer  # Accelerate's wrapper is not a mapping
@@ -56,6 +64,7 @@ def build(trainer: BaseTrainer) -> None:
     hooks = factories.check_hooks(trainer.build_hooks(), trainer.workspace, trainer.lr_monitor)
     trainer.hooks, trainer.checkpointers = hooks
     trainer.averagers = [hook for hook in trainer.hooks if isinstance(hook, AveragingHook)]
+    trainer._initial_weights.fill_what_stays()
     set_seed(trainer.seed, device_specific=True)  # from here on each rank draws different random numbers
     check_phases(trainer)
     clip = None if isinstance(trainer.grad_clip, Mapping) else trainer.grad_clip

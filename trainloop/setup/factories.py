@@ -93,13 +93,6 @@ def check_model(model: Any) -> nn.Module:
             f"`build_model` returned embeddings with sparse gradients (first: {sparse[0]}), which can be neither"
             " clipped nor checked together with dense ones. Build them with `sparse=False`."
         )
-    on_meta = [name for name, p in checked.named_parameters() if p.is_meta]
-    if on_meta:
-        raise ValueError(
-            f"`build_model` must return a model with real weights, but {len(on_meta)} parameters are on the meta device"
-            f" (first: {on_meta[0]}): Accelerate would give all of the optimizer's slots to one parameter. Build it on"
-            " the CPU on every rank, or call `model.to_empty(device='cpu')` and initialise it."
-        )
     if not any(p.requires_grad for p in checked.parameters()):
         raise ValueError("`build_model` must return a model with at least one parameter that requires grad.")
     return checked
@@ -112,7 +105,7 @@ def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         return Optimizers({name: raw_optimizer(check_optimizer(part)) for name, part in optimizer.items()})
     checked: torch.optim.Optimizer = check_type(optimizer, torch.optim.Optimizer, "build_optimizer")
     raw = raw_optimizer(checked)
-    if _required_parameters(type(raw).step)[1:]:  # after `self`
+    if required_parameters(type(raw).step)[1:]:  # after `self`
         raise TypeError(
             f"`build_optimizer` must return an optimizer that steps once for each gradient, but {type(raw).__name__}"
             " evaluates the loss several times in a step (it needs a closure). Use a first-order one, such as AdamW."
@@ -128,7 +121,7 @@ def _check_names(factory: str, by_name: Mapping[Any, Any]) -> None:
         raise ValueError(f"`{factory}` must return names that are strings without a slash or a dot, but {found}.")
 
 
-def _required_parameters(function: Any) -> list[str]:
+def required_parameters(function: Any) -> list[str]:
     """Names of the parameters without a default."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
@@ -157,7 +150,7 @@ def check_lr_scheduler(returned: Any, optimizer: torch.optim.Optimizer) -> tuple
             )
         if monitor is not None:
             return scheduler, monitor
-        required = _required_parameters(scheduler.step) if scheduler is not None else []
+        required = required_parameters(scheduler.step) if scheduler is not None else []
         if required:
             raise TypeError(
                 f"`build_lr_scheduler` must return a scheduler whose `step()` needs no argument, but that of"

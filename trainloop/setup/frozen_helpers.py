@@ -53,6 +53,11 @@ def check_frozen(model: nn.Module, frozen: nn.Module | dict[str, nn.Module] | No
 
 def _prepare(trainer: BaseTrainer, name: str, module: nn.Module) -> None:
     accelerator = trainer.accelerator
+    if on_meta := [key for key, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
+        raise ValueError(
+            f"`build_frozen` must return modules with values, but {len(on_meta)} tensors of {name or 'its module'} are"
+            f" on the meta device (first: {on_meta[0]}). Load its weights, as `from_pretrained` does."
+        )
     module.eval().requires_grad_(False)
     collectives.share_rank_zero_weights(module, accelerator.device)
     given = trainer.frozen_dtype

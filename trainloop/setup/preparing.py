@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,53 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 
-def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+@dataclass(frozen=True)
+class Sharded:
+    """A model that FSDP2 has sharded before there is an optimizer."""
+
+    model: nn.Module
+    returns_fp32: bool
+
+
+def shard_without_values(trainer: BaseTrainer, model: nn.Module) -> Sharded:
+    """Shard a model that is on the meta device, wholly or in part. Its optimizer is built of the shards."""
+    accelerator = trainer.accelerator
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would send rank 0's weights, which has none
+    returns_fp32 = _begin_fsdp2(trainer, model)
+    with full_precision_statistics():
+        if not isinstance(model, Models):
+            return Sharded(_shard_alone(accelerator, model), returns_fp32)
+        accelerator.state.fsdp_plugin.set_auto_wrap_policy(model)  # by classes of any of them
+        prepared = {name: _shard_alone(accelerator, module) for name, module in model.items()}
+    unwrapped = Models({name: trainer.unwrap(module) for name, module in model.items()})
+    return Sharded(Models(prepared, unwrapped), returns_fp32)
+
+
+def _shard_alone(accelerator: Any, module: nn.Module) -> nn.Module:
+    """Shard a module. Accelerate takes it only with an optimizer, so it gets one that nobody uses."""
+    prepared: nn.Module
+    prepared, _ = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
+    accelerator._optimizers.pop()
+    return prepared
+
+
+def _begin_fsdp2(trainer: BaseTrainer, model: nn.Module) -> bool:
+    """Choose FSDP2's settings, and give all ranks the same weights, where it doesn't do so itself. Returns whether the
+    model's output is to be cast to fp32.
+    """
+    accelerator = trainer.accelerator
+    returns_fp32 = choose_fsdp2_precision(accelerator)
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.cpu_ram_efficient_loading and (_has_persistent_buffers(model) or _has_root_parameters(model)):
+        plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours is used instead
+    if not plugin.cpu_ram_efficient_loading:
+        collectives.share_rank_zero_weights(model, accelerator.device)
+    return returns_fp32
+
+
+def prepare(
+    trainer: BaseTrainer, model: nn.Module, optimizer: Any, sharded: Sharded | None = None
+) -> tuple[nn.Module, Any]:
     """Prepare model and optimizer together. Objects that are already prepared are used as they are."""
     accelerator = trainer.accelerator
     unwrapped = trainer.unwrap(model)
@@ -38,19 +85,19 @@ def prepare(trainer: BaseTrainer, model: nn.Module, optimizer: Any) -> tuple[nn.
         prepared = model
     else:
         check_optimizer_params(raw_optimizer(optimizer), model)
-        if accelerator.is_fsdp2:
-            returns_fp32 = choose_fsdp2_precision(accelerator)
-            plugin = accelerator.state.fsdp_plugin
-            if plugin.cpu_ram_efficient_loading and (_has_persistent_buffers(model) or _has_root_parameters(model)):
-                plugin.cpu_ram_efficient_loading = False  # Accelerate's loading crashes on them; ours is used instead
-            if not plugin.cpu_ram_efficient_loading:
-                collectives.share_rank_zero_weights(model, accelerator.device)
-        with full_precision_statistics() if accelerator.is_fsdp2 else nullcontext():
-            if isinstance(model, Models):
-                prepared, optimizer = _prepare_models(trainer, model, optimizer)
-            else:
-                with _unused_parameters(trainer, model, optimizer):
-                    prepared, optimizer = accelerator.prepare(model, optimizer)
+        if sharded is not None:
+            prepared, returns_fp32 = sharded.model, sharded.returns_fp32
+            if not isinstance(model, Models):
+                optimizer = accelerator.prepare_optimizer(optimizer)
+        else:
+            if accelerator.is_fsdp2:
+                returns_fp32 = _begin_fsdp2(trainer, model)
+            with full_precision_statistics() if accelerator.is_fsdp2 else nullcontext():
+                if isinstance(model, Models):
+                    prepared, optimizer = _prepare_models(trainer, model, optimizer)
+                else:
+                    with _unused_parameters(trainer, model, optimizer):
+                        prepared, optimizer = accelerator.prepare(model, optimizer)
     for own, module in zip(modules_of(trainer.unwrap(prepared)), modules_of(prepared), strict=True):
         restore_noise_in_checkpointed_layers(module)
         settle_buckets(module)
@@ -74,8 +121,7 @@ def _prepare_models(trainer: BaseTrainer, models: Models, optimizer: Any) -> tup
     for name, module in models.items():
         if accelerator.is_fsdp2:
             with _parameters_by_name(raw_optimizer(optimizer), module):
-                prepared[name], _ = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
-                accelerator._optimizers.pop()
+                prepared[name] = _shard_alone(accelerator, module)
         else:
             with _unused_parameters(trainer, module, optimizer):
                 prepared[name] = accelerator.prepare(module)

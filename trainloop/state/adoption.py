@@ -6,7 +6,7 @@ optimizer. Only then each rank reads its own parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from accelerate.utils import set_seed
 
 from ..checkpoint.agreement import Ranks
 from ..checkpoint.importing import Foreign, ForeignOptimizer, open_foreign
-from ..checkpoint.sharding import find_aliases
 from ..errors import CheckpointError
 from ..ranks import collectives
 from ..rng import derived_seed
 from ..setup.factories import raw_optimizer
+from ..setup.initial_weights import check_weights, clean_names, told
 from ..step.non_finite import clean_name
 from ..step.optimizers import LRSchedulers
 from .live import empty_like_param
@@ -30,9 +30,6 @@ from .resuming import move_schedule
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
-
-_NUM_TOLD = 5  # names in an error
-_DDP = "module."
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,9 @@ def adopt_weights(trainer: BaseTrainer, path: Path, average: str | None) -> None
             averages = ", ".join(group for group in foreign.weights if group != "model") or "none"
             raise CheckpointError(f"{path} has no average {average!r}. Its averages: {averages}")
         described = foreign.weights["model"].described()
-        _check_weights(path, described, _clean_names(described, live), live)
+        check_weights(path, described, clean_names(described, live), live)
         for source in [foreign.weights[group] for group in ("model", average) if group is not None]:
-            names = _clean_names(source.described(), live)
+            names = clean_names(source.described(), live)
             plans.append((source, {key: live[name] for key, name in names.items() if name in live}))
 
     ranks.do(plan, _nothing, f"{path} cannot be imported")
@@ -127,14 +124,14 @@ def adopt_weights(trainer: BaseTrainer, path: Path, average: str | None) -> None
 def _plan(trainer: BaseTrainer, live: dict[str, torch.Tensor], foreign: Foreign) -> _Plan:
     params = trainer.named_parameters()
     described = foreign.weights["model"].described()
-    names = _clean_names(described, live)
-    _check_weights(foreign.path, described, names, live)
+    names = clean_names(described, live)
+    check_weights(foreign.path, described, names, live)
     targets: dict[str, dict[str, torch.Tensor]] = {"model": {key: live[name] for key, name in names.items()}}
     average_names: dict[str, dict[str, str]] = {}
     for group, source in foreign.weights.items():
         if group != "model":
             described = source.described()
-            average_names[group] = _clean_names(described, live)
+            average_names[group] = clean_names(described, live)
             targets[group] = {
                 key: empty_like_param(params.get(name), *described[key], on_host=False)
                 for key, name in average_names[group].items()
@@ -147,37 +144,6 @@ def _plan(trainer: BaseTrainer, live: dict[str, torch.Tensor], foreign: Foreign)
     casts = sorted(f"{saved} to {own}" for saved, own in dtypes if saved != own)
     cast = f" Weights were cast: {', '.join(casts).replace('torch.', '')}." if casts else ""
     return _Plan(foreign, targets, average_names, optimizer, optimizer_targets, cast)
-
-
-def _clean_names(names: Iterable[str], live: Mapping[str, Any]) -> dict[str, str]:
-    """The model's name for each name in a file. A wrapped model may have written the file."""
-    clean = {name: clean_name(name) for name in names}
-    while clean and not live.keys() & set(clean.values()) and all(name.startswith(_DDP) for name in clean.values()):
-        clean = {key: name.removeprefix(_DDP) for key, name in clean.items()}
-    return clean
-
-
-def _check_weights(path: Path, described: Mapping[str, Any], names: Mapping[str, str], live: Mapping[str, Any]) -> None:
-    found = set(names.values())
-    first_names = find_aliases(live)
-    held = {first_names.get(name, name) for name in found}  # a file may have any one of several tied tensors
-    complaints = [
-        _told("not in the file", sorted(name for name in live if first_names.get(name, name) not in held)),
-        _told("not in the model", sorted(found - live.keys())),
-        _told(
-            "of another shape",
-            [
-                f"{name} is {list(described[key][0])} there, but {list(live[name].shape)} here"
-                for key, name in names.items()
-                if name in live and described[key][0] != tuple(live[name].shape)
-            ],
-        ),
-    ]
-    if any(complaints):
-        raise CheckpointError(
-            f"The weights in {path} are not those of this run's model; nothing was changed."
-            f" {' '.join(filter(None, complaints))} What fits only in part, load in `build_model`"
-        )
 
 
 def _plan_optimizer(
@@ -218,7 +184,7 @@ def _match_groups(
         if by_name and (difference := sorted(set(by_name) ^ set(own_names))):
             raise CheckpointError(
                 f"Parameter group {i} of the optimizer in {path} holds other parameters than here."
-                f" {_told('differ', difference)} {remedy}"
+                f" {told('differ', difference)} {remedy}"
             )
         if len(keys) != len(own_names):
             raise CheckpointError(
@@ -237,12 +203,6 @@ def _check_shape(path: Path, name: str, value_name: str, shape: tuple[int, ...],
             f"The optimizer's {value_name} of {name} in {path} is {list(shape)}, but the parameter is {list(own)}: it"
             " was saved with another order of the parameters, or of another model"
         )
-
-
-def _told(what: str, names: list[str]) -> str:
-    """A sentence with the first few names. Empty if there are none."""
-    more = f", and {len(names) - _NUM_TOLD} more" if len(names) > _NUM_TOLD else ""
-    return f"{len(names)} {what}: {', '.join(names[:_NUM_TOLD])}{more}." if names else ""
 
 
 # ---------------------------------------------------------------------- putting it there

@@ -203,6 +203,9 @@ def restore_run(trainer: BaseTrainer) -> None:
         if trainer.checkpointers and not trainer.settings:  # not again after a `train` that failed here
             trainer.settings = run_settings(trainer)
         state_dict = next(filter(None, (hook.restore(trainer) for hook in trainer.checkpointers)), None)
+    if state_dict is not None:
+        trainer._initial_weights.drop()
+    trainer._initial_weights.fill()
     trainer._length.update(trainer.step)
     check_schedule_length(trainer)
     if trainer._length.is_reached and trainer.step > 0 and not trainer.control.agreed["stop"]:
