@@ -1,4 +1,4 @@
-"""Histograms and texts as `log_histogram` and `log_text` are given them, nested, made into plain values."""
+"""Converts the arguments of `log_histogram` and `log_text` into flat mappings and plain values."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .errors import describe
 from .records import flatten_objects
 
 _NUM_BINS = 64
-_CHUNK = 2**24  # values that are sorted into the bins at once, so that the bins' numbers take little memory
+_CHUNK = 2**24  # number of values that are counted at once, to limit the memory for intermediate results
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values are in each of some bins of the same width."""
+    """The number of values in each of several bins of equal width."""
 
     edges: list[float]
-    """Of the bins, one more than there are counts."""
+    """Edges of the bins: one more than `counts`."""
     counts: list[int]
     sum: float
     sum_squares: float
     num_non_finite: int
-    """Values that are in no bin because they are NaN or infinite."""
+    """Number of values that are NaN or infinite. They are in no bin."""
 
 
 def flatten_histograms(records: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """Flatten nested tensors and arrays, as `flatten_images`. Call on every rank that has them.
+    """Flatten nested tensors and arrays. Call on every rank that has them.
 
     Raises:
         TypeError: `records` is not a mapping, a key is not a string, or a value is not a tensor or an array.
@@ -44,7 +44,7 @@ def flatten_histograms(records: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
 
 
 def flatten_texts(records: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
-    """Flatten nested texts, as `flatten_images`.
+    """Flatten nested texts.
 
     Raises:
         TypeError: `records` is not a mapping, a key is not a string, or a value is not a string.
@@ -60,11 +60,11 @@ def to_histogram(key: str, value: Any) -> Histogram:
     """Count values on their device, and read the counts.
 
     Args:
-        key: What errors call the values, "weights/first".
+        key: Name of the values in error messages, for example "weights/first".
         value: A tensor or a numpy array of real numbers, of any shape.
 
     Raises:
-        TypeError: It has another dtype.
+        TypeError: It is complex or sparse.
         ValueError: It is empty.
     """
     tensor = (value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))).detach()

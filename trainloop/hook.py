@@ -192,7 +192,7 @@ class AveragingHook(BaseHook):
         """
 
     def follow_trainable(self, trainer: BaseTrainer) -> None:
-        """Other parameters are trained from the next window on. Every rank, before that window."""
+        """Called when other parameters are trained from the next window on. Every rank, before that window."""
 
 
 _WRITERS = {

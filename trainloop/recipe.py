@@ -77,15 +77,18 @@ class Recipe:
         raise NotImplementedError(f"{type(self).__name__} must define `build_model`.")
 
     def initial_weights(self) -> Path | str | None:
-        """Return the weights that the model starts from: a folder or file of safetensors, as of `from_pretrained`, or
-        one of trainloop's checkpoints. Or None: they are as `build_model` gave them.
+        """Return the path of the weights that the model starts with.
 
-        Each rank reads its part. The files must hold all of the model's weights; values are cast to the model's dtypes.
-        They are not read if the run is restored from a checkpoint.
+        Each rank reads its part. The files must contain all of the model's weights. Values are cast to the model's
+        dtypes. Nothing is read if the run is restored from a checkpoint.
 
-        `build_model` may return a model on the meta device, wholly or in part. It is sharded, and then filled from
-        these files. Without them each module is initialised by its `reset_parameters`, and by the `_init_weights` of
-        the model that it is a part of, with random numbers that depend on the seed and its name alone.
+        All or some tensors of `build_model` may be on the meta device. The model is then sharded first, and filled from
+        these files. Without files, each module is initialised by its `reset_parameters`, and by the `_init_weights` of
+        the model that contains it. The random numbers depend only on the seed and the module's name.
+
+        Returns:
+            A file or folder of safetensors, as for `from_pretrained`, or a checkpoint of trainloop. None: keep the
+            weights of `build_model`.
         """
         return None
 

@@ -84,15 +84,15 @@ def flatten_nested_dict(nested: Mapping[Any, Any]) -> dict[tuple[Any, ...], Any]
 
 
 def flatten_objects(records: Mapping[str, Any], method: str, what: str) -> dict[tuple[str, ...], Any]:
-    """Flatten nested objects to log. Call on every rank that has them: DTensors are made whole, which is a collective.
+    """Flatten nested objects that are logged. Call on every rank that has them: DTensors are gathered, a collective.
 
     Args:
         records: Nested mappings of objects; a list or tuple counts as a mapping from "0", "1", and so on.
-        method: The trainer's method that was given them, for errors.
-        what: What they are, for errors.
+        method: The trainer's method that got them, for error messages.
+        what: The kind of objects, for error messages.
 
     Returns:
-        The objects by the keys on the way to each.
+        The objects, each by the tuple of its keys.
 
     Raises:
         TypeError: `records` is not a mapping, or a key is not a string.

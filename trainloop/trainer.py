@@ -385,13 +385,13 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         return self.step_info.ends_epoch if interval == "epoch" else self.step % int(interval) == 0
 
     def set_trainable(self, patterns: Iterable[str] | str) -> None:
-        """Train the parameters whose names match, from the next step on, and freeze the others. Call it with the same
-        patterns on every rank: before `train`, or in a hook's `on_before_step` or `on_after_step`. A resume goes on
-        with what was trained when the checkpoint was saved, whatever `build_model` has frozen.
+        """Train only the parameters whose names match, from the next window on, and freeze all others. Call on every
+        rank with the same patterns: before `train`, or in a hook's `on_before_step` or `on_after_step`. A checkpoint
+        records which parameters are trained, and a resume restores that.
 
         Args:
-            patterns: Names as of `named_parameters`, or patterns in which `*` stands for any characters, dots too:
-                `["head.*", "layers.11.*"]`. Each must match. The optimizer must have the parameters already.
+            patterns: Names from `named_parameters`, or patterns such as `["head.*", "layers.11.*"]`. `*` stands for any
+                characters, including dots. Each pattern must match. The optimizer must already have the parameters.
 
         Raises:
             RuntimeError: A step is under way.

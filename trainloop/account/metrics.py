@@ -106,8 +106,8 @@ class MetricsFile:
 
 
 class ObjectsFile:
-    """Writes `histograms.jsonl` or `texts.jsonl` of a workspace: a line for each object that was logged. Each method
-    may raise an `OSError`.
+    """Writes `histograms.jsonl` or `texts.jsonl` of a workspace: one line per logged object. Each method may raise an
+    `OSError`.
 
     Args:
         path: The file.
@@ -118,11 +118,11 @@ class ObjectsFile:
         self._lines = StepLines(path, step_in_json)
 
     def open(self, step: int) -> None:
-        """Cut off what belongs to steps after `step`, and a line that is not whole."""
+        """Cut off the lines of steps after `step`, and an incomplete line."""
         self._lines.cut(step)
 
     def put(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        """Write an object of a step."""
+        """Write the object with this name that was logged at a step."""
         row = {"step": step, "time": round(time.time(), 3), "name": name, **fields}
         self._lines.append(f"{json.dumps(row, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
 
@@ -131,7 +131,7 @@ class ObjectsFile:
         self._lines.sync()
 
     def set_aside(self) -> None:
-        """As `MetricsFile.set_aside`."""
+        """Rename the file of another run, as `MetricsFile.set_aside` does."""
         set_aside(self.path)
 
 
@@ -158,7 +158,7 @@ def read_metrics(workspace: Path | str) -> list[Row]:
 
 
 def set_aside(path: Path) -> None:
-    """Put "old" before the extension of a file, if it is there."""
+    """Put "old" before the extension of a file, if it exists."""
     if path.exists():
         path.replace(path.with_suffix(f".old{path.suffix}"))
 

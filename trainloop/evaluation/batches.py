@@ -82,7 +82,7 @@ class EvaluationBatches:
             )
         self._shards_itself = isinstance(data, PerRank)
         self._share: Any = None
-        """What this rank reads of a stream that gives shares."""
+        """This rank's share of a stream that gives shares. None: it gives none."""
         if isinstance(data, PerRank):
             data = data.loader
         self._data, self._seed, self._device, self._limit = data, seed, device, limit
@@ -115,7 +115,7 @@ class EvaluationBatches:
             set_epoch(self._data, 0)
             batches = self._by_rank(self._data, "read", self._rank)
         elif self._share is not None:
-            batches = self._by_rank(self._share, "read")  # all shuffle alike, and take their parts of that
+            batches = self._by_rank(self._share, "read")  # one seed for all ranks, so one order to share
         else:
             batches = self._by_reading() if self._items is None else self._by_index()
         for one in batches:
@@ -187,7 +187,7 @@ class EvaluationBatches:
         check_same_data(collectives.gather_objects(sample_checksum([seen, i])))
 
     def _by_rank(self, data: Any, *seed: Any) -> Iterator[Round]:
-        """Iterate data that is this rank's own, under generators of this seed."""
+        """Iterate this rank's own data, with random generators that are seeded by `seed`."""
         seed_for(self._device, self._seed, *seed)
         rng = OwnRng(derived_seed("evaluation", self._seed, *seed))
         with rng.lent():
@@ -205,7 +205,7 @@ class EvaluationBatches:
                 found = next((rank for rank, (own, _) in enumerate(sizes) if own != _ENDED), None)
                 if found is None:
                     return
-                # A rank without a batch runs one of another rank, which does not count.
+                # A rank that never had a batch runs another rank's first batch, which doesn't count.
                 lent = map_nested_tensor(torch.Tensor.cpu, batch) if found == self._rank else None
                 lent = collectives.gather_objects(lent)[found]
                 first = lent if batch is _END else first

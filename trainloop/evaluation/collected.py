@@ -24,7 +24,7 @@ class PerSample:
 
     `finish_evaluation` gets the values of all samples in the order of the data, each sample once, on the CPU of every
     rank. It can compute numbers from them. The values themselves are not logged, but `evaluate` returns them. If each
-    rank reads its share of a stream, the order is that of the rounds: a batch of each rank in turn.
+    rank reads its share of a stream, the order is: one batch of each rank in turn.
 
     Args:
         values: A tensor or numpy array whose first dimension is the batch, a list with one item per sample, or a

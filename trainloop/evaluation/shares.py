@@ -1,4 +1,4 @@
-"""The share of a stream that a rank reads in an evaluation, where the data set can be asked for one."""
+"""The share of a stream that a rank reads in an evaluation, if the data set can provide shares."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..data.loaders import iterates_as_torchs
 from ..data.shares import has_protocol, is_of_hugging_face, share_of
 
 _templates: dict[int, tuple[weakref.ref[Any], Any]] = {}
-"""By the id of a data set: what was asked for its share. It may have become a share itself."""
+"""By the id of a data set: a weak reference to it, and the copy that is asked for shares. It may become a share."""
 
 
 def share_loader(data: Any, rank: int, world_size: int) -> Any | None:
-    """An iterable of this rank's batches; `data` itself stays as it is.
+    """An iterable of this rank's batches. `data` itself is not changed.
 
     Args:
         data: The evaluation data: a loader of a stream, or another iterable of batches.
@@ -24,7 +24,7 @@ def share_loader(data: Any, rank: int, world_size: int) -> Any | None:
         world_size: Number of ranks.
 
     Returns:
-        None: there are no shares. Or the loader has `drop_last`, which would drop a tail of each of them.
+        The iterable. None: there are no shares, or the loader has `drop_last`, which would drop a tail of each share.
     """
     if not isinstance(data, DataLoader):
         return _share(data, rank, world_size)
@@ -48,22 +48,22 @@ def share_loader(data: Any, rank: int, world_size: int) -> Any | None:
 
 
 def _share(dataset: Any, rank: int, world_size: int) -> Any | None:
-    """A new data set with this rank's share, at its beginning; None: it gives none."""
+    """A new data set with this rank's share, at its beginning. None: there are no shares."""
     if is_of_hugging_face(dataset):
         share = share_of(dataset, rank, world_size)
         return share.dataset if share.is_own else None
     if not has_protocol(dataset):
         return None
     try:
-        # `shard` may change what it is called on, which a training or `predict` may read too.
+        # On a copy: `shard` may change its data set, which `train` or `predict` may use too.
         share = share_of(_template(dataset), rank, world_size)
-    except ValueError:  # for example because the shares would be of unequal size, which matters in training only
+    except ValueError:  # for example because the shares have unequal sizes, which matters only in training
         return None
     if not share.is_own:
         return None
     own = copy.copy(share.dataset)
     if hasattr(own, "set_epoch"):
-        own.set_epoch(0)  # the ranks shuffle alike, and at each evaluation
+        own.set_epoch(0)  # the same order on every rank, at every evaluation
     return own
 
 

@@ -121,7 +121,7 @@ class EmaHook(AveragingHook):
         self._begin_averages({})
 
     def _begin_averages(self, known: dict[str, torch.Tensor]) -> None:
-        """Make the averages of `_params`: take the known ones over, and copy the weights of the others."""
+        """Make the averages of `_params`: keep the known ones, and copy the weights of the others."""
         # These lists are made once: for many small tensors, making them costs more than the update.
         self._weights = [local_tensor(param) for param in self._params.values()]
         self._averages = [
@@ -134,7 +134,7 @@ class EmaHook(AveragingHook):
         self._is_direct = all((a.dtype, a.device) == (w.dtype, w.device) for a, w in pairs)
 
     def follow_trainable(self, trainer: BaseTrainer) -> None:
-        # Of what was frozen until now, the average is the weight. What is frozen from now on goes on being averaged.
+        # A parameter that was frozen until now starts with its weight. One that becomes frozen is averaged further.
         self._bind(trainer)
         known = dict(zip(self._params, self._averages, strict=True))
         prefix, trained = "" if self.module is None else f"{self.module}.", trainer._trainable.so_far | known.keys()

@@ -47,7 +47,7 @@ class MetricsFileHook(BaseHook):
         self.format = format
         self._files: _Files | None = None
         self._row: tuple[int, dict[str, int | float]] | None = None  # step and numbers of the current step
-        self._waiting: list[tuple[int, Callable[[_Files], None]]] = []  # steps, and what could not be written yet
+        self._waiting: list[tuple[int, Callable[[_Files], None]]] = []  # steps, and the writes to be done
         self._cut_after: int | None = None  # rows of later steps must still be cut off
         self._guard = Guard("The metrics file", "What is logged waits, and is tried again with the next row.")
 
@@ -140,7 +140,7 @@ class MetricsFileHook(BaseHook):
         self._flush(trainer)
 
     def _flush(self, trainer: BaseTrainer) -> None:
-        """Write the row of the current step, and all that waits. Rank 0."""
+        """Write the row of the current step, and everything that waits. Does nothing on other ranks than 0."""
         if self._row is not None:
             step, numbers = self._row
             self._waiting.append((step, lambda files: files.metrics.put(step, numbers)))
@@ -180,7 +180,7 @@ class _Files:
             file.set_aside()
 
     def open(self, step: int) -> int:
-        """Cut off what belongs to later steps. Returns the number of rows of metrics that were cut off."""
+        """Cut off the lines of later steps. Returns how many rows of metrics were cut off."""
         for file in self.objects.values():
             file.open(step)
         return self.metrics.open(step)

@@ -1,4 +1,4 @@
-"""What filled the memory when it ran out: the step, the shapes of the batch, the largest tensors."""
+"""Reports what filled the memory when it ran out: the step, the shapes of the batch, the largest tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_SHAPES = 50
 
 
 def out_of_memory_error(exception: BaseException | None) -> torch.OutOfMemoryError | None:
-    """The error itself, or the one that has caused it; None: memory did not run out."""
+    """The exception itself, or the one that caused it. None: memory did not run out."""
     seen: set[int] = set()
     while exception is not None and id(exception) not in seen:
         if isinstance(exception, torch.OutOfMemoryError):
@@ -32,13 +32,13 @@ def out_of_memory_error(exception: BaseException | None) -> torch.OutOfMemoryErr
 
 
 def memory_report(trainer: BaseTrainer, error: torch.OutOfMemoryError, exception: BaseException, step: int) -> str:
-    """A report of this rank. Call it while the error's frames still hold the tensors.
+    """This rank's report. Call this while the error's frames still hold the tensors.
 
     Args:
         trainer: The trainer.
         error: The error.
-        exception: That leaves `train`: the error, or what it has caused.
-        step: In which it was raised.
+        exception: The exception that leaves `train`: `error`, or one that `error` caused.
+        step: The step in which `error` was raised.
     """
     device = trainer.device
     lines = [f"Memory ran out in step {step}, on rank {trainer.accelerator.process_index} ({device}): {_first(error)}"]
@@ -77,7 +77,7 @@ def _first(error: BaseException) -> str:
 
 
 def _batch_of(trace: TracebackType | None) -> list[Any]:
-    """The micro-batch that was being computed, from the frame of the window; empty: there was none."""
+    """The micro-batch that was being computed, from the frame of the window. Empty: there was none."""
     while trace is not None:
         if trace.tb_frame.f_code is Window.run.__code__ and "batch" in trace.tb_frame.f_locals:
             return [trace.tb_frame.f_locals["batch"]]
@@ -101,15 +101,15 @@ def _shapes(name: str, value: Any) -> Iterator[str]:
 
 
 def _tensors_on(device: torch.device, known: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
-    """The tensors of a kind of device that Python knows, each memory once, the largest first.
+    """The tensors that Python knows on a type of device, the largest first. Tensors that share memory count once.
 
     Args:
-        device: One of the kind.
-        known: Those whose name is known. They go before others with the same memory.
+        device: A device of the type.
+        known: The tensors whose name is known. Each is listed instead of others with the same memory.
     """
     found: dict[int, tuple[int, torch.Tensor]] = {}
     for value in [*known, *gc.get_objects()]:
-        if not issubclass(type(value), torch.Tensor):  # `isinstance` would ask proxies, which may do anything
+        if not issubclass(type(value), torch.Tensor):  # `isinstance` would run code of proxy objects
             continue
         try:
             if value.device.type != device.type:

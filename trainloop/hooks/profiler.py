@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 _ACTIVITIES = ("cpu", "cuda", "xpu", "mtia", "hpu")
-_MAX_ROWS = 40  # of the table
-_MAX_HISTORY = 200_000  # allocations and frees that are kept
+_MAX_ROWS = 40  # rows of the table
+_MAX_HISTORY = 200_000  # number of allocations and frees that are kept
 
 
 class ProfilerHook(BaseHook):
-    """Profiles some steps of a run with `torch.profiler`, on every rank, and writes what it found.
+    """Profiles some steps of a run with `torch.profiler`, on every rank, and writes the results.
 
-    The words are torch's. A cycle is `wait` steps without the profiler, `warmup` steps whose result is thrown away, and
+    The terms are torch's. A cycle is `wait` steps without the profiler, `warmup` steps whose result is dropped, and
     `active` steps that are recorded. Steps are counted from the first one of this `train`. Each cycle writes a Chrome
     trace for https://ui.perfetto.dev, `profiles/step_0000013/rank_00000.trace.json.gz`, and the table of the most
     expensive operators, `rank_00000.txt`; the folder has the number of the last recorded step. Outside the cycles the
@@ -43,18 +43,18 @@ class ProfilerHook(BaseHook):
 
     Args:
         wait: Steps before each cycle's warm-up.
-        warmup: Steps that are profiled and thrown away, because the first ones are slower under the profiler.
+        warmup: Profiled steps whose result is dropped, because the first steps under the profiler are slower.
         active: Steps that are recorded.
-        repeat: How many cycles; 0: until the run ends.
+        repeat: Number of cycles. 0: cycles until the run ends.
         skip_first: Steps before the first cycle.
-        activities: Out of "cpu", "cuda", "xpu", "mtia" and "hpu". None: all that torch finds.
+        activities: What to record: some of "cpu", "cuda", "xpu", "mtia" and "hpu". None: all that torch supports here.
         record_shapes: Record the shapes of each operator's inputs.
         profile_memory: Record allocations in the trace.
-        with_stack: Record the line of the source of each operator, which makes the profiled steps slow.
-        with_flops: Estimate the operations of matrix products and convolutions.
-        memory_history: Record each allocation of CUDA memory with its stack, from the start of the run on. Each cycle
-            then writes a snapshot too, and the one at the end of memory shows what has allocated it. It costs the host
-            some microseconds at each allocation.
+        with_stack: Record each operator's line in the source. This makes the profiled steps slow.
+        with_flops: Estimate the floating-point operations of matrix products and convolutions.
+        memory_history: Record each allocation of CUDA memory with its stack, from the start of the run. Each cycle then
+            writes a snapshot too. A snapshot shows which code allocated the memory. Costs the host a few microseconds
+            per allocation.
         path: Folder, relative to the trainer's `workspace`.
 
     Raises:
@@ -106,8 +106,8 @@ class ProfilerHook(BaseHook):
         self.needs_workspace = not self.path.is_absolute()
         self._flags = flags
         self._profiler: Any = None
-        self._first_step = 1  # of this `train`
-        self._begins = self._ends = -1  # steps of the cycle that is on, or comes next
+        self._first_step = 1  # the first step of this `train`
+        self._begins = self._ends = -1  # first and last profiled step of the current or next cycle
         self._num_cycles = 0
         self._guard = Guard("ProfilerHook", "The profile is not there.")
 
@@ -152,7 +152,7 @@ class ProfilerHook(BaseHook):
             self._begins = -1 if is_last else trainer.step + 1 + self.wait
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
-        self._stop()  # writes what it has recorded
+        self._stop()  # writes the steps recorded so far
         self._end_history(trainer)
 
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
@@ -179,7 +179,7 @@ class ProfilerHook(BaseHook):
         return self.path if trainer.workspace is None else trainer.workspace / self.path
 
     def _write(self, trainer: BaseTrainer, profiler: Any) -> None:
-        """The recorded steps are over. Every rank."""
+        """Write the results of a cycle. Called on every rank after its last step."""
         folder, name = self._folder(trainer) / step_name(trainer.step), f"rank_{collectives.rank():05d}"
 
         def write() -> None:
@@ -200,10 +200,10 @@ class ProfilerHook(BaseHook):
 
         Args:
             trainer: The trainer.
-            file: The file, a `.pickle`. It is there as a whole or not at all.
+            file: The file, a `.pickle`. It is complete or doesn't exist.
 
         Returns:
-            Whether there is CUDA memory to write of.
+            Whether the run uses CUDA. Otherwise nothing is written.
         """
         if trainer.device.type != "cuda":
             return False
@@ -212,7 +212,7 @@ class ProfilerHook(BaseHook):
         return True
 
     def _report(self, trainer: BaseTrainer, error: torch.OutOfMemoryError, exception: BaseException) -> None:
-        step = trainer.peers.step or trainer.step  # an exception takes `trainer.step` back
+        step = trainer.peers.step or trainer.step  # after an exception, `trainer.step` may be the step before
         name = f"out_of_memory_{step_name(step)}_rank_{collectives.rank():05d}"
         file = self._folder(trainer) / f"{name}.txt"
         report = memory_report(trainer, error, exception, step)
@@ -224,7 +224,7 @@ class ProfilerHook(BaseHook):
 
 
 def _export(file: Path, export: Callable[[str], Any]) -> None:
-    """Have `export` write a file beside, and rename it. The extension decides how torch writes."""
+    """Let `export` write a temporary file beside `file`, and rename it. torch chooses the format by the extension."""
     beside = file.with_name(f"{TEMPORARY}{uuid.uuid4().hex}{''.join(file.suffixes)}")
     try:
         export(str(beside))

@@ -1,4 +1,4 @@
-"""Histograms and texts in the form that each of Accelerate's trackers takes them; Accelerate itself has none."""
+"""Logs histograms and texts to Accelerate's trackers. Accelerate has no common method for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..histograms import Histogram
 
 
 def log_histogram(tracker: Any, histograms: Mapping[str, Histogram], step: int) -> bool:
-    """Log histograms to TensorBoard, to W&B, or to a tracker of the user's own that has a method `log_histogram`.
+    """Log histograms to TensorBoard, to W&B, or to a user's own tracker with a method `log_histogram`.
 
     Returns:
-        Whether the tracker takes histograms.
+        Whether the tracker supports histograms.
     """
     if tracker.name == "tensorboard":
         for name, histogram in histograms.items():
@@ -40,7 +40,7 @@ def log_histogram(tracker: Any, histograms: Mapping[str, Histogram], step: int) 
 
 
 def log_text(tracker: Any, texts: Mapping[str, str], step: int) -> bool:
-    """As `log_histogram`, for texts, with a method `log_text`."""
+    """As `log_histogram`, for texts. A user's own tracker needs a method `log_text`."""
     if tracker.name == "tensorboard":
         for name, text in texts.items():
             tracker.tracker.add_text(name, text, global_step=step)
@@ -55,8 +55,8 @@ def log_text(tracker: Any, texts: Mapping[str, str], step: int) -> bool:
 
 
 def wandb_objects(histograms: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Histograms (counts and edges) and texts as W&B shows them. In a text, line breaks and angle brackets stay what
-    they are.
+    """Histograms (counts and edges) and texts as objects of W&B. A text is shown with its line breaks and angle
+    brackets.
     """
     if not histograms and not texts:
         return {}

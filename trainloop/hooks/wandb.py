@@ -40,7 +40,7 @@ class _Row:
     images: dict[str, Any] = field(default_factory=dict)
     """The images to send, as `wandb.Image`."""
     histograms: dict[str, list[Any]] = field(default_factory=dict)
-    """Counts and edges of the bins."""
+    """Counts of the bins, and their edges."""
     texts: dict[str, str] = field(default_factory=dict)
     is_sent: bool = False
 

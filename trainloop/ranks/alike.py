@@ -1,12 +1,12 @@
-"""Checks that all ranks are about to do the same, when this rank is about to do something new.
+"""Checks that all ranks make the same change before the next window.
 
 The phases of a step and the trained parameters decide which collectives the forward and backward pass use. If they
-change on some ranks only, the ranks wait for one another in different collectives, and hang. They change rarely, so no
-step pays for an exchange without need: a rank on which they have changed sends a control message before its next
-window, and waits for the same message from all other ranks.
+change only on some ranks, the ranks wait in different collectives, and hang. Changes are rare, so ordinary steps need
+no exchange: a rank with a change sends a control message before its next window, and waits for the same message from
+all other ranks.
 
-A rank on which nothing has changed sends none. It goes on into its window, and waits there, perhaps without end. So a
-rank that has waited for a second asks the next rank once a second what it is doing.
+A rank without a change sends no message. It begins its window, and may wait there forever. So while a rank waits for
+the message, it asks the next rank once a second what that rank is doing.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _PAUSE_SECONDS = 1.0
 
 
 def agree(control: Control, peers: Peers, step: int, told: str) -> None:
-    """Raise unless every rank tells the same before its window. Call on a rank where something has changed.
+    """Raise unless every rank makes the same change before its window. Call on each rank with a change.
 
     Args:
-        control: Of the run.
-        peers: Of the run.
-        step: Whose window comes next.
-        told: What this rank is about to do.
+        control: The control messages of the run.
+        peers: The answers of the other ranks.
+        step: The step whose window comes next.
+        told: Text for the change. It must be the same on every rank.
 
     Raises:
-        RankDisagreementError: Another rank tells something else, or has gone on into the window.
+        RankDisagreementError: Another rank makes another change, or has begun the window without a change.
     """
     if collectives.world_size() == 1:
         return
@@ -42,12 +42,12 @@ def agree(control: Control, peers: Peers, step: int, told: str) -> None:
     control.start(told, num_epochs_done=control.num_epochs_done)
     with _watch(peers, step, told), peers.doing("waiting for the other ranks to do the same"):
         control.finish(step)
-    control.last_step = last_step  # the step has only begun
+    control.last_step = last_step  # the step is not done yet
 
 
 @contextmanager
 def _watch(peers: Peers, step: int, told: str) -> Iterator[None]:
-    """Within it, this rank waits for the others. The wait ends when the next one is seen to have gone on."""
+    """Inside this context, this rank waits for the others. It stops waiting if the next rank has begun its window."""
     is_over, found = threading.Event(), []
 
     def look() -> None:
@@ -59,7 +59,7 @@ def _watch(peers: Peers, step: int, told: str) -> Iterator[None]:
                 found.append(
                     f"Step {step}: {NOT_ALIKE} (rank {collectives.rank()}: {told}; rank {rank}: goes on as before)."
                 )
-                # Also ends the wait of this rank.
+                # This also ends this rank's own wait.
                 peers.tell({collectives.rank(): f"{ENDED} {RankDisagreementError.__name__}: {found[0]}"})
                 return
 

@@ -91,7 +91,7 @@ class Control:
 
         Args:
             skipped: The draws of the window that gave no loss on this rank. They must be the same on all ranks. Or,
-                before a window, what this rank is about to do (see `alike`).
+                before a window, the text for a change (see `alike`).
             checksum: Checksum of everything else that must be the same on all ranks.
             num_epochs_done: Number of epochs of its data that this rank has completed.
         """

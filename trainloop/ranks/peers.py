@@ -248,7 +248,7 @@ class Peers:
         ]
 
     def ask_next(self) -> tuple[int, State | str]:
-        """The next rank, and what it answers. Its cost does not grow with the number of ranks."""
+        """The next rank, and its answer. The cost doesn't grow with the number of ranks."""
         rank = (collectives.rank() + 1) % collectives.world_size()
         return rank, self._ask([rank], {}).get(rank, _IS_SILENT) if rank in self._askable() else _IS_SILENT
 

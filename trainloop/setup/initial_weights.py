@@ -1,9 +1,9 @@
-"""The weights that a run begins with, where `build_model` doesn't give them: of a model on the meta device, or from the
-files that `initial_weights` names.
+"""The first weights of a run if `build_model` doesn't provide them, for a model on the meta device or with files from
+`initial_weights`.
 
-The model is sharded without values. Then each rank fills its shards: by each module's own initialisation, or from the
-files, of which it reads its part. If the run is restored from a checkpoint, only what the checkpoint may not hold is
-filled: buffers and frozen parameters.
+The model is sharded without values. Then each rank fills its shards: by each module's own initialisation, or with its
+part of the files. If the run is restored from a checkpoint, only buffers and frozen parameters are filled, because the
+checkpoint may not contain them.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class InitialWeights:
     """Fills the model of a run, once. Call its methods on every rank.
 
     Args:
-        trainer: The trainer; its model has just been built.
+        trainer: The trainer. Its model has just been built.
 
     Raises:
+        TypeError: `initial_weights` did not return a path or None.
         ValueError: Something on the meta device cannot be filled, or the ranks have built different models.
     """
 
@@ -83,7 +84,7 @@ class InitialWeights:
         self._is_begun = self._is_done = False
 
     def allocate(self) -> None:
-        """Give the tensors on the meta device memory on the run's device, or for their shards, if it is sharded."""
+        """Give memory to the tensors on the meta device; in a sharded model, to their shards."""
         model, accelerator = self._trainer.unwrapped_model, self._trainer.accelerator
         device = accelerator.device
         if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_offload is not None:
@@ -91,7 +92,7 @@ class InitialWeights:
 
             if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
                 device = torch.device("cpu")
-        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, so that its id stays its own
+        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old tensor, so its id stays unique
         with torch.no_grad():
             for slot in slots_of(model):
                 tensor = slot.tensor
@@ -99,16 +100,16 @@ class InitialWeights:
                     is_param = isinstance(tensor, nn.Parameter)
                     new = torch.empty_like(tensor.detach(), device=device if is_param else accelerator.device)
                     if new.is_floating_point() or new.is_complex():
-                        local_tensor(new).fill_(float("nan"))  # for who reads it too early
+                        local_tensor(new).fill_(float("nan"))  # shows if it is read too early
                     new = nn.Parameter(new, requires_grad=tensor.requires_grad) if is_param else new
                     made[id(tensor)] = tensor, new
                 if id(tensor) in made:
                     slot.store[slot.key] = made[id(tensor)][1]
         if accelerator.is_fsdp2:
-            model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]  # FSDP2 takes note of new shards in it
+            model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]  # FSDP2 finds its new shards in `_apply`
 
     def fill_what_stays(self) -> None:
-        """Fill the buffers and frozen parameters, which say what the code has built: before it is asked for that."""
+        """Fill buffers and frozen parameters. Call before their checksums are taken (`BuiltModel`)."""
         if self._is_done:
             return
         model = self._trainer.unwrapped_model
@@ -121,7 +122,7 @@ class InitialWeights:
         self._initialise([unit for unit in self._units() if any(slot.name in names for slot in unit.slots)])
 
     def fill(self) -> None:
-        """Fill all that was not filled yet."""
+        """Fill everything that is not filled yet."""
         if self._is_done:
             return
         self._initialise(self._units())
@@ -133,7 +134,7 @@ class InitialWeights:
             self._trainer.logger.info(f"The model begins with weights {what}.")
 
     def drop(self) -> None:
-        """Leave the rest as it is: a checkpoint has filled it."""
+        """Fill nothing more, because a checkpoint has filled the rest."""
         self._is_done = True
 
     def _units(self) -> list[Unit]:
@@ -152,7 +153,7 @@ def fill_from(trainer: BaseTrainer, path: Path) -> None:
     """Read weights into the live model. Call on every rank.
 
     Raises:
-        CheckpointError: On every rank. They cannot be read, or are not of this model, and nothing was changed.
+        CheckpointError: On every rank. They cannot be read. Or they belong to another model; nothing was changed then.
     """
     live, ranks = trainer.live_model_state(), Ranks()
     found: list[tuple[TensorSource, dict[str, torch.Tensor]]] = []
@@ -181,7 +182,7 @@ class OwnWeights:
 
     @torch.no_grad()
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors; values are cast to the target's dtype."""
+        """Fill tensors. Values are cast to the dtype of the target."""
         dtypes = {name: dtype for name, (_, dtype) in self.described().items()}
         read = {
             name: target if target.dtype == dtypes[name] else torch.empty_like(target.detach(), dtype=dtypes[name])
@@ -246,7 +247,7 @@ def _is_on_meta(model: nn.Module) -> bool:
 
 
 def _first_slots(model: nn.Module) -> list[Slot]:
-    """The places of parameters and buffers, the first one of a tied tensor."""
+    """The slots of parameters and buffers. Of a tied tensor, only the first one."""
     first: dict[int, Slot] = {}
     for slot in slots_of(model):
         first.setdefault(id(slot.tensor), slot)
@@ -254,7 +255,7 @@ def _first_slots(model: nn.Module) -> list[Slot]:
 
 
 def _check_supported(model: nn.Module) -> None:
-    """Raise if adapters of peft are on the meta device: peft initialises them when it makes them."""
+    """Raise if peft's adapters are on the meta device: peft initialises adapters only when it creates them."""
     for name, module in model.named_modules():
         if hasattr(type(module), "reset_lora_parameters") and _is_on_meta(module):
             raise ValueError(

@@ -1,10 +1,10 @@
 """Initialises modules that were built on the meta device, with the same bits at any number of processes.
 
-Modules are taken one after another: a module gets whole memory on the device, is initialised with random numbers of its
-own name, and the part of this rank is copied out of it. So a rank holds its shards and one whole module at most.
+Modules are initialised one after another. A module gets whole tensors on the device, and random numbers that depend on
+its name. Then this rank's part is copied into the shards. So a rank holds its shards and at most one whole module.
 
-What initialises a module: its `reset_parameters`, then the `_init_weights(module)` of the model that it is a part of,
-as the models of transformers and many others have it. What `__init__` does besides is not repeated.
+A module is initialised by its `reset_parameters`, then by the `_init_weights(module)` of the model that contains it, as
+in transformers and many other libraries. Anything else that `__init__` does is not repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NUM_SHOWN = 10
 
 @dataclass(frozen=True)
 class Slot:
-    """A place of a parameter or buffer in a module."""
+    """The slot of a parameter or buffer in a module."""
 
     name: str
     module: nn.Module
@@ -36,7 +36,7 @@ class Slot:
 
     @property
     def store(self) -> dict[str, Any]:
-        """Where the module keeps it."""
+        """The module's dict that contains it."""
         return self.module._parameters if self.key in self.module._parameters else self.module._buffers
 
     @property
@@ -46,7 +46,7 @@ class Slot:
 
 
 def slots_of(module: nn.Module, prefix: str = "", *, recurse: bool = True) -> Iterator[Slot]:
-    """The places of parameters and buffers, by clean names. A tied tensor has several."""
+    """The slots of parameters and buffers, with clean names. A tied tensor has several."""
     for name, part in module.named_modules(prefix=prefix) if recurse else [(prefix, module)]:
         for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
             if tensor is not None:
@@ -55,7 +55,7 @@ def slots_of(module: nn.Module, prefix: str = "", *, recurse: bool = True) -> It
 
 @dataclass(frozen=True)
 class Member:
-    """A module, and what initialises it."""
+    """A module, and the functions that initialise it."""
 
     name: str
     module: nn.Module
@@ -68,22 +68,22 @@ class Unit:
 
     members: list[Member]
     slots: list[Slot]
-    """The tensors that it fills."""
+    """The tensors to fill."""
     others: list[Slot] = field(default_factory=list)
-    """Tensors within it that have values already, or are another module's. They stay as they are."""
+    """Tensors inside the unit that are not to be filled, because they have values already. They don't change."""
     outside: list[Slot] = field(default_factory=list)
-    """Tensors of modules below it that belong to other units. It may not write to them."""
+    """Tensors of submodules that belong to other units. The unit may not write to them."""
 
 
 def plan_units(model: nn.Module, wanted: Collection[str]) -> tuple[list[Unit], list[str]]:
     """Divide a model into units.
 
-    A module with a `reset_parameters` is one unit with all that it contains. So is an entry of a `ModuleList`, such as
-    a transformer's layer, in a model with `_init_weights`. Other modules are units of their own.
+    A module with a `reset_parameters` and its submodules are one unit. So is each entry of a `ModuleList`, such as a
+    transformer's layer, in a model with `_init_weights`. Any other module is a unit without its submodules.
 
     Args:
         model: The model without its wrappers.
-        wanted: Clean names of the tensors to fill; of tied ones the first.
+        wanted: Clean names of the tensors to fill. Of tied tensors, the first name.
 
     Returns:
         The units, and the names of tensors that nothing initialises.
@@ -118,15 +118,15 @@ def plan_units(model: nn.Module, wanted: Collection[str]) -> tuple[list[Unit], l
 
 @torch.no_grad()
 def initialise(units: list[Unit], seed: int, device: torch.device) -> list[str]:
-    """Fill the tensors of units: of a DTensor the part of this rank. No communication.
+    """Fill the tensors of units; of a DTensor, this rank's part. No communication.
 
     Args:
         units: From `plan_units`.
-        seed: Of the run. A module draws from generators of its own, seeded by this and its name.
-        device: Where whole modules are made. Other devices draw other numbers.
+        seed: The run's seed. For each module, the generators are seeded by this and the module's name.
+        device: The device for whole modules. Different types of devices draw different numbers.
 
     Returns:
-        Names of tensors that were not initialised, or only in part.
+        Names of tensors that were not initialised, or only partly.
     """
     before = rng_state(device)
     try:
@@ -152,7 +152,7 @@ def _initialise_unit(unit: Unit, seed: int, device: torch.device) -> list[str]:
 
 
 def listed(names: Collection[str]) -> str:
-    """Names as a part of an error: all of them, unless they are very many."""
+    """Names as a part of an error message. If there are many, only the first ones."""
     shown = list(names)[:_NUM_SHOWN]
     return f"{', '.join(shown)}{f' and {len(names) - len(shown)} more' if len(names) > len(shown) else ''}"
 
@@ -161,7 +161,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def _members(name: str, module: nn.Module, owner: nn.Module | None) -> Iterator[Member]:
-    """A module and those in it, children first."""
+    """A module and its submodules, children first."""
     owner = module if _has_init_weights(module) else owner
     for key, child in module.named_children():
         yield from _members(f"{name}.{key}" if name else key, child, owner)
@@ -181,7 +181,7 @@ def _member(name: str, module: nn.Module, owner: nn.Module | None) -> Member:
 
 
 def _reset_of(module: nn.Module) -> Callable[[], Any] | None:
-    """Its `reset_parameters`, not that of a module which it wraps."""
+    """The module's own `reset_parameters`, not that of a module that it wraps."""
     for name in ("reset_parameters", "_reset_parameters"):  # MultiheadAttention has the second
         if hasattr(type(module), name) or name in vars(module):
             reset: Callable[[], Any] = getattr(module, name)
@@ -202,9 +202,9 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 @contextmanager
 def _whole(unit: Unit, device: torch.device) -> Iterator[None]:
-    """Inside this context, a unit's modules have whole tensors on the device, which say if nobody has filled them."""
+    """Inside this context, a unit's modules have whole tensors on the device, filled with `_blank`."""
     before = {slot: (slot.store, slot.tensor) for slot in [*unit.slots, *unit.others, *unit.outside]}
-    made: dict[int, torch.Tensor] = {}  # by tensor, since a tied one has several slots
+    made: dict[int, torch.Tensor] = {}  # by id, because a tied tensor has several slots
     for slot in [*unit.slots, *unit.others]:
         made.setdefault(id(slot.tensor), _like(slot.tensor, device))
     for slot in unit.outside:
@@ -221,7 +221,7 @@ def _whole(unit: Unit, device: torch.device) -> Iterator[None]:
 
 
 def _like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A whole tensor of the same shape and dtype, without values."""
+    """A whole tensor of the same shape and dtype, filled with `_blank`."""
     whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     if not whole.is_meta:
         whole.fill_(_blank(tensor.dtype))
@@ -229,14 +229,14 @@ def _like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _blank(dtype: torch.dtype) -> Any:
-    """What stands in memory that nobody has filled."""
+    """The value that marks an element as not initialised."""
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     return True if dtype == torch.bool else torch.iinfo(dtype).min
 
 
 def _is_blank(tensor: torch.Tensor) -> bool:
-    """Whether nobody has filled a tensor, or, of floating-point numbers, a part of it."""
+    """Whether a tensor was not initialised. With floating-point numbers, also if only a part was not."""
     if tensor.is_floating_point() or tensor.is_complex():
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # `isnan` doesn't support fp8
         return bool(torch.isnan(wide).any())
@@ -244,7 +244,7 @@ def _is_blank(tensor: torch.Tensor) -> bool:
 
 
 class _NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises if a module's initialisation writes to tensors of modules that are initialised on their own."""
+    """Raises if a module's initialisation writes to tensors of other units."""
 
     def __init__(self, names: dict[int, str], module: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -263,6 +263,6 @@ class _NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _seed(seed: int) -> None:
-    """Seed all generators of this process, those of the device included."""
+    """Seed all generators of this process, including those of devices."""
     seed_all(seed)
     torch.manual_seed(seed)

@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharded:
-    """A model that FSDP2 has sharded before there is an optimizer."""
+    """A model that FSDP2 has sharded before the optimizer was built."""
 
     model: nn.Module
     returns_fp32: bool
 
 
 def shard_without_values(trainer: BaseTrainer, model: nn.Module) -> Sharded:
-    """Shard a model that is on the meta device, wholly or in part. Its optimizer is built of the shards."""
+    """Shard a model with tensors on the meta device. Build its optimizer afterwards, from the shards."""
     accelerator = trainer.accelerator
-    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would send rank 0's weights, which has none
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # rank 0 has no weights to send
     returns_fp32 = _begin_fsdp2(trainer, model)
     with full_precision_statistics():
         if not isinstance(model, Models):
             return Sharded(_shard_alone(accelerator, model), returns_fp32)
-        accelerator.state.fsdp_plugin.set_auto_wrap_policy(model)  # by classes of any of them
+        accelerator.state.fsdp_plugin.set_auto_wrap_policy(model)  # the policy may name classes of any module
         prepared = {name: _shard_alone(accelerator, module) for name, module in model.items()}
     unwrapped = Models({name: trainer.unwrap(module) for name, module in model.items()})
     return Sharded(Models(prepared, unwrapped), returns_fp32)
 
 
 def _shard_alone(accelerator: Any, module: nn.Module) -> nn.Module:
-    """Shard a module. Accelerate takes it only with an optimizer, so it gets one that nobody uses."""
+    """Shard a module. Accelerate requires an optimizer with it, so this passes one that is not used."""
     prepared: nn.Module
     prepared, _ = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
     accelerator._optimizers.pop()
@@ -60,8 +60,8 @@ def _shard_alone(accelerator: Any, module: nn.Module) -> nn.Module:
 
 
 def _begin_fsdp2(trainer: BaseTrainer, model: nn.Module) -> bool:
-    """Choose FSDP2's settings, and give all ranks the same weights, where it doesn't do so itself. Returns whether the
-    model's output is to be cast to fp32.
+    """Choose FSDP2's settings, and give all ranks the same weights if FSDP2 doesn't. Returns whether the model's output
+    must be cast to fp32.
     """
     accelerator = trainer.accelerator
     returns_fp32 = choose_fsdp2_precision(accelerator)

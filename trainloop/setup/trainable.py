@@ -1,10 +1,10 @@
-"""Which parameters are trained, and all that must follow if that changes between two steps.
+"""Changes which parameters are trained, between two steps, and updates everything that depends on it.
 
 set_trainable ─► requires_grad         at once, on this rank
 next window   ─► the ranks agree ─► DDP's buckets, FSDP2's dtypes, the checks of a window, averages
 
-An optimizer skips a parameter without a gradient, so a frozen one gets neither an update nor weight decay. Its state
-stays, for the case that it is trained again.
+An optimizer skips a parameter without a gradient, so a frozen one gets neither an update nor weight decay. Its state is
+kept, because the parameter may be trained again.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Trainable:
     """The parameters that are trained, by clean name.
 
     Args:
-        trainer: The trainer; it is built.
+        trainer: The trainer. It must be built.
     """
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self._trainer = trainer
         self._built = self._in_force = self._now()
-        self._earlier: set[str] = set()  # that were trained before the last change
+        self._earlier: set[str] = set()  # parameters that were trained before the last change
         self._is_set = self._is_changed = False
         self._told = ""
 
     @property
     def so_far(self) -> set[str]:
-        """What is trained, and what was trained in an earlier step. Averages are of these."""
+        """The parameters that are trained now or were trained in an earlier step. These are averaged."""
         return self._now() | self._earlier
 
     def select(self, patterns: Iterable[str] | str) -> None:
@@ -71,12 +71,12 @@ class Trainable:
         self._is_set = True
 
     def state_dict(self) -> dict[str, list[str]] | None:
-        """What a checkpoint has of it; None: `build_model` has decided, and nobody since."""
+        """The state for a checkpoint. None: the trained parameters are those of `build_model`."""
         return {"now": sorted(self._now()), "earlier": sorted(self._earlier)} if self._is_set else None
 
     def load_state_dict(self, saved: dict[str, list[str]] | None) -> None:
-        """Put back what `state_dict` gave. A run that begins from a checkpoint without it keeps what the script has
-        chosen.
+        """Restore what `state_dict` returned. If the run is restored at its start and the checkpoint has no such state,
+        the script's choice stays.
         """
         if saved is not None:
             self._change(set(saved["now"]), "parameters that were trained in the saved run")
@@ -86,7 +86,8 @@ class Trainable:
             self._earlier, self._is_set = set(), False
 
     def take_effect(self) -> None:
-        """Have everything follow the change. Call on every rank, after a step's hooks and before its window.
+        """Apply the change to everything that depends on it. Call on every rank, after all hooks' `on_before_step` or
+        `on_after_step`.
 
         Raises:
             RankDisagreementError: Not all ranks make the same change.
@@ -129,7 +130,7 @@ class Trainable:
         self._is_changed, self._told = True, told
 
     def _check_new(self, params: dict[str, nn.Parameter]) -> None:
-        """Raise unless the parameters, which are frozen, can be trained."""
+        """Raise unless these frozen parameters can be trained."""
         groups = self._trainer._raw_optimizer.param_groups
         optimized = {param for group in groups for param in group["params"]}
         wrapped = list(ddp_modules(self._trainer.model))
@@ -153,15 +154,15 @@ class Trainable:
 
 
 def _renew_reducer(ddp: DistributedDataParallel) -> None:
-    """Let DDP reduce the gradients of the parameters that require grad now. It knows only those that did when it was
-    built, and waits for each of them. As DDP's constructor does it, so hooks and options stay.
+    """Make DDP reduce the gradients of the parameters that require grad now. DDP knows only those that did when it was
+    built, and waits for each of them. This repeats a part of DDP's constructor, so hooks and options stay.
     """
     if ddp._use_python_reducer:
         raise ValueError(
             '`set_trainable` does not work with `torch._dynamo.config.optimize_ddp = "python_reducer"`. Leave it out.'
         )
     trained: Any = ddp
-    # With nothing to reduce, a forward pass must not make DDP wait for gradients.
+    # If there is nothing to reduce, a forward pass must not make DDP wait for gradients.
     ddp.require_backward_grad_sync = any(param.requires_grad for param in trained._module_parameters)
     if not ddp.require_backward_grad_sync:
         return
@@ -179,8 +180,8 @@ def _renew_reducer(ddp: DistributedDataParallel) -> None:
 
 
 def _renew_fsdp2(model: nn.Module) -> None:
-    """Let FSDP2 see which of its parameters require grad now. It copies that when it gathers them, and knows the dtypes
-    only of units that had something to train.
+    """Make FSDP2 notice which parameters require grad now. It copies this when it gathers them, and it knows the dtypes
+    only of units that had trained parameters.
     """
     collectives.reshard(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -45,7 +45,7 @@ class BufferKeeper:
         return BufferKeeper(model, self._frozen.fork())
 
     def follow_trainable(self, model: nn.Module) -> None:
-        """Other parameters of the model are frozen from here on."""
+        """Call when other parameters have become frozen or trained."""
         self._frozen = self._frozen.renewed(model)
 
     def remember(self) -> None:

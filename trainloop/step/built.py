@@ -26,8 +26,8 @@ class BuiltModel:
         sums: Checksums of the buffers that are not persistent.
         non_finite: Clean names of buffers and frozen parameters that contain infinities or NaN on purpose, as masks do.
             They say nothing about the health of the run.
-        frozen_sums: Checksums of this rank's part of the parameters, any of which may be frozen later. Empty if nobody
-            needs them.
+        frozen_sums: Checksums of this rank's part of all parameters, because any may be frozen later. Empty if not
+            needed.
         fingerprints: Fingerprints of the frozen parameters as they were built, as far as they have been computed.
     """
 
@@ -60,8 +60,8 @@ class BuiltModel:
 
 def frozen_entries(model: nn.Module, *, all_params: bool = False) -> dict[str, torch.Tensor]:
     """The entries of a model's `state_dict` that belong to frozen parameters, by clean name. These are the parameters
-    and what a module saves beside one, for example "fc.weight.absmax" of a quantized "fc.weight". With `all_params`,
-    also those of the other parameters.
+    and what a module saves beside one, for example "fc.weight.absmax" of a quantized "fc.weight". With
+    `all_params`, the entries of all parameters.
     """
     named = model.named_parameters(remove_duplicate=False)
     frozen = {clean_name(name) for name, param in named if all_params or not param.requires_grad}

@@ -58,7 +58,7 @@ class FrozenKeeper:
         return other
 
     def renewed(self, model: nn.Module) -> FrozenKeeper:
-        """A keeper of the parameters that are frozen now. Those that are known to change stay known."""
+        """A keeper of the parameters that are frozen now. It knows which of them change, as far as this one does."""
         other = FrozenKeeper(model)
         for name in self._changing.keys() & other._watched.keys():
             other._changing[name] = other._watched.pop(name)

@@ -37,7 +37,7 @@ class GradientChecks:
         self._needed = {name: param for name, param in self._trainable.items() if param in reduced}
 
     def before_forward(self) -> None:
-        """Raise if a frozen parameter has come to require grad without a call of `set_trainable`."""
+        """Raise if a frozen parameter now requires grad without a call of `set_trainable`."""
         thawed = [name for name, param in self._frozen.items() if param.requires_grad]
         if thawed:
             raise ValueError(

@@ -83,7 +83,7 @@ class Window:
         self._kept = []
 
     def follow_trainable(self) -> None:
-        """Other parameters require grad from here on."""
+        """Call when other parameters require grad than before."""
         self.buffers.follow_trainable(self._trainer.unwrapped_model)
         self._checks = GradientChecks(self._trainer.model, self._trainer.unwrapped_model)
 
