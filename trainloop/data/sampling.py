@@ -161,9 +161,10 @@ class EndlessSampler:
 
     def advance(self) -> None:
         """Move the position past the oldest drawn batch, which has been consumed."""
-        self.epoch, self.position, self.checksum, self.ends_epoch = self._ahead.popleft()
-        for epoch in [epoch for epoch in self._orders if epoch < self.epoch]:
-            del self._orders[epoch]
+        epoch, self.position, self.checksum, self.ends_epoch = self._ahead.popleft()
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._orders = {number: order for number, order in self._orders.items() if number >= epoch}
 
     def order(self, epoch: int) -> Order:
         """The order of an epoch. It is kept until the epoch ends, because a sampler might not repeat it."""
