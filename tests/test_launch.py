@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .launching import REPOSITORY, launch
+from .launching import NUM_PROCESSES, REPOSITORY, launch
+from .workers import gan
 
 SCRIPTS = REPOSITORY / "tests" / "scripts"
 TINY = """
@@ -139,15 +140,35 @@ def test_the_diffusion_example_draws_and_resumes(tmp_path: Path) -> None:
         assert len(samples) == 100
 
 
-def test_the_gan_example_draws_and_resumes(tmp_path: Path) -> None:
-    """Stopped after an epoch, it goes on as FSDP2 after DDP, and writes a picture at the end of each life."""
-    for form, epochs, step, begin in (("ddp2", 1, 29, "starts at step 0."), ("fsdp2", 2, 57, "goes on after step 29.")):
-        arguments = ["--max-epochs", str(epochs), "--workspace", str(tmp_path)]
-        output = launch(REPOSITORY / "examples" / "gan.py", form, *arguments).stdout
-        assert begin in output
-        assert f"epoch {epochs}/{epochs}" in output
-        picture = np.asarray(Image.open(tmp_path / "images" / f"step_{step:07d}" / "samples.png"))
-        assert picture.std() > 0
+@pytest.mark.parametrize(
+    "form", ["single", *(pytest.param(form, marks=pytest.mark.slow) for form in ("ddp2", "fsdp2"))]
+)
+def test_the_gan_example_is_killed_and_resumes(form: str, tmp_path: Path) -> None:
+    """The steps that are done again have the losses of the first time, bit for bit, in both phases; each epoch's end
+    has a checkpoint, the last one a picture. FSDP2 goes on where one process has ended.
+    """
+    worker = REPOSITORY / "tests" / "workers" / "gan.py"
+    if form == "single":
+        assert launch(worker, form, str(tmp_path), check=False).returncode != 0
+        launch(worker, form, str(tmp_path))
+    else:
+        launch(worker, form, str(tmp_path), launch_args=["--max_restarts", "1"])
+    for rank in range(NUM_PROCESSES[form]):
+        rows = [json.loads(line) for line in (tmp_path / f"{rank}.jsonl").read_text().splitlines()]
+        again = rows.index([gan.FIRST_END + 1, *rows[2 * gan.FIRST_END][1:]], 2 * gan.FIRST_END + 1)
+        lives = [{(step, phase): loss for step, phase, loss in life} for life in (rows[:again], rows[again:])]
+        in_both = lives[0].keys() & lives[1].keys()
+        assert len(in_both) >= 2 * (gan.KILLED_AT - gan.FIRST_END - 1)
+        assert all(lives[0][key] == lives[1][key] for key in in_both)
+        assert max(lives[1])[0] == gan.LAST_STEP
+    if form == "single":
+        example, arguments = REPOSITORY / "examples" / "gan.py", ["--max-epochs", "3", "--workspace", str(tmp_path)]
+        output = launch(example, "fsdp2", *arguments).stdout
+        assert f"goes on after step {gan.LAST_STEP}." in output
+        assert "epoch 3/3" in output
+    pictures = list((tmp_path / "images").glob("step_*/samples.png"))
+    assert len(pictures) == (2 if form == "single" else 1)
+    assert all(np.asarray(Image.open(picture)).std() > 0 for picture in pictures)
 
 
 def test_the_language_model_example_trains_and_resumes_under_fsdp2(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainloop import BaseHook, CheckpointingHook, EmaHook, LoggingHook
 from trainloop.step import update
 
+from .launching import REPOSITORY, launch
 from .small import SmallTrainer
+from .workers import optimizers as workers
 
+WORKER = REPOSITORY / "tests" / "workers" / "optimizers.py"
 LRS = torch.optim.lr_scheduler
 STEPS = 6
 
@@ -113,6 +117,62 @@ def test_muon_and_adamw_step_together() -> None:
     pairs = zip(trainer.model.parameters(), expected.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert recorded.lr[3] == pytest.approx({"muon": 0.02 * 0.9**2, "adamw/0": 1e-4, "adamw/last": 1e-3})
+
+
+@pytest.fixture(scope="module", params=["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def lives(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 has seen of a run on 2 processes, of one that went on from its step 3 on 3 processes, and of one that
+    went on from step 6 of that in a single process; and of an uninterrupted run in a single process.
+    """
+    out = tmp_path_factory.mktemp(request.param)
+    step = "checkpoints/step_000000"
+    launch(WORKER, f"{request.param}2", str(out), "two", timeout=120)
+    launch(WORKER, f"{request.param}3", str(out), "three", str(out / "two" / f"{step}3"), timeout=120)
+    found = {name: json.loads((out / f"{name}0.json").read_text()) for name in ("two", "three")}
+    found["is_sharded"] = request.param == "fsdp"
+    found["one"] = workers.run(out, "one", out / "three" / f"{step}6")
+    found["whole"] = workers.run(out, "whole")
+    return found
+
+
+def test_muon_and_adamw_at_any_number_of_processes(lives: dict[str, Any]) -> None:
+    """Losses and norms of each step are those of a plain loop, over epochs that end within a window, on 2 processes and
+    after resumes at 3 and at 1. Muon computes in bf16, so a sum in another order shows. At the same number of
+    processes a resume has the same bits.
+    """
+    rows, weights = workers.plain()
+    assert lives["two"]["again"]
+    for name, first in (("whole", 1), ("two", 1), ("three", 4), ("one", 7)):
+        own = dict(lives[name]["rows"])
+        assert list(own) == list(rows)[first - 1 :]
+        for step, row in own.items():
+            assert row == pytest.approx(rows[step], rel=1e-6 if name == "whole" else 2e-3), (name, step)
+    assert all(lives["whole"]["state"][name] == value.flatten().tolist() for name, value in weights.items())
+
+
+def test_muon_refuses_a_matrix_with_fewer_rows_than_shards(lives: dict[str, Any]) -> None:
+    """Before the first step, with the remedy. torch fails at the first update, in terms of its dispatcher."""
+    told = lives["three"]["refused"]
+    assert "4.weight (2 x 8), which FSDP2 has cut into 3 shards. Give it to another optimizer" in told or not told
+    assert bool(told) == lives["is_sharded"]
+
+
+def test_epochs_go_on_at_another_number_of_processes(lives: dict[str, Any]) -> None:
+    """With the same steps, the same ends and the same limit."""
+    for name, first in (("whole", 1), ("two", 1), ("three", 4), ("one", 7)):
+        assert lives[name]["ends"] == [step for step in workers.ENDS if step >= first], name
+        assert (lives[name]["epoch"], lives[name]["steps"]) == (workers.EPOCHS, [workers.ENDS[-1], 2])
+
+
+def test_the_state_of_each_optimizer_is_resharded(lives: dict[str, Any]) -> None:
+    """Momentum of Muon, moments and counters of AdamW, and the average end as in a run that never stopped."""
+    whole = lives["whole"]["state"]
+    assert {"0.weight/momentum_buffer", "0.bias/exp_avg", "0.bias/step", "ema/0.weight"} <= whole.keys()
+    for name in ("two", "three", "one"):
+        assert lives[name]["state"].keys() == whole.keys()
+        for key, values in whole.items():
+            own, expected = torch.tensor(lives[name]["state"][key]), torch.tensor(values)
+            assert (own - expected).norm() <= 0.02 * expected.norm(), (name, key)  # element by element bf16 shows more
 
 
 @pytest.mark.parametrize("step", [1, 3])

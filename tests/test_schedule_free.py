@@ -108,6 +108,53 @@ def test_an_evaluation_sees_the_averaged_weights_and_leaves_the_run_alone() -> N
         assert torch.equal(a, b)
 
 
+def mixed(model: Any) -> dict[str, torch.optim.Optimizer]:
+    return {"free": ScheduleFree([model.weight], 0.3), "sgd": torch.optim.SGD([model.bias], lr=0.1, momentum=0.9)}
+
+
+def test_a_schedule_free_optimizer_beside_another_one(tmp_path: Path) -> None:
+    """In a mapping, the run is that of a plain loop, bit for bit, evaluated and resumed or not. Evaluations and the end
+    of the run see the averaged weights of the one and the weights of the other.
+    """
+
+    class Found(BaseHook):
+        def __init__(self) -> None:
+            self.pairs: list[list[float]] = []
+
+        def on_after_step(self, trainer: BaseTrainer) -> None:
+            free: Any = trainer.optimizer["free"]  # type: ignore[index]
+            weight, bias = (p.detach() for p in trainer.model.parameters())
+            average = weight.lerp(next(iter(free.state.values()))["z"], 1 - 1 / BETA)
+            self.pairs.append([trainer.evaluate()["loss"], loss_at([average, bias], held_out())])
+
+    def trainer_of(steps: int, *hooks: BaseHook) -> tuple[Trainer, list[list[float]]]:
+        found = Found()
+        options: dict[str, Any] = {"optimizer_": lambda self: mixed(self.model), "workspace": tmp_path}
+        return Trainer(steps, hooks_=lambda self: [found, *hooks], **options), found.pairs
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizers: Any = mixed(model)
+    optimizers["free"].train()
+    batches = (torch.arange(24.0).reshape(8, 3) / 24).split(2)
+    for step in range(8):
+        model(batches[step % 4]).pow(2).mean().backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+    optimizers["free"].eval()
+    whole, pairs = trainer_of(8)
+    whole.train()
+    trainer_of(5, CheckpointingHook(5))[0].train()
+    resumed, later = trainer_of(8, CheckpointingHook(9))
+    resumed.train()
+    for name, param in model.named_parameters():
+        for trainer in (whole, resumed):
+            assert torch.equal(trainer.named_parameters()[name], param)
+    assert later == pairs[5:]
+    assert [loss for loss, _ in pairs] == pytest.approx([wanted for _, wanted in pairs], rel=1e-5)
+
+
 def test_an_average_of_the_weights_is_evaluated_as_it_is() -> None:
     """Within `EmaHook.swapped` the optimizer leaves the weights alone."""
     ema = EmaHook(0.9)

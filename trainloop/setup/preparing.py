@@ -98,6 +98,7 @@ def prepare(
                 else:
                     with _unused_parameters(trainer, model, optimizer):
                         prepared, optimizer = accelerator.prepare(model, optimizer)
+    _check_muon(raw_optimizer(optimizer), prepared)
     for own, module in zip(modules_of(trainer.unwrap(prepared)), modules_of(prepared), strict=True):
         restore_noise_in_checkpointed_layers(module)
         settle_buckets(module)
@@ -129,6 +130,24 @@ def _prepare_models(trainer: BaseTrainer, models: Models, optimizer: Any) -> tup
         optimizer = accelerator.prepare(optimizer)
     unwrapped = Models({name: trainer.unwrap(module) for name, module in models.items()})
     return Models(prepared, unwrapped), optimizer
+
+
+def _check_muon(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise if `torch.optim.Muon` has a matrix with fewer rows than shards. torch's dispatcher would fail on it at the
+    first update.
+    """
+    muon = getattr(torch.optim, "Muon", None)
+    names = {param: clean_name(name) for name, param in model.named_parameters()}
+    for part in optimizers_of(optimizer).values():
+        params: list[Any] = [param for group in part.param_groups for param in group["params"]]
+        for param in params if muon is not None and isinstance(part, muon) else []:
+            cuts = zip(param.placements, param.device_mesh.shape, strict=True) if hasattr(param, "device_mesh") else []
+            if size := next((size for cut, size in cuts if cut.is_shard() and param.shape[cut.dim] < size), None):
+                shape = " x ".join(map(str, param.shape))
+                raise ValueError(
+                    f"`torch.optim.Muon` cannot update {names[param]} ({shape}), which FSDP2 has cut into {size} shards"
+                    ". Give it to another optimizer, as is usual for the first and last layers, or train with DDP."
+                )
 
 
 @contextmanager
