@@ -23,7 +23,7 @@ class Logging:
         """
         trainer = cast("BaseTrainer", self)
         for hook in listeners(trainer, "log", records):
-            hook.on_log(trainer, records, dry_run)
+            hook.on_log(trainer, records, dry_run or trainer.dry_run)
 
     def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
         """Pass images to every hook's `on_log_images`. Call on every rank if there are DTensors among them.
@@ -34,7 +34,7 @@ class Logging:
         """
         trainer = cast("BaseTrainer", self)
         for hook in listeners(trainer, "log_images", records):
-            hook.on_log_images(trainer, records, dry_run)
+            hook.on_log_images(trainer, records, dry_run or trainer.dry_run)
 
     def log_histogram(self, records: dict[str, Any], dry_run: bool = False) -> None:
         """Pass values to every hook's `on_log_histogram`. Hooks that write count them in 64 bins. Call on every rank
@@ -46,7 +46,7 @@ class Logging:
         """
         trainer = cast("BaseTrainer", self)
         for hook in listeners(trainer, "log_histogram", records):
-            hook.on_log_histogram(trainer, records, dry_run)
+            hook.on_log_histogram(trainer, records, dry_run or trainer.dry_run)
 
     def log_text(self, records: dict[str, Any], dry_run: bool = False) -> None:
         """Pass texts to every hook's `on_log_text`. Call on any rank; hooks that write do so on rank 0.
@@ -57,4 +57,4 @@ class Logging:
         """
         trainer = cast("BaseTrainer", self)
         for hook in listeners(trainer, "log_text", records):
-            hook.on_log_text(trainer, records, dry_run)
+            hook.on_log_text(trainer, records, dry_run or trainer.dry_run)

@@ -5,8 +5,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import describe
+
+if TYPE_CHECKING:
+    from .trainer import BaseTrainer
+
+
+def placed(trainer: BaseTrainer, path: Path) -> Path:
+    """Where a hook writes whose argument is `path`: relative to the workspace; in a dry run in the scratch folder."""
+    if trainer.scratch is not None and path.is_absolute():
+        return trainer.scratch / "elsewhere" / Path(*path.parts[1:])
+    return path if trainer.workspace is None else trainer.workspace / path
 
 
 def parse_path(name: str, path: Path | str) -> Path:

@@ -33,6 +33,7 @@ from .ranks.control import Control
 from .ranks.failure import reported_failure
 from .ranks.peers import IN_WINDOW, Peers
 from .recipe import Recipe
+from .rehearsal import rehearse
 from .setup import arguments, factories, launch
 from .setup.building import build
 from .setup.initial_weights import InitialWeights
@@ -86,6 +87,10 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         gc_interval: Steps between Python's garbage collections, on all ranks at once. None: Python decides.
         max_epochs: Total passes over the data. The run ends after the step whose window reaches the end of the last
             pass, or at `max_steps` if that comes first.
+        dry_run: `train` takes three steps, evaluates once on a few batches, saves and loads once in a scratch folder,
+            tells the peak memory, and ends. Hooks only say what they would log. The workspace is not touched.
+        overfit_batches: Train on the first batches only, so many as one process draws them, in the same order each
+            epoch: a model that works learns them by heart.
         kwargs_handlers: Accelerate's options, for example `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
     Raises:
@@ -139,6 +144,9 @@ class BaseTrainer(Evaluating, Logging, Recipe):
     timeout: timedelta | None
     deterministic: bool | None
     gc_interval: int | None
+    dry_run: bool
+    """Whether the run is a rehearsal. A hook of your own that writes outside of `workspace` must not do so then."""
+    overfit_batches: int | None
 
     # What was built.
     accelerator: Accelerator
@@ -172,6 +180,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
     peers: Peers  # what the other ranks are doing, for the error if one is gone
 
     # Internal.
+    scratch: Path | None  # of a dry run
     settings: dict[str, Any]  # the settings in force, by flat name; the checkpoints record them
     _asked_seed: int | None
     _forces_cpu: bool
@@ -212,6 +221,8 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         deterministic: bool | None = None,
         gc_interval: int | None = 1000,
         max_epochs: int | None = None,
+        dry_run: bool = False,
+        overfit_batches: int | None = None,
     ) -> None:
         self.max_steps, self.max_epochs, self.grad_clip = max_steps, max_epochs, grad_clip
         self.max_non_finite_grad_retries, self.mixed_precision = max_non_finite_grad_retries, mixed_precision
@@ -219,6 +230,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         self.no_sync_accumulate, self.state_dict_options = no_sync_accumulate, state_dict_options
         self.seed, self._asked_seed, self.deterministic, self.gc_interval = seed, seed, deterministic, gc_interval
         self.timeout, self._kwargs_handlers = arguments.parse_timeout(timeout), list(kwargs_handlers)
+        self.dry_run, self.overfit_batches, self.scratch = dry_run, overfit_batches, None
         arguments.check_arguments(self, BaseTrainer, accelerator, gradient_accumulation_steps)
         self.mixed_precision = launch.resolve_mixed_precision(mixed_precision)
         launch.choose_accelerator(self, accelerator, gradient_accumulation_steps, device, BaseTrainer)
@@ -244,6 +256,9 @@ class BaseTrainer(Evaluating, Logging, Recipe):
             RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the models have diverged.
             TrainingError: A whole epoch gave no loss. Or a rank is gone or hangs; the message names it.
         """
+        rehearse(self) if self.dry_run else self._run()
+
+    def _run(self) -> None:
         with reported_failure(self):
             self._build()
             restore_run(self)
@@ -382,6 +397,8 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         """Whether a task that is done every `interval` steps is due after this step. "epoch": due if the step's window
         has ended an epoch. For a hook's `on_after_step`; the same on every rank.
         """
+        if self.dry_run and self.is_finished:
+            return True  # so that all that is done at intervals is done once
         return self.step_info.ends_epoch if interval == "epoch" else self.step % int(interval) == 0
 
     def set_trainable(self, patterns: Iterable[str] | str) -> None:

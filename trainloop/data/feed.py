@@ -123,6 +123,11 @@ class DataFeed:
         """Records of the data for the log, the same on all ranks."""
         return self._source.records() if isinstance(self._source, IndexedSource) else {}
 
+    def repeat_first(self, num_batches: int) -> None:
+        """Make an epoch of the first batches of the first one. Data without an index is not changed. Call it first."""
+        if isinstance(self._source, IndexedSource):
+            self._source.repeat_first(num_batches)
+
     @property
     def is_started(self) -> bool:
         """Whether a `train` is drawing from it."""

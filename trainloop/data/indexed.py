@@ -71,6 +71,11 @@ class IndexedSource:
     def num_epochs_done(self) -> int:
         return self._sampler.epoch + self._sampler.ends_epoch
 
+    def repeat_first(self, num_batches: int) -> None:
+        """Make an epoch of the first batches of the first one, counted as one process draws them."""
+        self._sampler.repeat_first(num_batches)
+        self.has_length = True
+
     def num_batches_left(self, num_epochs: int) -> int | None:
         return self._sampler.num_batches_left(num_epochs)
 

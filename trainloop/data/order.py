@@ -33,7 +33,7 @@ class Order:
         length: Number of items. None: the sampler has no length.
     """
 
-    def __init__(self, sampler: Iterable[Any], seed: int, epoch: int) -> None:
+    def __init__(self, sampler: Iterable[Any], seed: int, epoch: int, max_items: int | None = None) -> None:
         self.state: Any = None
         if is_stateful(sampler):
             self.state = sampler.state_dict()  # type: ignore[attr-defined]
@@ -49,11 +49,14 @@ class Order:
         if self.length is None:
             with self._rng.lent():
                 self._iterator = iter(sampler)
+                if max_items is not None:
+                    self._items, self._iterator = list(itertools.islice(self._iterator, max_items)), None
+                    self.length = self._num_items = len(self._items)
             self.count(0, _NUM_COMPARED)
             self.checksum = checksum(self._items[:_NUM_COMPARED])
             return
         with lent_rng(derived_seed(seed, epoch)):
-            self._items = _all_items(sampler, seed, epoch)
+            self._items = _all_items(sampler, seed, epoch)[:max_items]
         self.length = self._num_items = len(self._items)
         self.checksum = checksum(self._items)
 

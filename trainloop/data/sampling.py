@@ -114,6 +114,12 @@ class EndlessSampler:
         self._min_left = self._global_batch if drop_last else 1  # items needed for another batch in the epoch
         self._ahead: deque[tuple[int, int, int, bool]] = deque()
         self._orders: dict[int, Order] = {}
+        self._max_items: int | None = None  # of an epoch; each is then like the first
+
+    def repeat_first(self, num_batches: int) -> None:
+        """Make an epoch of the first batches of the first one, counted as one process draws them."""
+        self._max_items = num_batches * self._size
+        self._drop_last, self._min_left = False, 1  # there may be fewer than a global batch
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from the current position on. The position moves only with `advance`, because workers draw ahead."""
@@ -169,7 +175,9 @@ class EndlessSampler:
     def order(self, epoch: int) -> Order:
         """The order of an epoch. It is kept until the epoch ends, because a sampler might not repeat it."""
         if epoch not in self._orders:
-            self._orders[epoch] = Order(self._sampler, self.seed, epoch)
+            max_items = self._max_items
+            first = epoch if max_items is None else 0
+            self._orders[epoch] = Order(self._sampler, self.seed, first, max_items)
         return self._orders[epoch]
 
     def go_to(self, seed: int, epoch: int, position: int) -> None:
@@ -184,6 +192,8 @@ class EndlessSampler:
             index, rest = self._seek(self.order(self.epoch), self.position)
             index -= rest is not None
         length = length_of(self._sampler)
+        if self._max_items is not None:
+            length = self.order(self.epoch).length
         return count_batches(num_epochs - self.epoch, length, index, self._global_batch, self._drop_last)
 
     def num_samples(self, epoch: int, num_items: int) -> int:

@@ -16,7 +16,7 @@ from ..checkpoint.format.layout import step_name
 from ..checkpoint.retention import policies_of
 from ..errors import CheckpointError, check_int, check_interval, describe
 from ..hook import CheckpointerHook
-from ..paths import parse_absolute_path, parse_path
+from ..paths import parse_absolute_path, parse_path, placed
 from ..ranks import collectives
 from ..ranks.control import check_main_thread, exit_cause, parse_signals
 from ..records import Records, flatten_nested_dict, is_number
@@ -186,7 +186,7 @@ class CheckpointingHook(CheckpointerHook):
         return [(f"save into {(workspace / self.path).resolve()}", "path")]
 
     def saves_to(self, trainer: BaseTrainer) -> Path:
-        return self.path if trainer.workspace is None else trainer.workspace / self.path
+        return placed(trainer, self.path)
 
     def _open(self, trainer: BaseTrainer) -> None:
         if self._store is None:
@@ -299,7 +299,7 @@ class CheckpointingHook(CheckpointerHook):
 
     def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
         """Keep the numbers that are logged: they become the metrics of the next checkpoint."""
-        if not dry_run and collectives.rank() == 0:
+        if (trainer.dry_run or not dry_run) and collectives.rank() == 0:
             for key, value in flatten_nested_dict(records).items():
                 if is_number(value):
                     self._metrics["/".join(map(str, key))] = value

@@ -11,6 +11,7 @@ from ..evaluation import evaluate
 from ..evaluation.totals import Reduce
 from ..hook import BaseHook, progress
 from ..records import ShownRecords, flatten_nested_dict, is_number, unflatten_nested_dict
+from ..rehearsal import limit_of_evaluation
 from .ema import EmaHook
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class EvaluationHook(BaseHook):
             )
         if sum(isinstance(hook, EvaluationHook) and hook.prefix == self.prefix for hook in trainer.hooks) > 1:
             raise ValueError(f"The `prefix`es of several EvaluationHooks must differ, but two are {self.prefix!r}.")
-        self._is_pending = self.at_start and trainer.step == 0
+        self._is_pending = self.at_start and trainer.step == 0 and not trainer.dry_run
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
         if self._is_pending:
@@ -107,7 +108,8 @@ class EvaluationHook(BaseHook):
         data = self.data_loader if self.data_loader is not None else trainer.eval_data_loader
         with self.ema.swapped(trainer) if self.ema is not None else nullcontext():
             stop = trainer.control.agree_on_exit
-            result = evaluate(trainer, data, self.reduce, should_stop=stop, limit_batches=self.limit_batches)
+            limit = limit_of_evaluation(trainer, self.limit_batches)
+            result = evaluate(trainer, data, self.reduce, should_stop=stop, limit_batches=limit)
         if result is None:
             trainer.logger.warning(f"Step {trainer.step}: a signal ended the evaluation, the resumed run makes it.")
             return

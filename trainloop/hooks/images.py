@@ -13,7 +13,7 @@ from ..checkpoint.format.layout import step_name
 from ..errors import describe
 from ..hook import BaseHook
 from ..images import flatten_images, to_pil
-from ..paths import parse_path
+from ..paths import parse_path, placed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +86,7 @@ class ImageFileLoggerHook(BaseHook):
                 trainer.logger.error(f"Step {trainer.step}: {file} was not written, training goes on. {ex}")
 
     def _root(self, trainer: BaseTrainer) -> Path:
-        return self.path if trainer.workspace is None else trainer.workspace / self.path
+        return placed(trainer, self.path)
 
     def _checked_extension(self, path: tuple[str, ...]) -> str:
         """The extension of an image's file. Raises unless its keys are valid names of folders and of a file."""

@@ -15,7 +15,7 @@ from ..account.step_lines import TEMPORARY, write_whole
 from ..checkpoint.format.layout import step_name
 from ..errors import check_int, describe
 from ..hook import BaseHook
-from ..paths import parse_path
+from ..paths import parse_path, placed
 from ..ranks import collectives
 from .out_of_memory import memory_report, out_of_memory_error
 from .tracking import Guard
@@ -176,7 +176,7 @@ class ProfilerHook(BaseHook):
     # ------------------------------------------------------------------ what is written
 
     def _folder(self, trainer: BaseTrainer) -> Path:
-        return self.path if trainer.workspace is None else trainer.workspace / self.path
+        return placed(trainer, self.path)
 
     def _write(self, trainer: BaseTrainer, profiler: Any) -> None:
         """Write the results of a cycle. Called on every rank after its last step."""

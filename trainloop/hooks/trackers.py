@@ -98,7 +98,8 @@ class TrackerHook(BaseHook):
     # ------------------------------------------------------------------ the trackers
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
-        on_rank_zero(lambda: self._open(trainer), "TrackerHook could not start its trackers")
+        if not trainer.dry_run:
+            on_rank_zero(lambda: self._open(trainer), "TrackerHook could not start its trackers")
 
     def on_after_train(self, trainer: BaseTrainer) -> None:
         self._close(trainer)

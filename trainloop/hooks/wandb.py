@@ -134,6 +134,8 @@ class WandbHook(BaseHook):
 
     def _start(self, trainer: BaseTrainer) -> None:
         """Call on every rank, so that all ranks know the id, or that the start has failed."""
+        if trainer.dry_run:
+            return
 
         def work() -> str | None:
             self._last_step = self._open(trainer)

@@ -32,6 +32,9 @@ def check_arguments(
     check_int("gradient_accumulation_steps", gradient_accumulation_steps, 1, optional=True)
     check_int("seed", trainer.seed, 0, optional=True)
     check_int("gc_interval", trainer.gc_interval, 1, optional=True)
+    check_int("overfit_batches", trainer.overfit_batches, 1, optional=True)
+    if not isinstance(trainer.dry_run, bool):
+        raise TypeError(f"`dry_run` must be True or False, but is {describe(trainer.dry_run)}.")
     if trainer.seed is not None and trainer.seed >= 2**31:
         raise ValueError(f"`seed` must be below 2**31, but is {trainer.seed}.")
     clips = trainer.grad_clip if isinstance(trainer.grad_clip, Mapping) else {"": trainer.grad_clip}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 
+from ..data.first_batches import keep_first_batches
 from ..hook import AveragingHook
 from ..ranks import collectives
 from ..step.agreement import Agreement
@@ -36,7 +37,12 @@ def build(trainer: BaseTrainer) -> None:
         trainer.seed = collectives.broadcast_object(int(torch.randint(2**31, ())))
     set_seed(trainer.seed)
     trainer.data_loader = trainer.build_data_loader()
+    if trainer.overfit_batches is not None:
+        has_seed = trainer._asked_seed is not None
+        trainer.data_loader = keep_first_batches(trainer.data_loader, trainer.overfit_batches, has_seed)
     trainer._feed = factories.data_feed(trainer.data_loader, trainer.seed, accelerator)
+    if trainer.overfit_batches is not None:
+        trainer._feed.repeat_first(trainer.overfit_batches)
     trainer._length = RunLength(trainer, trainer._feed)
     trainer.eval_data_loader = trainer.build_eval_data_loader()
     set_seed(trainer.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ def restore_from(trainer: BaseTrainer, sources: Sequence[Source]) -> Restored:
         CheckpointError: On every rank. It cannot be loaded.
         ValueError: Several sources request a certain checkpoint.
     """
+    if trainer.dry_run:  # the scratch folder has no checkpoint; a path is of another run
+        sources = [source if isinstance(source.load, Path) else replace(source, load=None) for source in sources]
     explicit = [source for source in sources if source.load not in (None, "latest")]
     if len(explicit) > 1:
         raise ValueError(

@@ -45,6 +45,7 @@ def run_settings(trainer: BaseTrainer) -> Settings:
         "mixed_precision": trainer.mixed_precision,
         "deterministic": trainer.deterministic,
         "world_size": collectives.world_size(),
+        **({} if trainer.overfit_batches is None else {"overfit_batches": trainer.overfit_batches}),
         **_data_settings(trainer.data_loader),
         **_optimizer_settings(trainer._raw_optimizer),
         **_schedule_settings(trainer.lr_scheduler),

@@ -26,6 +26,8 @@ class RunLength:
         self._trainer, self._feed = trainer, feed
         self._batches_per_epoch = feed.num_batches_left(1)
         self._expected_steps: int | None = None
+        self.stops_after: int | None = None
+        """The last step of a dry run."""
         self.update(0)
 
     @property
@@ -39,7 +41,7 @@ class RunLength:
     def is_reached(self) -> bool:
         """Whether the run has taken all its steps or seen all its epochs."""
         trainer, max_steps = self._trainer, self.max_steps
-        if max_steps is not None and trainer.step >= max_steps:
+        if any(limit is not None and trainer.step >= limit for limit in (max_steps, self.stops_after)):
             return True
         return trainer.max_epochs is not None and trainer.epoch >= trainer.max_epochs
 

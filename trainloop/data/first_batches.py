@@ -1,0 +1,53 @@
+"""The first batches of the data, over and over, to see whether a model can learn them by heart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..records import map_nested_tensor
+from .loaders import is_map_style
+from .per_rank import PerRank
+
+
+class KeptBatches(Sequence[Any]):
+    """Batches in memory. Each access gives new tensors, since `forward` may change them in place.
+
+    Args:
+        batches: The batches.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return map_nested_tensor(lambda tensor: tensor.clone(), self._batches[index])
+
+
+def keep_first_batches(loader: Any, num_batches: int, has_seed: bool) -> Any:
+    """Keep the first batches of data that has no index in memory. Data with an index is returned as it is; the feed
+    repeats the beginning of its first epoch.
+
+    Args:
+        loader: What `build_data_loader` returned.
+        num_batches: How many, counted as one process would draw them. With `per_rank`: of each rank.
+        has_seed: Whether the script gave a seed.
+
+    Raises:
+        ValueError: Without a seed, a resumed run would keep other batches.
+    """
+    if is_map_style(loader) or (isinstance(loader, Sequence) and not isinstance(loader, str | bytes)):
+        return loader
+    if not isinstance(loader, Iterable):
+        return loader  # refused later, by name
+    if not has_seed:
+        raise ValueError(
+            "`overfit_batches` needs a `seed` if the data has no index, so that a resumed run draws the same batches."
+            " Pass one to the trainer."
+        )
+    kept = KeptBatches(itertools.islice(loader.loader if isinstance(loader, PerRank) else loader, num_batches))
+    return PerRank(kept) if isinstance(loader, PerRank) else kept

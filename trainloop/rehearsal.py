@@ -1,0 +1,166 @@
+"""`dry_run=True`: a short run that shows that everything works, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import CheckpointStore
+from .checkpoint.tools.report import size
+from .errors import TrainingError
+from .hook import BaseHook
+from .ranks import collectives
+from .records import flatten_nested_dict, is_number
+from .state.training import resume
+
+if TYPE_CHECKING:
+    from .trainer import BaseTrainer
+
+NUM_STEPS = 3
+MAX_EVAL_BATCHES = 3
+"""Batches of an evaluation, for each rank."""
+
+
+class _Rehearsal(BaseHook):
+    """The last hook of a dry run: ends it after a few steps, and takes notes."""
+
+    def __init__(self) -> None:
+        self.first_step = 0
+        self.seconds: list[float] = []
+
+    def on_before_train(self, trainer: BaseTrainer) -> None:
+        self.first_step = trainer.step
+        trainer._length.stops_after = trainer.step + NUM_STEPS
+
+    def on_after_step(self, trainer: BaseTrainer) -> None:
+        self.seconds.append(trainer.step_info.step_time)
+
+
+def rehearse(trainer: BaseTrainer) -> None:
+    """Do a dry run: three steps, one evaluation, one save and one load into a scratch folder. Call on every rank.
+
+    The scratch folder lies on the disk of the workspace, beside it, and is removed at the end. `trainer.workspace`
+    names it meanwhile.
+
+    Raises:
+        TrainingError: What was loaded is not what was saved; or as `BaseTrainer.train`.
+    """
+    if trainer._is_built:
+        trainer.logger.info("The dry run is over. Set `dry_run=False` to train.")
+        return
+    workspace = trainer.workspace
+    trainer.scratch = _make_scratch(workspace)
+    trainer.workspace = None if workspace is None else trainer.scratch / "workspace"
+    rehearsal = _Rehearsal()
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    try:
+        trainer._build()
+        trainer.hooks.append(rehearsal)
+        trainer._run()
+        lines = [_steps(trainer, rehearsal), _evaluation(trainer), *_checkpoints(trainer), _memory(trainer)]
+        for line in filter(None, lines):
+            trainer.logger.info(f"Dry run: {line}")
+        trainer.logger.info("Dry run: all of it works. Nothing of the workspace was touched.")
+    finally:
+        scratch, trainer.workspace, trainer.scratch = trainer.scratch, workspace, None
+        if collectives.rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def limit_of_evaluation(trainer: BaseTrainer, limit: int | None) -> int | None:
+    """The batches of an evaluation over all ranks: `limit`, or fewer in a dry run. None: all."""
+    if not trainer.dry_run:
+        return limit
+    most = MAX_EVAL_BATCHES * collectives.world_size()
+    return most if limit is None else min(limit, most)
+
+
+def _make_scratch(workspace: Path | None) -> Path:
+    """A new folder, the same on every rank: on the disk of the workspace, outside of it."""
+    made = ""
+    if collectives.rank() == 0:
+        beside = None if workspace is None else next(path for path in workspace.parents if path.is_dir())
+        made = tempfile.mkdtemp(prefix=".dry-run-", dir=beside)
+    return Path(collectives.broadcast_object(made))
+
+
+def _steps(trainer: BaseTrainer, rehearsal: _Rehearsal) -> str:
+    seconds = ", ".join(f"{value:.3g}" for value in rehearsal.seconds)
+    return f"steps {rehearsal.first_step + 1} to {trainer.step} took {seconds} s; the last loss is {_loss(trainer)}."
+
+
+def _loss(trainer: BaseTrainer) -> str:
+    return f"{float(trainer.step_info.loss):.4g}" if trainer.step_info.losses else "not known"
+
+
+def _evaluation(trainer: BaseTrainer) -> str:
+    """Evaluate, unless a hook has done so."""
+    if trainer.eval_data_loader is None or any(getattr(hook, "evaluates", False) for hook in trainer.hooks):
+        return ""
+    flat = flatten_nested_dict(trainer.evaluate(limit_batches=limit_of_evaluation(trainer, None)))
+    found = [f"{'/'.join(map(str, key))} {value:.4g}" for key, value in flat.items() if is_number(value)]
+    return f"the evaluation found {', '.join(found) or 'no numbers'}."
+
+
+def _checkpoints(trainer: BaseTrainer) -> list[str]:
+    """Load what each checkpointer has saved into the trainer, and compare."""
+    lines = []
+    for checkpointer in trainer.checkpointers:
+        folder = checkpointer.saves_to(trainer)
+        checkpoint = None
+        if folder is not None:
+            checkpoint = CheckpointStore(folder, logger=trainer.logger).resolve("latest")
+        if checkpoint is None:
+            lines.append(f"{type(checkpointer).__name__} has saved no checkpoint.")
+            continue
+        before = _sums(trainer)
+        start = time.perf_counter()
+        state = resume(trainer, checkpoint, ())
+        for hook in trainer.hooks:
+            hook.on_load_state_dict(trainer, state)
+        seconds = time.perf_counter() - start
+        changed = sorted(name for name, value in _sums(trainer).items() if value != before[name])
+        if changed:
+            raise TrainingError(
+                f"The dry run has loaded other values than it had saved, of {len(changed)} tensors (first:"
+                f" {changed[0]})."
+            )
+        num_bytes = sum(file.stat().st_size for file in checkpoint.folder.rglob("*") if file.is_file())
+        lines.append(f"saved {size(num_bytes)}, loaded it in {seconds:.3g} s, and got the same values.")
+    return lines
+
+
+def _sums(trainer: BaseTrainer) -> dict[str, str]:
+    """A checksum of this rank's part of each tensor of the model."""
+    sums = {}
+    for name, value in trainer.live_model_state().items():
+        local: Any = value.to_local() if hasattr(value, "to_local") else value
+        if local.numel():
+            weights = torch.arange(1, local.numel() + 1, device=local.device, dtype=torch.float32).remainder_(8191)
+            sums[name] = repr(float((local.detach().reshape(-1).float() * weights).sum()))
+        else:
+            sums[name] = ""
+    return sums
+
+
+def _memory(trainer: BaseTrainer) -> str:
+    """The highest peak of any rank."""
+    own = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`
+        own["a process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if trainer.device.type == "cuda":
+        own["a device"] = torch.cuda.max_memory_allocated(trainer.device)
+    peaks = collectives.gather_objects(own)
+    highest = {name: max((peak[name], rank) for rank, peak in enumerate(peaks)) for name in own}
+    told = [f"{size(num_bytes)} of {name} (rank {rank})" for name, (num_bytes, rank) in highest.items()]
+    return f"peak memory: {', '.join(told)}." if told else ""
