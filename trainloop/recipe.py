@@ -80,7 +80,7 @@ class Recipe:
         """Return the path of the weights that the model starts with.
 
         Each rank reads its part. The files must contain all of the model's weights. Values are cast to the model's
-        dtypes. Nothing is read if the run is restored from a checkpoint.
+        dtypes. If a checkpoint is restored, the files are read only for frozen parameters and persistent buffers.
 
         All or some tensors of `build_model` may be on the meta device. The model is then sharded first, and filled from
         these files. Without files, each module is initialised by its `reset_parameters`, and by the `_init_weights` of

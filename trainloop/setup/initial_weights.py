@@ -2,8 +2,8 @@
 `initial_weights`.
 
 The model is sharded without values. Then each rank fills its shards: by each module's own initialisation, or with its
-part of the files. If the run is restored from a checkpoint, only buffers and frozen parameters are filled, because the
-checkpoint may not contain them.
+part of the files. Buffers and frozen parameters are filled even if the run is restored from a checkpoint, which may not
+contain them. If these are in the files, all weights are read at once.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class InitialWeights:
             model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]  # FSDP2 finds its new shards in `_apply`
 
     def fill_what_stays(self) -> None:
-        """Fill buffers and frozen parameters. Call before their checksums are taken (`BuiltModel`)."""
+        """Fill buffers and frozen parameters; everything if these are in the files. Call before `BuiltModel.of`."""
         if self._is_done:
             return
         model = self._trainer.unwrapped_model
