@@ -54,7 +54,7 @@ def life(workspace: Path, format: str, how: str, step: int) -> None:
     assert done.returncode == (0 if how == "never" else -signal.SIGKILL), done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["jsonl", pytest.param("csv", marks=pytest.mark.slow)])
 def test_each_step_is_there_once_however_often_the_run_is_killed(tmp_path: Path, format: str) -> None:
     """Killed before its first checkpoint and again later, with torn lines: the rows are those of one run."""
     file = tmp_path / "killed" / f"metrics.{format}"
@@ -200,6 +200,12 @@ def test_only_whole_lines_count(tmp_path: Path) -> None:
     table.put(2, {"a": 2})
     assert table.path.read_text().startswith("step,time,a\n2,")
     assert json.loads(file.read_text().splitlines()[0])["a"] == 1
+    with table.path.open("a") as opened:
+        opened.write("3,1.5,7\n4,1.5,8\n3,1")  # two steps that are done again, and a torn line
+    again = MetricsFile(tmp_path / "other", "csv")
+    assert again.open(2) == 2
+    again.put(2, {"late": 5})
+    assert [(row["step"], row["a"], row["late"]) for row in read_metrics(tmp_path / "other")] == [(2, 2, 5)]
 
 
 def test_what_the_hook_refuses_and_what_a_dry_run_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
