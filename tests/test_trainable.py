@@ -52,6 +52,12 @@ def test_a_run_that_freezes_and_unfreezes_is_that_of_a_plain_loop(launched: tupl
         assert results["before"] == results["whole"]
 
 
+def test_fsdp2_knows_the_dtype_of_what_was_frozen_at_first(launched: tuple[Path, list[Any]]) -> None:
+    """It looks when a unit runs for the first time. In mixed precision it would reduce and hand out bf16 else."""
+    for results in launched[1]:
+        assert results["dtypes"] == (["torch.float32"] * 2 if "fsdp2" in launched[0].name else [])
+
+
 def test_a_resume_trains_what_the_run_trained(launched: tuple[Path, list[Any]]) -> None:
     """Bit for bit, from checkpoints that leave out what is frozen and was never trained."""
     out, by_rank = launched

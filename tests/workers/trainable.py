@@ -162,6 +162,14 @@ def error_of(others: list[str] | None) -> list[Any]:
     raise AssertionError("no error")
 
 
+def dtypes_of_gradients(trainer: BaseTrainer) -> list[str]:
+    """Of each of FSDP2's units that has something to train: in which dtype it hands out gradients."""
+    units: list[Any] = [module for module in trainer.model.modules() if hasattr(module, "_get_fsdp_state")]
+    groups = list(filter(None, (unit._get_fsdp_state()._fsdp_param_group for unit in units)))
+    trained = [group for group in groups if any(p.sharded_param.requires_grad for p in group.fsdp_params)]
+    return [str(group._orig_dtype) for group in trained]
+
+
 def resumed(out: Path, step: int, name: str) -> Trainer:
     """A run that went on from a checkpoint of the uninterrupted one."""
     hook = CheckpointingHook(99, load=out / f"whole/checkpoints/step_{step:07d}", trainable_only=True)
@@ -175,6 +183,7 @@ def run(out: Path) -> None:
     trainer = Trainer(out / "whole", Schedule(), CheckpointingHook(2, keep_previous=99, trainable_only=True))
     trainer.train()
     results: dict[str, Any] = {"whole": [trainer.recorder.rows, digest(trainer)]}
+    results["dtypes"] = dtypes_of_gradients(trainer)
     for step in (4, 6, 8):
         again = resumed(out, step, f"from {step}")
         results[f"from {step}"] = [trainer.recorder.rows[:step] + again.recorder.rows, digest(again)]
