@@ -168,12 +168,15 @@ def test_few_ranks_share_what_is_written(mesh: Layout | None, num_ranks: int) ->
 
 def test_other_numbers_of_ranks_open_few_files(plans: dict[int, Any]) -> None:
     """From N to 3/4 N ranks: the optimizer's files that overlap a rank's own part, and the one with all step counters.
-    Before, it was every file, since each had some of the counters.
+    Before, it was every file, since each had some of the counters. Weights are stored whole, so a rank opens the files
+    that have any: one for each rank that wrote, and never more than there are weights.
     """
     for n, plan in plans.items():
         num_ranks = 3 * n // 4
         for rank in (0, 1, num_ranks // 2, num_ranks - 1):
-            assert files_opened(plan, fsdp(num_ranks), rank)["optim"] <= 5
+            opened = files_opened(plan, fsdp(num_ranks), rank)
+            assert opened["optim"] <= 5
+            assert opened["model"] <= min(n, len(plan.tensors["model"]))
 
 
 # ---------------------------------------------------------------------- the plan is kept
@@ -248,5 +251,24 @@ def test_four_ranks_share_replicas_and_save_what_no_rule_describes(tmp_path: Pat
             for name, tensor in like.items():
                 assert torch.equal(tensor.full_tensor(), values[name]), name
 
+        # A rank reads its rows of a weight, and no others.
+        flat = init_device_mesh("cpu", (4,))
+        weight = torch.rand(1024, 256)
+        store = CheckpointStore(tmp_path / "weights")
+        store.save(1, Content({"model": {"weight": weight}}, {}, {}, {}), **ABOUT)
+        store.close()
+        checkpoint = latest(tmp_path / "weights")
+        target: Any = distribute_tensor(torch.zeros_like(weight), flat, [Shard(0)])
+        before = num_read()
+        checkpoint.read_into("model", {"weight": target})
+        assert num_read() - before < weight.nbytes / 4 + 100_000
+        assert torch.equal(target.full_tensor(), weight)
+
     torch.manual_seed(0)
     assert on_ranks(4, tmp_path, work) == [0] * 4
+
+
+def num_read() -> int:
+    """Bytes that this process has read, as Linux counts them; 0 elsewhere."""
+    counts = Path("/proc/self/io")
+    return int(counts.read_text().split("rchar:")[1].split()[0]) if counts.exists() else 0

@@ -271,6 +271,34 @@ def test_weights_are_cast_and_a_restart_does_not_read_them(tmp_path: Path) -> No
     assert torch.equal(again.unwrapped_model.weight, trained["weight"])
 
 
+def test_what_a_checkpoint_leaves_out_is_filled(tmp_path: Path) -> None:
+    """A parameter was frozen in the saved run, so its checkpoint leaves it out; in this run it is trained."""
+
+    def build(is_frozen: bool) -> Any:
+        def two(_: Any) -> nn.Module:
+            with torch.device("meta"):
+                model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+            model[0].requires_grad_(not is_frozen)
+            return model
+
+        return two
+
+    def run(is_frozen: bool, max_steps: int) -> SmallTrainer:
+        trainer = SmallTrainer(
+            max_steps,
+            model_=build(is_frozen),
+            optimizer_=lambda self: torch.optim.SGD([{"params": self.model[1].parameters()}], lr=0.1),
+            workspace=tmp_path,
+            hooks_=lambda self: [CheckpointingHook(1, trainable_only=True)],
+        )
+        trainer.train()
+        return trainer
+
+    first, second = run(True, 1), run(False, 2)
+    assert second.step == 2
+    assert torch.equal(first.unwrapped_model[0].weight, second.unwrapped_model[0].weight)  # type: ignore[index]
+
+
 def lora(_: Any) -> nn.Module:
     peft = pytest.importorskip("peft")
     with torch.device("meta"):

@@ -59,6 +59,7 @@ def check_left_out(trainer: BaseTrainer, checkpoint: Checkpoint) -> None:
     records = checkpoint.manifest.frozen
     if not records:
         return
+    trainer._initial_weights.fill()  # a frozen parameter of the saved run may be a trainable one here
     live = trainer.live_model_state()
     found = fingerprints([live.get(name) for name in records])
     differing = []
