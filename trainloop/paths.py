@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def placed(trainer: BaseTrainer, path: Path) -> Path:
-    """Where a hook writes whose argument is `path`: relative to the workspace; in a dry run in the scratch folder."""
+    """The place to write to, for a hook's argument `path`, in the workspace if relative; in a dry run, in scratch."""
     if trainer.scratch is not None and path.is_absolute():
         return trainer.scratch / "elsewhere" / Path(*path.parts[1:])
     return path if trainer.workspace is None else trainer.workspace / path

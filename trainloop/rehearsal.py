@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 NUM_STEPS = 3
 MAX_EVAL_BATCHES = 3
-"""Batches of an evaluation, for each rank."""
+"""Batches of an evaluation per rank."""
 
 
 class _Rehearsal(BaseHook):
-    """The last hook of a dry run: ends it after a few steps, and takes notes."""
+    """The last hook of a dry run. It ends the run after a few steps, and records their times."""
 
     def __init__(self) -> None:
         self.first_step = 0
@@ -45,11 +45,11 @@ class _Rehearsal(BaseHook):
 def rehearse(trainer: BaseTrainer) -> None:
     """Do a dry run: three steps, one evaluation, one save and one load into a scratch folder. Call on every rank.
 
-    The scratch folder lies on the disk of the workspace, beside it, and is removed at the end. `trainer.workspace`
-    names it meanwhile.
+    The scratch folder is on the same disk as the workspace, and is removed at the end. During the dry run,
+    `trainer.workspace` is a folder in it.
 
     Raises:
-        TrainingError: What was loaded is not what was saved; or as `BaseTrainer.train`.
+        TrainingError: The loaded state differs from the saved one; or as `BaseTrainer.train`.
     """
     if trainer._is_built:
         trainer.logger.info("The dry run is over. Set `dry_run=False` to train.")
@@ -75,7 +75,7 @@ def rehearse(trainer: BaseTrainer) -> None:
 
 
 def limit_of_evaluation(trainer: BaseTrainer, limit: int | None) -> int | None:
-    """The batches of an evaluation over all ranks: `limit`, or fewer in a dry run. None: all."""
+    """Limit of batches of an evaluation, over all ranks: `limit`, or less in a dry run. None: all batches."""
     if not trainer.dry_run:
         return limit
     most = MAX_EVAL_BATCHES * collectives.world_size()
@@ -83,7 +83,7 @@ def limit_of_evaluation(trainer: BaseTrainer, limit: int | None) -> int | None:
 
 
 def _make_scratch(workspace: Path | None) -> Path:
-    """A new folder, the same on every rank: on the disk of the workspace, outside of it."""
+    """Make the scratch folder: outside of the workspace, on the same disk. Call on every rank; all get the same one."""
     made = ""
     if collectives.rank() == 0:
         beside = None if workspace is None else next(path for path in workspace.parents if path.is_dir())
@@ -101,7 +101,7 @@ def _loss(trainer: BaseTrainer) -> str:
 
 
 def _evaluation(trainer: BaseTrainer) -> str:
-    """Evaluate, unless a hook has done so."""
+    """Evaluate, unless a hook has done it. Returns a line for the log."""
     if trainer.eval_data_loader is None or any(getattr(hook, "evaluates", False) for hook in trainer.hooks):
         return ""
     flat = flatten_nested_dict(trainer.evaluate(limit_batches=limit_of_evaluation(trainer, None)))
@@ -110,7 +110,7 @@ def _evaluation(trainer: BaseTrainer) -> str:
 
 
 def _checkpoints(trainer: BaseTrainer) -> list[str]:
-    """Load what each checkpointer has saved into the trainer, and compare."""
+    """Load the checkpoint of each checkpointer into the trainer, and compare."""
     lines = []
     for checkpointer in trainer.checkpointers:
         folder = checkpointer.saves_to(trainer)
@@ -151,12 +151,12 @@ def _sums(trainer: BaseTrainer) -> dict[str, str]:
 
 
 def _memory(trainer: BaseTrainer) -> str:
-    """The highest peak of any rank."""
+    """The highest peak memory of any rank, as a line for the log."""
     own = {}
     if sys.platform != "win32":
         import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of `ru_maxrss`
         own["a process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if trainer.device.type == "cuda":
         own["a device"] = torch.cuda.max_memory_allocated(trainer.device)

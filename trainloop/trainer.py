@@ -88,9 +88,9 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         max_epochs: Total passes over the data. The run ends after the step whose window reaches the end of the last
             pass, or at `max_steps` if that comes first.
         dry_run: `train` takes three steps, evaluates once on a few batches, saves and loads once in a scratch folder,
-            tells the peak memory, and ends. Hooks only say what they would log. The workspace is not touched.
-        overfit_batches: Train on the first batches only, so many as one process draws them, in the same order each
-            epoch: a model that works learns them by heart.
+            logs the peak memory, and ends. Hooks only say what they would log. The workspace is not touched.
+        overfit_batches: Train only on this many first batches, counted as one process draws them, in the same order
+            in each epoch. A correct model learns them by heart.
         kwargs_handlers: Accelerate's options, for example `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
     Raises:
@@ -145,7 +145,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
     deterministic: bool | None
     gc_interval: int | None
     dry_run: bool
-    """Whether the run is a rehearsal. A hook of your own that writes outside of `workspace` must not do so then."""
+    """Whether this is a dry run. Then your own hooks must not write outside of `workspace`."""
     overfit_batches: int | None
 
     # What was built.
@@ -180,7 +180,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
     peers: Peers  # what the other ranks are doing, for the error if one is gone
 
     # Internal.
-    scratch: Path | None  # of a dry run
+    scratch: Path | None  # the scratch folder of a dry run
     settings: dict[str, Any]  # the settings in force, by flat name; the checkpoints record them
     _asked_seed: int | None
     _forces_cpu: bool
@@ -398,7 +398,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         has ended an epoch. For a hook's `on_after_step`; the same on every rank.
         """
         if self.dry_run and self.is_finished:
-            return True  # so that all that is done at intervals is done once
+            return True  # so that every periodic task is done once
         return self.step_info.ends_epoch if interval == "epoch" else self.step % int(interval) == 0
 
     def set_trainable(self, patterns: Iterable[str] | str) -> None:

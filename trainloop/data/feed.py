@@ -124,7 +124,7 @@ class DataFeed:
         return self._source.records() if isinstance(self._source, IndexedSource) else {}
 
     def repeat_first(self, num_batches: int) -> None:
-        """Make an epoch of the first batches of the first one. Data without an index is not changed. Call it first."""
+        """Let each epoch be the first batches of the first epoch, if the data has an index. Call before `start`."""
         if isinstance(self._source, IndexedSource):
             self._source.repeat_first(num_batches)
 

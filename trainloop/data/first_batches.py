@@ -1,4 +1,4 @@
-"""The first batches of the data, over and over, to see whether a model can learn them by heart."""
+"""Repeats the first batches of the data, to see whether a model can learn them by heart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .per_rank import PerRank
 
 
 class KeptBatches(Sequence[Any]):
-    """Batches in memory. Each access gives new tensors, since `forward` may change them in place.
+    """Batches in memory. Each access gives new tensors, because `forward` may change them in place.
 
     Args:
         batches: The batches.
@@ -29,21 +29,21 @@ class KeptBatches(Sequence[Any]):
 
 
 def keep_first_batches(loader: Any, num_batches: int, has_seed: bool) -> Any:
-    """Keep the first batches of data that has no index in memory. Data with an index is returned as it is; the feed
-    repeats the beginning of its first epoch.
+    """Keep the first batches in memory, if the data has no index. Data with an index is returned unchanged, because
+    the feed repeats the beginning of its first epoch.
 
     Args:
-        loader: What `build_data_loader` returned.
-        num_batches: How many, counted as one process would draw them. With `per_rank`: of each rank.
-        has_seed: Whether the script gave a seed.
+        loader: The result of `build_data_loader`.
+        num_batches: Number of batches, as one process draws them. With `per_rank`: for each rank.
+        has_seed: Whether the script has set a seed.
 
     Raises:
-        ValueError: Without a seed, a resumed run would keep other batches.
+        ValueError: There is no seed, so a resumed run would keep other batches.
     """
     if is_map_style(loader) or (isinstance(loader, Sequence) and not isinstance(loader, str | bytes)):
         return loader
     if not isinstance(loader, Iterable):
-        return loader  # refused later, by name
+        return loader  # refused later, with a better message
     if not has_seed:
         raise ValueError(
             "`overfit_batches` needs a `seed` if the data has no index, so that a resumed run draws the same batches."

@@ -72,7 +72,7 @@ class IndexedSource:
         return self._sampler.epoch + self._sampler.ends_epoch
 
     def repeat_first(self, num_batches: int) -> None:
-        """Make an epoch of the first batches of the first one, counted as one process draws them."""
+        """Let each epoch be the first batches of the first epoch. `num_batches` counts batches of one process."""
         self._sampler.repeat_first(num_batches)
         self.has_length = True
 

@@ -114,10 +114,10 @@ class EndlessSampler:
         self._min_left = self._global_batch if drop_last else 1  # items needed for another batch in the epoch
         self._ahead: deque[tuple[int, int, int, bool]] = deque()
         self._orders: dict[int, Order] = {}
-        self._max_items: int | None = None  # of an epoch; each is then like the first
+        self._max_items: int | None = None  # limit of an epoch; all epochs are then the same
 
     def repeat_first(self, num_batches: int) -> None:
-        """Make an epoch of the first batches of the first one, counted as one process draws them."""
+        """Let each epoch be the first batches of the first epoch. `num_batches` counts batches of one process."""
         self._max_items = num_batches * self._size
         self._drop_last, self._min_left = False, 1  # there may be fewer than a global batch
 

@@ -133,8 +133,8 @@ def _prepare_models(trainer: BaseTrainer, models: Models, optimizer: Any) -> tup
 
 
 def _check_muon(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise if `torch.optim.Muon` has a matrix with fewer rows than shards. torch's dispatcher would fail on it at the
-    first update.
+    """Raise if `torch.optim.Muon` has a matrix with fewer rows than shards. Otherwise torch would fail at the first
+    update, with an unclear error.
     """
     muon = getattr(torch.optim, "Muon", None)
     names = {param: clean_name(name) for name, param in model.named_parameters()}

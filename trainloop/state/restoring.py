@@ -54,7 +54,7 @@ def restore_from(trainer: BaseTrainer, sources: Sequence[Source]) -> Restored:
         CheckpointError: On every rank. It cannot be loaded.
         ValueError: Several sources request a certain checkpoint.
     """
-    if trainer.dry_run:  # the scratch folder has no checkpoint; a path is of another run
+    if trainer.dry_run:  # the scratch folder has no checkpoint, so load only a path
         sources = [source if isinstance(source.load, Path) else replace(source, load=None) for source in sources]
     explicit = [source for source in sources if source.load not in (None, "latest")]
     if len(explicit) > 1:
