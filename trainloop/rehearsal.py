@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,7 @@ from .hook import BaseHook
 from .ranks import collectives
 from .records import flatten_nested_dict, is_number
 from .state.training import resume
+from .step.built import sums_of_held
 
 if TYPE_CHECKING:
     from .trainer import BaseTrainer
@@ -120,13 +121,14 @@ def _checkpoints(trainer: BaseTrainer) -> list[str]:
         if checkpoint is None:
             lines.append(f"{type(checkpointer).__name__} has saved no checkpoint.")
             continue
-        before = _sums(trainer)
+        before = sums_of_held(trainer.live_model_state())
         start = time.perf_counter()
         state = resume(trainer, checkpoint, ())
         for hook in trainer.hooks:
             hook.on_load_state_dict(trainer, state)
         seconds = time.perf_counter() - start
-        changed = sorted(name for name, value in _sums(trainer).items() if value != before[name])
+        after = sums_of_held(trainer.live_model_state())
+        changed = sorted({name for names in collectives.gather_objects(_differing(before, after)) for name in names})
         if changed:
             raise TrainingError(
                 f"The dry run has loaded other values than it had saved, of {len(changed)} tensors (first:"
@@ -137,17 +139,8 @@ def _checkpoints(trainer: BaseTrainer) -> list[str]:
     return lines
 
 
-def _sums(trainer: BaseTrainer) -> dict[str, str]:
-    """A checksum of this rank's part of each tensor of the model."""
-    sums = {}
-    for name, value in trainer.live_model_state().items():
-        local: Any = value.to_local() if hasattr(value, "to_local") else value
-        if local.numel():
-            weights = torch.arange(1, local.numel() + 1, device=local.device, dtype=torch.float32).remainder_(8191)
-            sums[name] = repr(float((local.detach().reshape(-1).float() * weights).sum()))
-        else:
-            sums[name] = ""
-    return sums
+def _differing(before: dict[str, int], after: dict[str, int]) -> list[str]:
+    return [name for name, value in after.items() if value != before[name]]
 
 
 def _memory(trainer: BaseTrainer) -> str:
