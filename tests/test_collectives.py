@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainloop.ranks import collectives
+from trainloop.ranks import collectives, tree
 
 from .launching import on_ranks
 
@@ -85,3 +85,33 @@ def test_equal_weights_cost_one_number_a_rank(tmp_path: Path) -> None:
         collectives._host_groups.clear()
 
     assert on_ranks(3, tmp_path, work) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_levels"), [(2, 1), (3, 2), (5, 3), pytest.param(16, 4, marks=pytest.mark.slow)]
+)
+def test_values_of_all_ranks_are_merged_along_a_tree(
+    tmp_path: Path, num_ranks: int, num_levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the ranks, also if a value needs more than one message. Nobody hears from more than log2 N
+    others, or sends more than once; up to three ranks, sums have the bits of a sum in the order of the ranks.
+    """
+    heard: list[int] = []
+    receive, send = tree._receive, tree._send
+    monkeypatch.setattr(tree, "_receive", lambda source, group: (heard.append(source), receive(source, group))[1])
+    monkeypatch.setattr(tree, "_send", lambda data, to, group: (heard.append(-1), send(data, to, group))[1])
+    numbers = [0.1 * 3**rank for rank in range(num_ranks)]
+
+    def work(rank: int) -> None:
+        collectives.host_group()
+        for size in (1, 1007, 1008, 1009, 3000):
+            heard.clear()
+            text = chr(65 + rank) * size
+            merged = collectives.merge_over_ranks([text], list.__add__)
+            assert merged == [chr(65 + other) * size for other in range(num_ranks)]
+            assert heard.count(-1) == (rank > 0)
+            assert len(heard) - heard.count(-1) <= num_levels
+        merged = collectives.merge_over_ranks(numbers[rank], float.__add__)
+        assert merged == (sum(numbers) if num_ranks <= 3 else pytest.approx(sum(numbers)))
+
+    assert on_ranks(num_ranks, tmp_path, work) == [0] * num_ranks

@@ -239,6 +239,30 @@ def test_evaluation_comes_when_it_is_asked_for() -> None:
     assert steps(max_steps=4) == [2, 4]
 
 
+def test_the_ranks_agree_on_an_exit_beside_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They start to ask before a batch is evaluated, and hear the answer after it. A signal that comes in between is
+    heard of in the next round.
+    """
+    events: list[str] = []
+    trainer = SmallTrainer(1, hooks_=lambda self: [EvaluationHook(1, data_loader=evaluation_data())])
+    start = trainer.control.start_agreeing_on_exit
+
+    def started() -> Any:
+        events.append("ask")
+        agreed = start()
+        return lambda: (events.append("hear"), agreed())[1]
+
+    def forward(batch: Any) -> Any:
+        events.append("forward")
+        trainer.control.ask("exit_signal", 15)
+        return None, {}
+
+    monkeypatch.setattr(trainer.control, "start_agreeing_on_exit", started)
+    monkeypatch.setattr(trainer, "eval_forward", forward)
+    trainer.train()
+    assert events == ["ask", "forward", "hear"] * 2
+
+
 def test_ready_made_objects_are_evaluated_too() -> None:
     """`Trainer(eval_data_loader=, eval_forward=)`; without the latter it is `forward`."""
     model = nn.Linear(3, 1)

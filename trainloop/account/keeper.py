@@ -67,8 +67,8 @@ class Account:
             self._begin()
 
     def _begin(self) -> None:
-        hosts: list[str] = collectives.gather_objects(socket.gethostname())
-        if not self._is_first:
+        hosts = collectives.gather_on_first(socket.gethostname())
+        if hosts is None:
             self._log.life = collectives.broadcast_object(0)
             return
         before = None
@@ -125,8 +125,8 @@ class Account:
             expected = Expected.of([life for life in lives if life.first_life == first_life], step)
             ledger.open(self._log.life, first_life, self._world_size, step)
         audit = Audit(expected, self._rank, self._world_size)
-        steps, losses = zip(*collectives.gather_objects((audit.last_step, audit.last_loss)), strict=True)
-        self._audit_until, self._audit_losses_until = max(steps), max(losses)
+        last = collectives.start_max([audit.last_step, audit.last_loss])
+        self._audit_until, self._audit_losses_until = last()
         self._audit = audit if self._audit_until else None
 
     @contextmanager
@@ -171,7 +171,7 @@ class Account:
         if self._audit is not None:
             self._audit.step(step, StepBits(info.grad_norm, position, rates))
             if step >= self._audit_until and self._losses_until >= self._audit_losses_until:
-                self._conclude(collectives.gather_objects)
+                self._conclude(collectives.gather_on_first)
 
     def note_losses(self, first_step: int, losses: Sequence[float]) -> None:
         """Record the losses of consecutive steps. If several hooks read them, the first one counts."""
@@ -184,17 +184,20 @@ class Account:
             if self._audit is not None:
                 self._audit.loss(step, loss)
 
-    def _conclude(self, gather: Callable[[Result], list[Result]]) -> None:
+    def _conclude(self, gather: Callable[[Result], list[Result] | None]) -> None:
         """Report the result for the repeated steps, once.
 
         Args:
-            gather: Returns the results of all ranks, or only this rank's if no collective is allowed.
+            gather: Returns the results of all ranks on rank 0, or only this rank's if no collective is allowed.
         """
         audit, self._audit = self._audit, None
         if audit is None:
             return
-        result = Result.joined(gather(audit.result()))
-        if not self._is_first or not result.last:
+        by_rank = gather(audit.result())
+        if not self._is_first or by_rank is None:
+            return
+        result = Result.joined(by_rank)
+        if not result.last:
             return
         found, is_comparable = result.difference, not result.is_of_other_samples
         level = logging.WARNING if found is not None and is_comparable else logging.INFO
@@ -232,7 +235,7 @@ class Account:
             with self._guarded():
                 self._ledger.flush()
         if self._trainer.step >= self._audit_until:
-            self._conclude(collectives.gather_objects)
+            self._conclude(collectives.gather_on_first)
 
     def durable(self, step: int, seconds: float) -> None:
         """Record that an async save has succeeded, `seconds` after its start."""
@@ -260,7 +263,7 @@ class Account:
         if self._ledger is not None:
             with self._guarded():
                 self._ledger.close()
-        self._conclude(collectives.gather_objects if exception is None else lambda own: [own])
+        self._conclude(collectives.gather_on_first if exception is None else lambda own: [own])
         if exception is None:
             reason = ("stopped", stopped_by) if stopped_by else ("complete", "")
         elif isinstance(exception, KeyboardInterrupt):

@@ -31,9 +31,7 @@ class Ranks:
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self._own_group: Any = None
         if timeout is not None and self.world_size > 1:
-            import torch.distributed as dist
-
-            self._own_group = dist.new_group(backend="gloo", timeout=timeout)
+            self._own_group = collectives.new_gloo_group(timeout)
 
     def do(self, work: Callable[[], T], decide: Callable[[list[T]], R], failure: str) -> R:
         """Every rank works, then rank 0 decides. Call on every rank.
@@ -56,7 +54,7 @@ class Ranks:
         except Exception as ex:
             error = ex
         message, decision = None, None
-        results = self._gather((None if error is None else _as_text(error), result))
+        results = collectives.gather_on_first((None if error is None else _as_text(error), result), self._own_group)
         if results is not None:
             errors = {rank: text for rank, (text, _) in enumerate(results) if text is not None}
             if not errors:
@@ -68,7 +66,7 @@ class Ranks:
                 parts = [f"rank {rank}: {text}" for rank, text in list(errors.items())[:_NUM_NAMED]]
                 more = len(errors) - _NUM_NAMED
                 message = f"{failure}: {'; '.join(parts)}{f'; and {more} more ranks' if more > 0 else ''}."
-        message, decision = self._broadcast((message, decision))
+        message, decision = collectives.broadcast_object((message, decision), self._own_group)
         if message is not None:
             raise CheckpointError(message) from error
         return decision  # type: ignore[return-value]
@@ -80,29 +78,6 @@ class Ranks:
 
             dist.destroy_process_group(self._own_group)
         self._own_group = None
-
-    def _group(self) -> Any:
-        return self._own_group if self._own_group is not None else collectives.host_group()
-
-    def _gather(self, value: T) -> list[T] | None:
-        """Every rank's value, by rank, on rank 0; None on the others."""
-        if self.world_size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0, group=self._group())
-        return gathered
-
-    def _broadcast(self, value: T) -> T:
-        """Rank 0's value."""
-        if self.world_size == 1:
-            return value
-        import torch.distributed as dist
-
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group())
-        return box[0]
 
 
 def _as_text(error: Exception) -> str:

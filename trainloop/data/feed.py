@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -143,7 +143,7 @@ class DataFeed:
         batches = self._source.open()
         if self._compares:
             text = UNSEEDED if isinstance(self._source, SampledSource) else DIFFERENT_SAMPLES
-            check_same_data(collectives.gather_objects(self._source.compared_checksum()), text)
+            check_same_data(self._source.compared_checksum(), text)
             self._compares = False
         self._next = batches.__next__
 
@@ -200,10 +200,23 @@ class DataFeed:
         self._source.load_state_dict(state, rank_state)
 
 
-def check_same_data(by_rank: Sequence[int | None], text: str = DIFFERENT_SAMPLES) -> None:
-    """Raise if the ranks have fetched different samples from the same place of the order. None: no comparison."""
-    if None not in by_rank and len(set(by_rank)) > 1:
+def check_same_data(own: int | None, text: str = DIFFERENT_SAMPLES) -> bool:
+    """Raise if the ranks have fetched different samples from the same place of the order. Call on every rank.
+
+    Args:
+        own: Checksum of this rank's samples. None: no rank's are compared.
+        text: Text of the error.
+
+    Returns:
+        Whether the samples were compared.
+
+    Raises:
+        RankDisagreementError: On every rank.
+    """
+    is_unknown, largest, minus_smallest = collectives.start_max([own is None, own or 0, -(own or 0)])()
+    if not is_unknown and largest != -minus_smallest:
         raise RankDisagreementError(text)
+    return not is_unknown
 
 
 def transfer(loader: Any, device: torch.device, non_blocking: bool = False) -> Callable[[Any], Any] | None:

@@ -41,7 +41,7 @@ def evaluate(
     trainer: BaseTrainer,
     data: Any,
     reduce: Mapping[str, Reduce],
-    should_stop: Callable[[], bool] = lambda: False,
+    start_asking: Callable[[], Callable[[], bool]] = lambda: _goes_on,
     limit_batches: int | None = None,
 ) -> dict[str, Any] | None:
     """Run `eval_forward` over a loader, or over each loader of a mapping. Call on every rank, between steps.
@@ -50,12 +50,13 @@ def evaluate(
         trainer: The trainer. It must be built.
         data: An iterable of batches, or a mapping from names to iterables.
         reduce: How a record is reduced over batches and ranks, by its name ("a/b"). Other records are averaged.
-        should_stop: Called after each round, on every rank. It must return the same on every rank.
+        start_asking: Called before each round, on every rank. It returns a function that says after the round whether
+            to stop, the same on every rank.
         limit_batches: Limit of batches for each data set, over all ranks together. None: all batches.
 
     Returns:
         The metrics that `finish_evaluation` returned, the same on every rank; for a mapping, by the names of the
-        loaders. None: `should_stop` stopped it.
+        loaders. None: `start_asking` stopped it.
     """
     check_int("limit_batches", limit_batches, 1, optional=True)
     for name, how in reduce.items():
@@ -63,14 +64,18 @@ def evaluate(
             raise ValueError(f"`reduce` must name one of {REDUCTIONS} for each record, but has {how!r} for {name!r}.")
     with trainer.peers.doing("an evaluation"), _timed(trainer), untouched(trainer), torch.no_grad():
         if not isinstance(data, Mapping):
-            return _evaluate_one(trainer, data, reduce, should_stop, limit_batches)
+            return _evaluate_one(trainer, data, reduce, start_asking, limit_batches)
         results: dict[str, Any] = {}
         for name, loader in data.items():
-            result = _evaluate_one(trainer, loader, reduce, should_stop, limit_batches)
+            result = _evaluate_one(trainer, loader, reduce, start_asking, limit_batches)
             if result is None:
                 return None
             results[name] = result
         return results
+
+
+def _goes_on() -> bool:
+    return False
 
 
 @contextmanager
@@ -86,12 +91,13 @@ def _evaluate_one(
     trainer: BaseTrainer,
     loader: Any,
     reduce: Mapping[str, Reduce],
-    should_stop: Callable[[], bool],
+    start_asking: Callable[[], Callable[[], bool]],
     limit_batches: int | None,
 ) -> dict[str, Any] | None:
     totals, metrics, modules, collected = Totals(reduce), Metrics(), EvaluateModules(), CollectedRecords()
     try:
         for one in rounds(trainer, loader, "evaluation", limit_batches):
+            should_stop = start_asking()  # the ranks exchange their answers during the round
             with metrics.muted(not one.is_counted), modules.muted(not one.is_counted), alone(trainer, one):
                 loss, records = check_output(trainer.eval_forward(one.batch), "eval_forward")
             numbers = metrics.split(records, one.is_counted)

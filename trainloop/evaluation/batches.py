@@ -10,7 +10,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
@@ -54,6 +54,16 @@ class Round:
         return self.num_samples is not None
 
 
+class _Ranks(NamedTuple):
+    """A round, compared over all ranks."""
+
+    is_any_left: bool
+    """Whether any rank has a batch that counts."""
+    is_any_empty: bool
+    """Whether any rank has no batch at all."""
+    gap: Gap
+
+
 class EvaluationBatches:
     """This rank's batches of one pass, on the device. Every rank gets the same number. Iterate on every rank.
 
@@ -94,7 +104,7 @@ class EvaluationBatches:
             pass
         elif is_map_style(data) or (is_prepared and not isinstance(data.dataset, IterableDataset)):
             self._items = _items(data, seed)[:limit]
-            check_same_data(collectives.gather_objects(checksum(self._items)))
+            check_same_data(checksum(self._items))
         elif self._world_size > 1 and is_prepared:
             raise ValueError(
                 "The evaluation data is an IterableDataset in a loader that Accelerate has prepared: it repeats samples"
@@ -103,9 +113,7 @@ class EvaluationBatches:
         elif self._world_size > 1 and not keeps_order:
             share = share_loader(data, self._rank, self._world_size)
             own = None if share is None else shuffle_checksum(getattr(share, "dataset", share))
-            by_rank = collectives.gather_objects(own)
-            check_same_data(by_rank, UNSEEDED)
-            self._share = share if None not in by_rank else None
+            self._share = share if check_same_data(own, UNSEEDED) else None
         self.num_rounds = -(-len(self._items) // self._world_size) if self._items is not None else None
         """None: unknown before the end."""
 
@@ -143,18 +151,21 @@ class EvaluationBatches:
                 for i in compared:
                     seed_for(self._device, self._seed, "fetch", i)
                     found.append(sample_checksum([next(iterator)]))
-                check_same_data(collectives.gather_objects(found[0] if found[0] == found[1] else None))
+                check_same_data(found[0] if found[0] == found[1] else None)
                 _compared.add(loader)
             has_sizes = loader.batch_sampler is not None
             for number, i in enumerate([*mine, *padding]):
                 seed_for(self._device, self._seed, "fetch", i)
                 batch = next(iterator)
-                begin = number * self._world_size
-                together = items[begin : begin + self._world_size]
-                sizes = [len(item) for item in together] if has_sizes else collectives.gather_objects(_size(batch))
-                gap = self._gap(sizes, self._world_size - len(together))
+                is_left = number < len(mine)
+                if has_sizes:
+                    begin = number * self._world_size
+                    together = items[begin : begin + self._world_size]
+                    gap = self._gap([len(item) for item in together], self._world_size - len(together))
+                else:
+                    gap = self._compare(batch, is_left).gap
                 num_samples = len(items[i]) if has_sizes else -1
-                yield Round(i, batch, num_samples if number < len(mine) else None, gap)
+                yield Round(i, batch, num_samples if is_left else None, gap)
         finally:
             end_workers(iterator)
 
@@ -162,7 +173,7 @@ class EvaluationBatches:
         first: Any = None
         mine: tuple[int, Any, int | None] | None = None
         i, seen = -1, 0
-        sizes: list[Any] = []
+        sizes: list[int] = []
         rng = OwnRng(derived_seed("evaluation", self._seed, "read"))  # so that all ranks read the same
         with rng.lent():
             batches = start_iterator(self._data)
@@ -170,7 +181,7 @@ class EvaluationBatches:
             with rng.lent():
                 batch = next(batches, _END) if self._limit is None or i < self._limit else _END
             if self._world_size > 1 and i <= 1:  # before a forward pass, in which ranks could wait forever
-                check_same_data(collectives.gather_objects(-1 if batch is _END else sample_checksum([batch])))
+                check_same_data(-1 if batch is _END else sample_checksum([batch]))
             if batch is _END:
                 break
             seen = sample_checksum([seen, batch]) if self._world_size > 1 else 0
@@ -184,7 +195,7 @@ class EvaluationBatches:
                 mine, sizes = None, []
         if i % self._world_size:
             yield Round(*(mine or (0, first, None)), "padding")
-        check_same_data(collectives.gather_objects(sample_checksum([seen, i])))
+        check_same_data(sample_checksum([seen, i]))
 
     def _by_rank(self, data: Any, *seed: Any) -> Iterator[Round]:
         """Iterate this rank's own data, with random generators that are seeded by `seed`."""
@@ -199,24 +210,30 @@ class EvaluationBatches:
             with rng.lent():
                 batch = next(batches, _END) if is_within or i == 0 else _END
             first = batch if i == 0 else first
-            # Nobody knows how many batches the others have before they end.
-            sizes = collectives.gather_objects((_size(batch), batch is not _END and is_within))
-            if i == 0 and _ENDED in (own for own, _ in sizes):
-                found = next((rank for rank, (own, _) in enumerate(sizes) if own != _ENDED), None)
+            is_left = batch is not _END and is_within
+            ranks = self._compare(batch, is_left)  # nobody knows how many batches the others have before they end
+            if i == 0 and ranks.is_any_empty:
+                have_batch = collectives.gather_objects(batch is not _END)
+                found = have_batch.index(True) if any(have_batch) else None
                 if found is None:
                     return
                 # A rank that never had a batch runs another rank's first batch, which doesn't count.
                 lent = map_nested_tensor(torch.Tensor.cpu, batch) if found == self._rank else None
                 lent = collectives.gather_objects(lent)[found]
                 first = lent if batch is _END else first
-            left = [size for size, is_left in sizes if is_left]
-            if not left:
+            if not ranks.is_any_left:
                 return
-            gap = self._gap(left, self._world_size - len(left))
-            is_counted = batch is not _END and is_within
-            yield Round(index, batch, -1, gap) if is_counted else Round(index, first, None, gap)
+            yield Round(index, batch, -1, ranks.gap) if is_left else Round(index, first, None, ranks.gap)
 
-    def _gap(self, sizes: Sequence[Any], num_without: int) -> Gap:
+    def _compare(self, batch: Any, is_left: bool) -> _Ranks:
+        """Compare a round over all ranks. This rank's `batch` counts if `is_left`. Call on every rank."""
+        size = _size(batch)
+        found = collectives.start_max([is_left, not is_left, batch is _END, size, -size])()
+        is_any_left, is_any_without, is_any_empty, largest, minus_smallest = found
+        gap = self._gap([largest, -minus_smallest], is_any_without)
+        return _Ranks(bool(is_any_left), bool(is_any_empty), gap)
+
+    def _gap(self, sizes: Sequence[int], num_without: int) -> Gap:
         """What differs in a round with batches of these sizes, if `num_without` ranks have none."""
         if self._world_size == 1:
             return ""
@@ -224,17 +241,14 @@ class EvaluationBatches:
 
 
 _END = object()
-_ENDED = "ended"
 
 
-def _size(batch: Any) -> int | str | None:
-    """Number of samples in a batch. None: it doesn't begin with a tensor. `_ENDED`: there is no batch."""
-    if batch is _END:
-        return _ENDED
+def _size(batch: Any) -> int:
+    """Number of samples in a batch. -1: it doesn't begin with a tensor, or there is no batch."""
     try:
-        return find_batch_size(batch)  # type: ignore[no-any-return]
+        return int(find_batch_size(batch))
     except (TypeError, ValueError, IndexError):
-        return None
+        return -1
 
 
 def _items(loader: DataLoader[Any], seed: int) -> list[Any]:

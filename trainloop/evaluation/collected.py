@@ -89,7 +89,8 @@ class Collected:
             ValueError: The batches can't be joined, for example because their shapes differ.
         """
         outputs = self.take()
-        num_batches = 1 + max(collectives.gather_objects(max(outputs, default=-1)))
+        (last,) = collectives.start_max([max(outputs, default=-1)])()
+        num_batches = last + 1
         ordered: list[Any] = []
         for start in range(0, num_batches, _NUM_AT_ONCE * collectives.world_size()):
             end = start + _NUM_AT_ONCE * collectives.world_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -34,8 +35,8 @@ def check_same_on_ranks(keys: Iterable[Key], condition: str) -> None:
         ValueError: On every rank, with the names of each rank.
     """
     names = ["/".join(map(str, key)) for key in keys]
-    by_rank = collectives.gather_objects(names)
-    if any(other != by_rank[0] for other in by_rank):
+    if not collectives.is_same_on_ranks(zlib.crc32(repr(names).encode())):
+        by_rank = collectives.gather_objects(names)
         raise ValueError(f"{condition}, by rank: {by_rank}. Return each of them for every batch.")
 
 

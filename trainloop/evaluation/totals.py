@@ -38,17 +38,17 @@ class Totals:
 
     def result(self) -> dict[Key, float]:
         """The totals over all ranks. Call on every rank: one device-to-host sync, one exchange of host values."""
-        values, weights = read_rows([self._values, self._weights])
-        totals: dict[Key, float] = {}
-        total_weights: dict[Key, float] = {}
-        for rank_values, rank_weights in collectives.gather_objects((values, weights)):
-            for key, value in rank_values.items():
-                totals[key] = _combined(self._how(key), totals[key], value) if key in totals else value
-            for key, weight in rank_weights.items():
-                total_weights[key] = total_weights.get(key, 0.0) + weight
-        return {
-            key: _divided(total, total_weights[key]) if key in total_weights else total for key, total in totals.items()
-        }
+        values, weights = collectives.merge_over_ranks(read_rows([self._values, self._weights]), self._merged)
+        return {key: _divided(value, weights[key]) if key in weights else value for key, value in values.items()}
+
+    def _merged(self, a: list[dict[Key, float]], b: list[dict[Key, float]]) -> list[dict[Key, float]]:
+        """Merge the values and weights of two groups of ranks."""
+        values, weights = dict(a[0]), dict(a[1])
+        for key, value in b[0].items():
+            values[key] = _combined(self._how(key), values[key], value) if key in values else value
+        for key, weight in b[1].items():
+            weights[key] = weights.get(key, 0.0) + weight
+        return [values, weights]
 
     def _how(self, key: Key) -> Reduce:
         return self._reduce.get("/".join(map(str, key)), "mean")

@@ -240,7 +240,7 @@ class CheckpointingHook(CheckpointerHook):
         if trainer.step == self._saved_step:
             return
         runs_in_thread = self.async_save and not is_final
-        if runs_in_thread and self.on_busy == "skip" and any(collectives.gather_objects(self._opened.busy())):
+        if runs_in_thread and self.on_busy == "skip" and any(collectives.start_max([self._opened.busy()])()):
             trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
             return
         self.timing.save_begins()

@@ -107,9 +107,9 @@ class EvaluationHook(BaseHook):
             return
         data = self.data_loader if self.data_loader is not None else trainer.eval_data_loader
         with self.ema.swapped(trainer) if self.ema is not None else nullcontext():
-            stop = trainer.control.agree_on_exit
+            ask = trainer.control.start_agreeing_on_exit
             limit = limit_of_evaluation(trainer, self.limit_batches)
-            result = evaluate(trainer, data, self.reduce, should_stop=stop, limit_batches=limit)
+            result = evaluate(trainer, data, self.reduce, start_asking=ask, limit_batches=limit)
         if result is None:
             trainer.logger.warning(f"Step {trainer.step}: a signal ended the evaluation, the resumed run makes it.")
             return

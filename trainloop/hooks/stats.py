@@ -8,7 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tqdm.auto import tqdm
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
 Key = tuple[Any, ...]
+_Own: TypeAlias = tuple[dict[Key, list[float]], int, float]  # sums and counts, retries, peak of the memory
 
 
 class _StatsHook(BaseHook):
@@ -126,26 +127,29 @@ class _StatsHook(BaseHook):
         """The means; with `sync`, over the ranks too. This is one exchange of host values. It also includes keys that
         only some ranks have.
         """
-        mine = (self._sums, self._retries, self._max_memory)
-        parts = collectives.gather_objects(mine) if self.sync else [mine]
-        sums: dict[Key, list[float]] = {}
-        for part, _, _ in parts:
-            for key, (total, count) in part.items():
-                entry = sums.setdefault(key, [0.0, 0])
-                entry[0] += total
-                entry[1] += count
+        own = (self._sums, self._retries, self._max_memory)
+        sums, retries, max_memory = collectives.merge_over_ranks(own, _merged) if self.sync else own
         means = {key: total / count for key, (total, count) in sums.items()}
-        max_memory = max(memory for *_, memory in parts)
         return TrainingStats(
             loss=means.pop(("loss",)),
             grad_norm=means.pop(("grad_norm",)),
             step_time=means.pop(("step_time",)),
             data_time=means.pop(("data_time",)),
-            non_finite_grad_retry_count=max(retries for _, retries, _ in parts),
+            non_finite_grad_retry_count=retries,
             max_memory=max_memory if max_memory > -math.inf else None,
             lr=self._lr,
             records={**data_records, **unflatten_nested_dict({key[1:]: mean for key, mean in means.items()})},
         )
+
+
+def _merged(a: _Own, b: _Own) -> _Own:
+    """Merge what two groups of ranks have collected."""
+    sums = {key: list(entry) for key, entry in a[0].items()}
+    for key, (total, count) in b[0].items():
+        entry = sums.setdefault(key, [0.0, 0])
+        entry[0] += total
+        entry[1] += count
+    return sums, max(a[1], b[1]), max(a[2], b[2])
 
 
 class LoggingHook(_StatsHook):

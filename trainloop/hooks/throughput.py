@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -114,21 +114,52 @@ class ThroughputHook(BaseHook):
 
     def _measure(self) -> dict[str, float]:
         """The interval's numbers, the same on every rank. Call on every rank."""
-        own = (self._num_micro_batches, self._step_time, self._data_time / self._step_time, self._own_time)
-        counts, step_times, data_shares, own_times = zip(*collectives.gather_objects(own), strict=True)
-        seconds = max(step_times)
+        own_time = self._own_time
+        own = _Interval(
+            self._num_micro_batches,
+            self._step_time,
+            self._data_time / self._step_time,
+            own_time,
+            own_time,
+            collectives.rank(),
+        )
+        all_ranks = collectives.merge_over_ranks(own, _Interval.merged)
+        num_ranks, seconds = collectives.world_size(), all_ranks.step_time
         measured = {}
         if self._batch_size is not None:
-            measured["samples_per_second"] = sum(counts) * self._batch_size / seconds
+            measured["samples_per_second"] = all_ranks.num_micro_batches * self._batch_size / seconds
         if self._weights:
             measured["weight_per_second"] = _sum(self._weights) / seconds
         if self.flops_per_step is not None and self._peak is not None:
-            measured["mfu"] = self.flops_per_step * self._num_steps / (seconds * self._peak * len(counts))
-        measured["data_share"] = max(data_shares)
-        if len(counts) > 1:
-            measured["slowest_rank"] = own_times.index(max(own_times))
-            measured["slowest_rank_ratio"] = max(own_times) * len(counts) / sum(own_times)
+            measured["mfu"] = self.flops_per_step * self._num_steps / (seconds * self._peak * num_ranks)
+        measured["data_share"] = all_ranks.data_share
+        if num_ranks > 1:
+            measured["slowest_rank"] = all_ranks.slowest_rank
+            measured["slowest_rank_ratio"] = all_ranks.most_own_time * num_ranks / all_ranks.sum_own_time
         return measured
+
+
+class _Interval(NamedTuple):
+    """The measurements of a group of ranks in one interval."""
+
+    num_micro_batches: int
+    step_time: float
+    data_share: float
+    sum_own_time: float
+    most_own_time: float
+    slowest_rank: int
+
+    def merged(self, other: _Interval) -> _Interval:
+        """Merge them with those of another group, whose ranks are higher."""
+        slower = other if other.most_own_time > self.most_own_time else self
+        return _Interval(
+            self.num_micro_batches + other.num_micro_batches,
+            max(self.step_time, other.step_time),
+            max(self.data_share, other.data_share),
+            self.sum_own_time + other.sum_own_time,
+            slower.most_own_time,
+            slower.slowest_rank,
+        )
 
 
 def _sum(weights: list[Any]) -> float:

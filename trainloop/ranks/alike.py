@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from ..errors import RankDisagreementError
 from . import collectives
 from .control import NOT_ALIKE, Control
+from .links import LostContactError
 from .peers import ENDED, IN_WINDOW, Peers, State
 
 _PAUSE_SECONDS = 1.0
@@ -67,7 +68,7 @@ def _watch(peers: Peers, step: int, told: str) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except collectives.LostContactError:
+    except LostContactError:
         if not found:
             raise
         raise RankDisagreementError(found[0]) from None

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import operator
+import os
+import pickle
 import sys
 import threading
 import time
@@ -20,18 +23,18 @@ import torch
 import torch.distributed as dist
 
 from .forks import guard_forks
+from .links import Links, LostContactError
+from .tree import merge_to_first
 
 T = TypeVar("T")
 
 _LAST_SECONDS = 0.2
+_LAZY = "TORCH_GLOO_LAZY_INIT"
 _LOOK_UP = timedelta(seconds=1)
 _PIECE_BYTES = 2**24
 _host_groups: dict[Any, Any] = {}
+_links: Links | None = None
 _contact_is_lost: threading.Event | None = None
-
-
-class LostContactError(RuntimeError):
-    """The wait for other ranks was given up, because one of them is known to be gone."""
 
 
 def world_size() -> int:
@@ -55,11 +58,34 @@ def host_group() -> Any:
     world = dist.group.WORLD
     if world not in _host_groups:
         _host_groups.clear()  # if a process group was destroyed, ours is destroyed with it
-        _host_groups[world] = dist.new_group(backend="gloo", timeout=timeout())  # torch's default is not the run's
+        _host_groups[world] = new_gloo_group(timeout())  # torch's default is not the run's
         atexit.unregister(_end_groups)
         atexit.register(_end_groups)
         guard_forks()
     return _host_groups[world]
+
+
+def new_gloo_group(limit: timedelta | None) -> Any:
+    """Make a gloo group of all ranks for the functions of this module. Call on every rank.
+
+    By default gloo connects every rank to every other one. That takes N-1 descriptors a rank and N^2 requests to rank
+    0's store. In this group, a rank connects to about log2 N others.
+    """
+    before = os.environ.get(_LAZY)
+    os.environ[_LAZY] = "1"
+    try:
+        group = dist.new_group(backend="gloo", timeout=limit)
+    finally:  # the setting of the script stays in force for its own groups
+        if before is None:
+            del os.environ[_LAZY]
+        else:
+            os.environ[_LAZY] = before
+    # Connect now all ranks that will talk. A broken connection shows at once that a rank has died. A rank that connects
+    # only then would wait until the timeout.
+    gather_on_first(None, group)
+    broadcast_object(None, group)
+    dist.all_gather_object([None] * world_size(), None, group=group)
+    return group
 
 
 def _end_groups() -> None:
@@ -115,50 +141,109 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
-def gather_on_first(value: T) -> list[T] | None:
-    """Every rank's `value`, by rank, on rank 0; None on the others. Call on every rank. Pickles."""
+def gather_on_first(value: T, group: Any = None) -> list[T] | None:
+    """Every rank's `value`, by rank, on rank 0; None on the others. Call on every rank. Pickles.
+
+    Args:
+        value: This rank's.
+        group: From `new_gloo_group`; None: the one for host values.
+    """
     if world_size() == 1:
         return [value]
-    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, gathered, dst=0, group=host_group())
-    return gathered
+    pickled = merge_to_first([pickle.dumps(value)], operator.add, group or host_group())
+    return [pickle.loads(one) for one in pickled] if rank() == 0 else None
 
 
-def broadcast_object(value: T) -> T:
-    """Rank 0's `value`. Call on every rank. Pickles: for rare paths and small values."""
+def merge_over_ranks(value: T, merge: Callable[[T, T], T]) -> T:
+    """Merge the values of all ranks. Call on every rank. Pickles.
+
+    The ranks merge along a tree, so each talks to log2 N others at most.
+
+    Args:
+        value: This rank's value.
+        merge: Merges two values. The first one comes from lower ranks.
+
+    Returns:
+        The merged value, the same on every rank.
+    """
+    if world_size() == 1:
+        return value
+    return broadcast_object(merge_to_first(value, merge, host_group()))
+
+
+def broadcast_object(value: T, group: Any = None) -> T:
+    """Rank 0's `value`. Call on every rank. Pickles: for rare paths and small values.
+
+    Args:
+        value: Of rank 0; those of the others don't matter.
+        group: From `new_gloo_group`; None: the one for host values.
+    """
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=host_group())
+    dist.broadcast_object_list(box, src=0, group=group or host_group())
     return box[0]
 
 
-def start_gather(values: Sequence[int]) -> Callable[[], list[list[int]]]:
-    """Start a gather of host integers from all ranks. Call on every rank, with equally many integers.
-
-    This is a gather, not a reduction, because gloo goes around the ring once for a gather and twice for a reduction.
-
-    Returns:
-        A function that waits for the other ranks and returns the integers by rank.
-    """
+def gather_ints(values: Sequence[int]) -> list[list[int]]:
+    """Gather host integers from all ranks, by rank. Call on every rank, with equally many integers."""
     if world_size() == 1:
-        return lambda: [list(values)]
+        return [list(values)]
+    if _links is not None:
+        return _links.gather(values, "q")
     own = torch.tensor(values, dtype=torch.int64)
     gathered = own.new_empty(world_size(), len(values))
-    work = dist.all_gather(list(gathered), own, group=host_group(), async_op=True)
+    dist.all_gather(list(gathered), own, group=host_group())
+    by_rank: list[list[int]] = gathered.tolist()
+    return by_rank
 
-    def finish() -> list[list[int]]:
+
+def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
+    """Start to find the maximum over all ranks of each host integer. Call on every rank, with equally many integers.
+
+    Over links this starts at once and takes log2 N messages a rank. Without links, gloo goes around its ring twice.
+
+    Returns:
+        A function that waits for the other ranks and returns the maxima.
+    """
+    if world_size() == 1:
+        own = list(values)
+        return lambda: own
+    if _links is not None:
+        return _links.start(values)
+    maxima = torch.tensor(values, dtype=torch.int64)
+    work = dist.all_reduce(maxima, dist.ReduceOp.MAX, host_group(), async_op=True)
+
+    def finish() -> list[int]:
         _wait(work)
-        by_rank: list[list[int]] = gathered.tolist()
-        return by_rank
+        found: list[int] = maxima.tolist()
+        return found
 
     return finish
 
 
+def is_same_on_ranks(number: int) -> bool:
+    """Whether all ranks pass the same number. Call on every rank."""
+    return start_max([number, -number])() == [number, -number]
+
+
+def use_links(links: Links | None) -> None:
+    """Have `start_max` use these connections from now on, and close those that it has used so far. None: use gloo."""
+    global _links
+    if _links is not None:
+        _links.close()
+    _links = links
+
+
 def end_waits_at(event: threading.Event | None) -> None:
-    """End waits of `start_gather` with `LostContactError` when `event` is set. None: don't end them."""
+    """End waits of `start_max` with `LostContactError` when `event` is set. None: don't end them."""
     global _contact_is_lost
     _contact_is_lost = event
+
+
+def contact_is_lost() -> bool:
+    """Whether a rank is known to be gone, so that it is useless to wait for others."""
+    return _contact_is_lost is not None and _contact_is_lost.is_set()
 
 
 def _wait(work: Any) -> None:
@@ -173,7 +258,7 @@ def _wait(work: Any) -> None:
             if work.is_completed():  # it has failed, or has completed just now
                 work.wait()
                 return
-        if _contact_is_lost is not None and _contact_is_lost.is_set():
+        if contact_is_lost():
             raise LostContactError("another rank is gone")
 
 
@@ -181,6 +266,8 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Element-wise sum of host numbers, in double precision. Call on every rank."""
     if world_size() == 1:
         return list(values)
+    if _links is not None:
+        return [sum(column) for column in zip(*_links.gather(values, "d"), strict=True)]  # the same bits on every rank
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, group=host_group())
     sums: list[float] = tensor.tolist()

@@ -19,7 +19,7 @@ DEADLINE = 256 + signal.SIGTERM
 
 NOT_ALIKE = "`phases` and calls of `set_trainable` must be the same on every rank, at the same step, but are not"
 
-_NOTHING = [0] * (len(REQUESTS) + 1)  # and no skipped micro-batch
+_NOTHING = [0] * len(REQUESTS)
 
 
 class Control:
@@ -71,14 +71,21 @@ class Control:
             return ""
         return next(filter(None, collectives.gather_objects(self.stopped_by)), "request_stop")
 
-    def agree_on_exit(self) -> bool:
-        """Whether any rank has received an exit signal, exchanged at once. Call on every rank, during long work between
+    def start_agreeing_on_exit(self) -> Callable[[], bool]:
+        """Start to ask all ranks whether any has received an exit signal. Call on every rank, during long work between
         two windows, so that the run can still end in time.
+
+        Returns:
+            A function that waits for the other ranks and returns the answer.
         """
         self._heed_alarms()
-        own = self.agreed["exit_signal"] or self._asked["exit_signal"]
-        self.agreed["exit_signal"] = max(signal for (signal,) in collectives.start_gather([own])())
-        return bool(self.agreed["exit_signal"])
+        finish = collectives.start_max([self.agreed["exit_signal"] or self._asked["exit_signal"]])
+
+        def agreed() -> bool:
+            (self.agreed["exit_signal"],) = finish()
+            return bool(self.agreed["exit_signal"])
+
+        return agreed
 
     def _heed_alarms(self) -> None:
         for alarm in self.alarms:
@@ -87,7 +94,7 @@ class Control:
 
     def start(self, skipped: Sequence[int] | str, checksum: int = 0, num_epochs_done: int = 0) -> None:
         """Send this rank's message, without waiting for the others. Call on every rank once a window, after its work is
-        queued: the exchange over gloo then runs while the device computes.
+        queued: the ranks then exchange their messages while the device computes.
 
         Args:
             skipped: The draws of the window that gave no loss on this rank. They must be the same on all ranks. Or,
@@ -102,8 +109,10 @@ class Control:
         self._skipped = skipped if isinstance(skipped, str) else list(skipped)
         pattern = zlib.crc32(repr(self._skipped).encode()) if skipped else 0
         self.num_epochs_done = num_epochs_done
-        self._usual = [*_NOTHING, checksum, num_epochs_done]
-        self._finish = collectives.start_gather([*values, pattern, checksum, num_epochs_done])
+        # All ranks have the same number if its maximum and its minimum are equal.
+        rest = [pattern, -pattern, checksum, -checksum, -num_epochs_done]
+        self._usual = [*_NOTHING, *rest]
+        self._finish = collectives.start_max([*values, *rest])
 
     def finish(self, step: int, explain: Callable[[], None] = lambda: None) -> None:
         """Receive the messages of the others. Call on every rank, after `start`.
@@ -115,14 +124,14 @@ class Control:
         Raises:
             RankDisagreementError: On every rank. It names the draws that each rank has skipped.
         """
-        by_rank = self._finish()
+        maxima = self._finish()
         self.last_step = step
-        del self._finish  # it holds the process group, whose threads must end before the interpreter does
-        if by_rank.count(self._usual) == len(by_rank):
-            return  # the usual case: no requests, no skipped micro-batches, and all ranks agree
-        *by_request, patterns, checksums, epochs = zip(*by_rank, strict=True)
-        self.num_epochs_done = min(epochs)
-        if len(set(patterns)) > 1:
+        del self._finish  # it may hold the process group, whose threads must end before the interpreter does
+        if maxima == self._usual:
+            return  # the usual case: no requests, and all ranks agree
+        *by_request, pattern, minus_pattern, checksum, minus_checksum, minus_num_epochs = maxima
+        self.num_epochs_done = -minus_num_epochs
+        if pattern != -minus_pattern:
             skipped = collectives.gather_objects(self._skipped)
             if any(isinstance(one, str) for one in skipped):
                 told = "; ".join(f"rank {rank}: {one or 'goes on as before'}" for rank, one in enumerate(skipped))
@@ -133,10 +142,10 @@ class Control:
                 f" window, from 0: {told}). Return None for the same micro-batch on every rank, or override"
                 " `batch_weight` and return 0 for a micro-batch that one rank alone wants to drop."
             )
-        if len(set(checksums)) > 1:
+        if checksum != -minus_checksum:
             explain()
-        for request, values in zip(REQUESTS, by_request, strict=True):
-            self.agreed[request] = self.agreed[request] or max(values)
+        for request, value in zip(REQUESTS, by_request, strict=True):
+            self.agreed[request] = self.agreed[request] or value
 
 
 def check_main_thread(argument: str) -> None:

@@ -49,6 +49,7 @@ def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
         raise reported from ex
     finally:
         trainer.control.forget()
+        collectives.use_links(None)
         collectives.end_waits_at(None)
 
 

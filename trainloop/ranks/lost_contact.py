@@ -7,7 +7,7 @@ import re
 import torch.distributed as dist
 
 from ..errors import TrainingError
-from . import collectives
+from .links import LostContactError
 
 _GLOO = re.compile(r"\[\S+\.(cc|h):\d+\]")
 """The start of gloo's errors, which are plain RuntimeErrors. A script may raise one with the same words."""
@@ -38,7 +38,7 @@ def _lost_contact(exception: BaseException | None) -> BaseException | None:
         is_gloo = type(exception) is RuntimeError and _GLOO.search(text) is not None
         if is_gloo and any(lost in text for lost in _LOST):
             return exception
-        if isinstance(exception, collectives.LostContactError):
+        if isinstance(exception, LostContactError):
             return exception
         if dist.is_available() and isinstance(exception, dist.DistError):
             return exception

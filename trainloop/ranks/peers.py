@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import secrets
 import socket
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -28,8 +28,10 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from . import collectives, launcher
+from .links import connect
 from .lost_contact import has_timed_out
 from .roll_call import await_all
+from .sockets import address_of, listen
 
 ENDED = "ended with"
 """The start of a status that the rank itself has reported."""
@@ -47,7 +49,7 @@ _NUM_ASKED_AT_ONCE = 64
 _MAX_LINE = 2**20
 _STUCK_SECONDS = 20.0  # time for a rank to notice that the others are gone
 _NUM_NAMED = 3  # ranks that are named with all details
-_listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_LOGGER = logging.getLogger("trainloop")
 
 
 class Address(NamedTuple):
@@ -105,14 +107,30 @@ class Peers:
         if collectives.world_size() == 1:
             return
         await_all()
-        ip, port = self._listen()
-        mine = Address(socket.gethostname(), os.getpid(), ip, port)
-        gathered = collectives.gather_objects((mine, secrets.token_hex(8)))
+        self._server, for_links = listen(), listen()
+        mine = Address(socket.gethostname(), os.getpid(), *address_of(self._server))
+        gathered = collectives.gather_objects((mine, secrets.token_hex(8), address_of(for_links)))
         self._token = gathered[0][1]  # so that only the run's own ranks are answered
-        self._addresses = [address for address, _ in gathered]
+        self._addresses = [address for address, *_ in gathered]
         collectives.end_waits_at(self._has_heard)
+        self._connect(for_links, [address for *_, address in gathered])
         if self._server is not None:
             threading.Thread(target=self._serve, args=(self._server,), name="peers", daemon=True).start()
+
+    def _connect(self, server: socket.socket | None, addresses: list[tuple[str, int]]) -> None:
+        """Connect the ranks for the message of each step, either all of them or none."""
+        this_rank, is_lost = collectives.rank(), collectives.contact_is_lost
+        links = connect(server, addresses, this_rank, self._token, collectives.timeout, is_lost)
+        if any(collectives.start_max([links is None])()):
+            if links is not None:
+                links.close()
+            links = None
+            if this_rank == 0:
+                _LOGGER.warning(
+                    "The ranks cannot connect to each other on the interface that leads to the master. They exchange"
+                    " the message of each step over gloo, which is slower."
+                )
+        collectives.use_links(links)
 
     def close(self) -> None:
         """Stop answering."""
@@ -263,20 +281,6 @@ class Peers:
 
     # ------------------------------------------------------------------ answering
 
-    def _listen(self) -> tuple[str, int]:
-        """Open the socket, on the interface that leads to the master. If that fails, this rank can't be asked."""
-        try:
-            master = (os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500")))
-            family, kind, protocol, _, remote = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind, protocol) as outward:
-                outward.connect(remote)  # on a datagram socket: sends nothing, only chooses the interface
-                ip = outward.getsockname()[0]
-            self._server = socket.create_server((ip, 0), family=family)
-        except (OSError, ValueError):
-            return "", 0
-        _listening.add(self._server)
-        return ip, self._server.getsockname()[1]
-
     def _serve(self, server: socket.socket) -> None:
         while True:
             try:
@@ -338,13 +342,3 @@ def _ask(place: Address, line: bytes) -> State | str:
         return _IS_SILENT
     except OSError as ex:
         return _IS_GONE if isinstance(ex, ConnectionError) else f"cannot be reached ({ex.strerror or ex})"
-
-
-def _close_in_child() -> None:
-    """Close the sockets in a forked data loader worker. It may outlive its rank, and must not be mistaken for it."""
-    for server in list(_listening):
-        server.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)

@@ -47,7 +47,7 @@ def gather_samples(samples: torch.Tensor) -> tuple[torch.Tensor, int]:
     if world_size == 1:
         return samples, 0
     with _gathering():
-        sizes = [size for (size,) in collectives.start_gather([-len(samples) if _is_padding else len(samples)])()]
+        sizes = [size for (size,) in collectives.gather_ints([-len(samples) if _is_padding else len(samples)])]
         length = max(map(abs, sizes))
         padded = samples
         if length > len(samples):

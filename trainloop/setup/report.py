@@ -25,8 +25,8 @@ def announce(trainer: BaseTrainer) -> None:
     """Log the report on rank 0. Call on every rank, after model and hooks are built."""
     params = list(trainer.model.parameters())
     local = [p.to_local() if hasattr(p, "to_local") else p for p in params]
-    by_rank = collectives.gather_objects((socket.gethostname(), _count(local), _num_bytes(local)))
-    if collectives.rank() != 0:
+    by_rank = collectives.gather_on_first((socket.gethostname(), _count(local), _num_bytes(local)))
+    if by_rank is None:
         return
     is_alone = len(by_rank) == 1
     first = f"{_processes([host for host, *_ in by_rank])}: {_strategy(trainer, params)}"

@@ -88,8 +88,7 @@ class Agreement:
 
     def check(self) -> None:
         """Compare the checksums now, after the last window of a run. Call on every rank."""
-        by_rank = collectives.start_gather([self.checksum()])()
-        if by_rank.count(by_rank[0]) != len(by_rank):
+        if not collectives.is_same_on_ranks(self.checksum()):
             self.explain()
 
     def explain(self) -> None:
