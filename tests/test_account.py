@@ -120,7 +120,7 @@ def test_a_run_goes_on_if_its_events_cannot_be_written(tmp_path: Path, caplog: p
     trainer = small(tmp_path)
     trainer.train()
     assert trainer.step == 6
-    assert sum("keeps no account" in record.getMessage() for record in caplog.records) == 1
+    assert sum("this run is not recorded" in record.getMessage() for record in caplog.records) == 1
     alone = small(None, path=tmp_path / "elsewhere")
     alone.train()
     assert alone.step == 6

@@ -369,7 +369,7 @@ def test_a_healthy_one_is_preferred(root: Path, caplog: pytest.LogCaptureFixture
     )
     shutil.rmtree(folder_of(root, 10))
     assert_holds(latest(root), 30)
-    assert "has no healthy checkpoint: loading step_0000030" in caplog.messages[-1]
+    assert "has no healthy checkpoint. Loading step_0000030" in caplog.messages[-1]
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {

@@ -574,7 +574,7 @@ def test_data_of_each_rank_with_a_state_is_not_drawn_again() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataReplayWarning)
         assert again.draw(2) == [[[3], [4]], [[13], [14]]]
-    with pytest.warns(DataReplayWarning, match=r"saved by 2 processes; now there are 3\. Each rank skips 2 batches"):
+    with pytest.warns(DataReplayWarning, match=r"saved by 2 processes, and this run has 3\. Each rank skips 2 batches"):
         Ranks(of_rank_with_state, 3).resume(first)
 
 

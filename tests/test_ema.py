@@ -315,7 +315,7 @@ def test_a_run_that_had_no_average_begins_one(tmp_path: Path, caplog: pytest.Log
     trainer = SmallTrainer(2, workspace=tmp_path, hooks_=lambda self: [hook, CheckpointingHook(2)])
     with caplog.at_level("WARNING", "trainloop"):
         trainer.train()
-    assert "The saved state has no 'ema': the average begins with the weights." in caplog.text
+    assert "The checkpoint has no average 'ema', so it starts from the weights." in caplog.text
     assert torch.equal(average(trainer)["weight"], trainer.model.weight)
 
 

@@ -143,7 +143,7 @@ def test_the_first_limit_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
     assert (trainer.step, trainer.epoch, trainer.max_steps) == (2, 1, 30)
     with caplog.at_level("INFO", "trainloop"):
         trainer.train()
-    assert "it has reached step 2, and `max_steps` is 30 and `max_epochs` is 1. To go on, raise" in caplog.text
+    assert "it has reached step 2, and `max_steps` is 30 and `max_epochs` is 1. To continue, raise" in caplog.text
     trainer.max_epochs = 2
     trainer.train()
     assert (trainer.step, recorder.finished) == (4, [2, 4])

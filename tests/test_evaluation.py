@@ -331,7 +331,7 @@ def test_early_stopping_says_when_its_metric_never_came(caplog: pytest.LogCaptur
     hooks = [EarlyStoppingHook("val/los"), EvaluationHook(1, data_loader=evaluation_data())]
     with caplog.at_level("WARNING", "trainloop"):
         SmallTrainer(1, hooks_=lambda self: hooks).train()
-    told = "Step 1: EarlyStoppingHook has not seen 'val/los', and stops nothing without it. What was logged: val/loss."
+    told = "Step 1: EarlyStoppingHook found no metric 'val/los', so it cannot stop the run. Logged so far: val/loss."
     assert caplog.text.count(told) == 1
 
 
@@ -359,7 +359,7 @@ def test_a_wrong_name_of_a_metric_is_told_at_once_and_costs_no_checkpoint(
     told = [line for line in caplog.messages if "val_loss" in line]
     hook, policy = sorted(told, key=lambda line: "BestK" in line)
     assert "Step 2: BestK(metric='val_loss', k=1, mode='min') finds no metric of that name." in policy
-    assert "Step 2: EarlyStoppingHook has not seen 'val_loss'" in hook
+    assert "Step 2: EarlyStoppingHook found no metric 'val_loss'" in hook
     assert all("train/loss" in line and "val/loss" in line for line in (policy, hook))
     assert len(run(tmp_path / "right", "val/loss")) <= 2
     assert caplog.messages == []
@@ -371,7 +371,7 @@ def test_a_name_that_is_nearly_right_is_told_without_an_evaluation(caplog: pytes
     with caplog.at_level("WARNING", "trainloop"):
         SmallTrainer(3, hooks_=lambda self: hooks).train()
     (told,) = caplog.messages
-    assert "Step 1: EarlyStoppingHook has not seen 'train_loss'" in told
+    assert "Step 1: EarlyStoppingHook found no metric 'train_loss'" in told
 
 
 def test_reduce_lr_on_plateau_goes_by_the_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -407,7 +407,7 @@ def test_reduce_lr_on_plateau_goes_by_the_evaluation(tmp_path: Path, caplog: pyt
     assert run(tmp_path / "cut", 3, 5, 8) == wanted
     with caplog.at_level("WARNING", "trainloop"):
         assert run(tmp_path / "wrong", 4, monitor="val_loss") == [0.1] * 4
-    told = "`monitor` is 'val_loss', which the evaluation has not logged. What it logs: val/loss."
+    told = "'val_loss', the schedule's `monitor`, so the learning rate does not change. It logged: val/loss."
     assert caplog.text.count(told) == 1
 
 

@@ -278,7 +278,7 @@ def test_a_disk_that_refuses_an_image_does_not_end_the_run(tmp_path: Path, caplo
     trainer = trained(tmp_path)
     (tmp_path / "images" / "step_0000002" / "x.png").mkdir(parents=True)
     trainer.log_images({"x": LEVELS, "y": LEVELS})
-    assert re.search(r"Step 2: .*/x\.png was not written, training goes on\. .*Is a directory", caplog.text)
+    assert re.search(r"Step 2: .*/x\.png was not written\. Training continues\. .*Is a directory", caplog.text)
     assert files(tmp_path / "images") == ["step_0000002/y.png"]
 
 

@@ -63,11 +63,11 @@ def test_what_is_loaded_is_what_its_own_tool_loads(foreign: Path, tmp_path: Path
         after = json.loads((tmp_path / f"{kind}.json").read_text())
         assert after["sharded"] == (form == "fsdp2")
         assert same(got["model"], expected["model"]), kind
-        told, not_taken = next(pair for pair in pairwise(after["log"]) if "not taken from it: " in pair[1])
+        told, not_taken = next(pair for pair in pairwise(after["log"]) if "not loaded from it: " in pair[1])
         if kind in ("save_model", "weights.pt"):
             assert got["optimizer"] is None
             assert after["step"] == 0
-            assert "of weights. Taken from it: the weights. The run goes on after step 0" in told
+            assert "of weights. Loaded from it: the weights. The run continues after step 0" in told
             assert "everything but the weights" in not_taken
             continue
         assert same(got["optimizer"]["state"], expected["optimizer"]["state"]), kind
@@ -169,11 +169,11 @@ def test_own_checkpoints_are_not_forgotten_in_silence(tmp_path: Path, caplog: py
     file = tmp_path / "w.pt"
     torch.save(nn.Linear(3, 1).state_dict(), file)
     trainer = start(tmp_path, file)
-    assert not any("which are not loaded" in line for line in caplog.messages)
+    assert not any("has checkpoints up to" in line for line in caplog.messages)
     trainer.max_steps = 2
     trainer.train()
     start(tmp_path, str(file))
-    assert any("has checkpoints up to step 2, which are not loaded" in line for line in caplog.messages)
+    assert any("has checkpoints up to step 2. They are not loaded" in line for line in caplog.messages)
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_files_that_scripts_make_by_hand(tmp_path: Path, caplog: pytest.LogCaptu
     rest = {"lucidrains": "version", "DiT": "args", "nanoGPT": "model_args, best_val_loss, config", "DDP": "epoch"}[
         form
     ]
-    assert f"not taken from it: what it has under {rest}" in caplog.text
+    assert f"not loaded from it: what it has under {rest}" in caplog.text
 
 
 def test_only_what_is_known_is_opened(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_the_slurm_job_is_requeued_until_it_is_finished(running: Any, cluster: d
         assert len(Path(cluster["REQUEUED"]).read_text().splitlines()) == requeues
     last = int(saved[1])
     assert running.wait(running.start([*sbatch, str(last + 5)], **cluster)) == [0], running.outputs()
-    assert f"the run goes on after step {last}." in running.output()
+    assert f"The run continues after step {last}." in running.output()
     assert f"finished at step {last + 5}" in running.output()
     assert Path(cluster["REQUEUED"]).read_text() == f"{cluster['SLURM_JOB_ID']}\n"
 
@@ -243,7 +243,7 @@ def test_the_kubernetes_job_survives_the_end_of_a_pod(running: Any, cluster: dic
     assert saved is not None, running.outputs()
     last = int(saved[1])
     assert running.wait(*pods(last + 5)) == [0, 0], running.outputs()
-    assert f"the run goes on after step {last}." in running.output(2)
+    assert f"The run continues after step {last}." in running.output(2)
     assert f"finished at step {last + 5}" in running.output(2)
 
 

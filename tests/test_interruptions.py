@@ -284,9 +284,9 @@ def test_an_interruption_names_the_last_checkpoint(
         raise error("stop")
 
     for interval, step, told in (
-        (2, 5, f"The run ends after step 4. Started again, it goes on from {tmp_path}/checkpoints/step_0000004."),
-        (9, 6, f"The run ends after step 5. Started again, it goes on from {tmp_path}/checkpoints/step_0000004."),
-        (9, 2, "The run ends after step 1. Started again, it begins anew: there is no checkpoint yet."),
+        (2, 5, f"The run ended after step 4. The next start continues from {tmp_path}/checkpoints/step_0000004."),
+        (9, 6, f"The run ended after step 5. The next start continues from {tmp_path}/checkpoints/step_0000004."),
+        (9, 2, "The run ended after step 1. The next start starts over: there is no checkpoint."),
     ):
         folder = tmp_path if step > 2 else tmp_path / "fresh"
         hooks = [At("on_before_step", step, stop), CheckpointingHook(interval, async_save=is_async)]

@@ -78,7 +78,7 @@ def test_a_rehearsal_of_fsdp2_says_so_once(tmp_path: Path) -> None:
     arguments = ["--fsdp_cpu_ram_efficient_loading", "true"]
     output = launch(tiny(tmp_path, "BatchNorm1d"), "fsdp2", launch_args=arguments).stdout
     assert result(output) == "2 no 1 True FSDPSequential"
-    assert output.count("FSDP2 runs on CPU processes: right for rehearsing a launch configuration") == 1
+    assert output.count("FSDP2 runs on CPU processes. Use this to test a launch configuration") == 1
 
 
 def test_a_model_with_parameters_of_its_own_is_sharded_by_the_launch_s_defaults(tmp_path: Path) -> None:
@@ -124,7 +124,10 @@ def test_the_diffusion_example_draws_and_resumes(tmp_path: Path) -> None:
     """Started again, as FSDP2 after DDP, it goes on; at the end of each life there are evaluations of both weights, a
     picture of ten times ten samples that are not all alike, and a checkpoint that knows both losses.
     """
-    for form, step, begin in (("ddp2", 3, "the run starts at step 0."), ("fsdp2", 5, "the run goes on after step 3.")):
+    for form, step, begin in (
+        ("ddp2", 3, "The run starts at step 0."),
+        ("fsdp2", 5, "The run continues after step 3."),
+    ):
         arguments = ["--max-steps", str(step), "--workspace", str(tmp_path)]
         output = launch(REPOSITORY / "examples" / "diffusion.py", form, *arguments).stdout
         assert begin in output
@@ -164,7 +167,7 @@ def test_the_gan_example_is_killed_and_resumes(form: str, tmp_path: Path) -> Non
     if form == "single":
         example, arguments = REPOSITORY / "examples" / "gan.py", ["--max-epochs", "3", "--workspace", str(tmp_path)]
         output = launch(example, "fsdp2", *arguments).stdout
-        assert f"goes on after step {gan.LAST_STEP}." in output
+        assert f"continues after step {gan.LAST_STEP}." in output
         assert "epoch 3/3" in output
     pictures = list((tmp_path / "images").glob("step_*/samples.png"))
     assert len(pictures) == (2 if form == "single" else 1)
@@ -177,7 +180,7 @@ def test_the_language_model_example_trains_and_resumes_under_fsdp2(tmp_path: Pat
     """
     blocks = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "Block"]
     small = ["--width", "32", "--depth", "2", "--length", "32", "--batch-size", "4", "--accumulation", "2"]
-    for step, begin in ((2, "the run starts at step 0."), (3, "the run goes on after step 2.")):
+    for step, begin in ((2, "The run starts at step 0."), (3, "The run continues after step 2.")):
         arguments = [*small, "--max-steps", str(step), "--interval", "2", "--workspace", str(tmp_path)]
         output = launch(REPOSITORY / "examples" / "language_model.py", "fsdp2", *arguments, launch_args=blocks).stdout
         assert begin in output

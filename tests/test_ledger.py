@@ -45,7 +45,7 @@ def test_a_resume_tells_whether_its_steps_have_the_same_bits(tmp_path: Path, for
     start = partial(live, num_processes=num_processes, env=env, record=indices)
     start(Regression, run, KILL)
     start(Regression, run, KillAt(29, "on_after_step"))  # rank 1 may have recorded step 28 in its first life
-    assert (found := re.search(r"Steps 21 to (\d+) were done again with the same bits", log_of(run, 2)))
+    assert (found := re.search(r"Steps 21 to (\d+) were repeated with the same bits", log_of(run, 2)))
     assert int(found[1]) >= 25
     start(partial(Regression, changed=CHANGED), run)
     same, other = audits(run)
@@ -59,7 +59,7 @@ def test_a_resume_tells_whether_its_steps_have_the_same_bits(tmp_path: Path, for
     step, rank = min(noted)
     assert (other["same"], other["step"], other["rank"], other["quantity"]) == (False, step, rank, "loss")
     assert f"The first difference is in step {step}, rank {rank}: the loss: " in log_of(run, 3)
-    assert log_of(run, 3).count("done again") == 1
+    assert log_of(run, 3).count(" repeated ") == 1
     newest = CheckpointStore(run / "checkpoints").resolve(30)
     assert newest is not None
     assert newest.manifest.settings["audit/differences"] == 1
@@ -81,7 +81,7 @@ def test_what_was_changed_on_purpose_is_named(tmp_path: Path) -> None:
     assert "batch_size (4 → 5)" in log_of(batch, 2)
     (audit,) = audits(ranks)
     assert (audit["same"], audit["first"]) == (True, 21)
-    assert re.search(r"done again by 2 processes instead of 1: same positions .* deviate by at most", log_of(ranks, 2))
+    assert re.search(r"repeated by 2 processes instead of 1: same positions .* differ by at most", log_of(ranks, 2))
     live(partial(Regression, ledger=False, max_steps=11), off)
     assert not (off / "ledger").exists()
 
@@ -131,7 +131,7 @@ def test_a_run_goes_on_without_its_ledger(tmp_path: Path, caplog: pytest.LogCapt
     trainer = SmallTrainer(6, workspace=tmp_path, hooks_=lambda self: [CheckpointingHook(interval=2)])
     trainer.train()
     assert trainer.step == 6
-    assert sum("ledger cannot be kept" in record.getMessage() for record in caplog.records) == 1
+    assert sum("ledger can no longer be written" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_file_that_fills_up_ends_only_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,8 +47,8 @@ def test_a_run_is_restarted_until_it_is_asked_to_end(tmp_path: Path) -> None:
     done = run(workspace, "ddp2", 5, "0:1:7:kill", "1:0:12:raise", "2:1:14:TERM")
     assert done.returncode == 1
     assert [lives(workspace, rank) for rank in (0, 1)] == [3, 3], done.stdout[-4000:]
-    assert "the run goes on after step 5." in done.stdout
-    assert "the run goes on after step 10." in done.stdout
+    assert "The run continues after step 5." in done.stdout
+    assert "The run continues after step 10." in done.stdout
     assert "SIGTERM was received: saved after step 14, exiting with code 143." in done.stdout
     assert re.search(r"The run was asked to end: ending the launcher \(process \d+\), which would", done.stdout)
 
@@ -71,7 +71,7 @@ def test_a_run_that_fails_at_the_same_step_again_and_again_ends(tmp_path: Path) 
     done = run(tmp_path, "fsdp2", 5, "*:1:7:raise", rdzv="c10d")
     assert done.returncode == 1
     assert [lives(tmp_path, rank) for rank in (0, 1)] == [3, 3], done.stdout[-4000:]
-    assert done.stdout.count("the run goes on after step 5.") == 2
+    assert done.stdout.count("The run continues after step 5.") == 2
     said = "ValueError: sample 17 is broken\n.*The run has failed at step 7 in 3 lives in a row. The cause is not the"
     assert re.search(said, done.stdout)
 

@@ -67,7 +67,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path, form: str, kind: 
     output = Path(f"{path_prefix(tmp_path / 'killed', 2, 0)}.log").read_text()
     assert "SIGTERM was received: saved after step 7, exiting with code 143." in output
     output = Path(f"{path_prefix(tmp_path / 'killed', 3, 0)}.log").read_text()
-    assert "step_0000007: the run goes on after step 7." in output
+    assert "step_0000007. The run continues after step 7." in output
     logged = [row["step"] for row in read_notes(path_prefix(tmp_path / "whole", 1, other)) if row.get("logged")]
     assert logged == [5, 10]
     kept = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("step_*"))

@@ -160,7 +160,7 @@ def test_one_table_tells_what_differs_and_what_is_in_force(tmp_path: Path, caplo
         "optimizer/0/weight_decay": ["0.01", "0.7", "0.01", "hyperparameters"],
         "lr_scheduler/T_max": ["4", "8", "4", "lr_scheduler"],
     }
-    assert caplog.text.count("The settings differ from those of step 2.") == 1
+    assert caplog.text.count("The settings differ from those of the checkpoint of step 2.") == 1
     group = trainer.optimizer.param_groups[0]
     assert (group["weight_decay"], trainer.seed) == (0.01, 1)
     assert rates[3] == pytest.approx(0.05)  # cosine(4) on 0.1
@@ -363,7 +363,7 @@ def test_a_run_that_was_stopped_stays_stopped(tmp_path: Path, caplog: pytest.Log
     assert manifest_of(tmp_path, 3).stopped_by == "Stop.on_after_step"
     with caplog.at_level("INFO", "trainloop"):
         assert stopped(tmp_path).step == 3
-    assert "The run was stopped after step 3 by Stop.on_after_step, so it ends here. To go on, raise" in caplog.text
+    assert "The run was stopped after step 3 by Stop.on_after_step, so it ends here. To continue, raise" in caplog.text
     assert stopped(tmp_path, 10).step == 10
     assert manifest_of(tmp_path, 10).stopped_by == ""
     stopped(tmp_path / "b")
@@ -399,7 +399,7 @@ def test_a_finished_run_says_that_it_is_complete(tmp_path: Path, caplog: pytest.
     with caplog.at_level("INFO", "trainloop"):
         run(tmp_path, 2)
         trainer.train()
-    told = "The run is complete: it has reached step 2, and `max_steps` is 2. To go on, raise `max_steps`."
+    told = "The run is complete: it has reached step 2, and `max_steps` is 2. To continue, raise `max_steps`."
     assert caplog.text.count(told) == 2
 
 

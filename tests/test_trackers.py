@@ -210,7 +210,7 @@ def test_images_come_in_the_form_that_the_tracker_takes(tmp_path: Path, caplog: 
     assert [image.size for image in several[0][1]["a/b"]] == [(5, 2)]
     assert isinstance(one[0][1]["a/b"], Image.Image)
     assert none == []
-    assert caplog.messages == ["[RANK 0] Accelerate logs no images to without: they are left out."]
+    assert caplog.messages == ["[RANK 0] Accelerate cannot log images to without, so they are left out."]
     (image, *_) = events(tmp_path / "trackers" / "trainloop").Images("a/b")
     assert (image.width, image.height) == (5, 2)
 
@@ -226,7 +226,7 @@ def test_a_failing_tracker_ends_neither_training_nor_the_others(
     assert [call[0] for call in working.calls[2:5]] == [1, 2, 3]
     assert failing.calls[-1] == "finish"
     (told,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
-    assert "Step 2: recording failed, training goes on." in told
+    assert "Step 2: recording failed. Training continues." in told
     assert told.endswith("ConnectionError: away")
 
 

@@ -108,8 +108,12 @@ def warned(*hooks: BaseHook, **kwargs: Any) -> list[str]:
 
 def test_what_no_hook_writes_is_warned_of_once(tmp_path: Path) -> None:
     """Numbers and images each. A checkpointer doesn't count: it keeps numbers as metrics of a checkpoint only."""
-    numbers = "What `trainer.log` is given is not written anywhere, because no hook defines `on_log`. Return one from"
-    images = "What `trainer.log_images` is given is not written anywhere, because no hook defines `on_log_images`."
+    numbers = (
+        "The records given to `trainer.log` are not written anywhere, because no hook defines `on_log`. Return one from"
+    )
+    images = (
+        "The records given to `trainer.log_images` are not written anywhere, because no hook defines `on_log_images`."
+    )
     for hooks in ([Logs()], [Logs(), ProgressHook()], [Logs(), CheckpointingHook(100, path=tmp_path / "checkpoints")]):
         told = warned(*hooks)
         assert [text[: len(wanted)] for text, wanted in zip(told, [numbers, images], strict=True)] == [numbers, images]

@@ -91,7 +91,7 @@ def test_a_host_that_dies_in_mid_save_costs_nothing(
     assert re.search(lost, outputs[0]), outputs[0]
     codes, outputs = run(tmp_path / "killed")
     assert codes == [0, 0], outputs
-    assert "the run goes on after step 10." in outputs[0]
+    assert "The run continues after step 10." in outputs[0]
     expected, actual = results(tmp_path / "whole"), results(tmp_path / "killed")
     assert len(expected) > 4
     assert actual == expected

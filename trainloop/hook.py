@@ -229,7 +229,7 @@ def listeners(trainer: BaseTrainer, method: str, records: Any) -> Sequence[BaseH
         trainer._unheard.add(method)
         why = f"no hook defines `{event}`" if trainer._is_built else "the hooks don't exist before `train` begins"
         if collectives.rank() == 0:
-            text = f"What `trainer.{method}` is given is not written anywhere, because {why}."
+            text = f"The records given to `trainer.{method}` are not written anywhere, because {why}."
             remedy = (
                 f" Return one from `build_hooks`: {_WRITERS[method]}, or one of your own." if trainer._is_built else ""
             )

@@ -168,19 +168,19 @@ class Result:
         at = f" by {self.world_size} processes instead of {others}" if others else ""
         found = self.difference
         if found is None and not others:
-            return f"{steps} done again with the same bits."
+            return f"{steps} repeated with the same bits."
         if found is None:
             return (
-                f"{steps} done again{at}: same positions in the data, same learning rates, and gradient norms that"
-                f" deviate by at most {self.deviation:.1e}. Their bits may differ, because the sums have another order."
+                f"{steps} repeated{at}: same positions in the data, same learning rates, and gradient norms that differ"
+                f" by at most {self.deviation:.1e}. They may differ, because the sums are taken in another order."
             )
         if self.is_of_other_samples:
-            return f"{steps} done again{at} with other global batches, so they cannot be compared."
+            return f"{steps} repeated{at} with other global batches, so they cannot be compared."
         where = ranks_text([d.rank for d in self.differences if d.order == found.order])
         values = f": {found.now!r} instead of {found.was!r}" if found.order > 1 else ""
-        before = f"{steps} done again{at}, but not with the same bits. "
+        before = f"{steps} repeated{at}, but not with the same bits. "
         known = ", ".join(f"{name} ({_shown(was)} → {_shown(now)})" for name, (was, now) in changes.items())
-        known = f" What else has changed since: {known}." if known else ""
+        known = f" Also changed since then: {known}." if known else ""
         return (
             f"{before}The first difference is in step {found.step}, {where}: the {found.quantity}{values}."
             f" {self._meaning(found)}{known}"
@@ -188,19 +188,19 @@ class Result:
 
     def _meaning(self, found: Difference) -> str:
         if found.quantity == "position in the data":
-            return "The run reads other samples than before: look for a change of the data's length, order or batches."
+            return "The run reads other samples than before. Look for a change in the data's length, order or batches."
         if found.quantity == "learning rates":
-            return "Look for a change of the learning rate or of its schedule."
+            return "Look for a change in the learning rate or in its schedule."
         num_ranks = len({d.rank for d in self.differences if d.order == found.order})
         if found.quantity == "loss" and num_ranks < self.world_size:
             return (
-                "The other ranks have the same loss as before, so look at this one: a sample that was changed, another"
-                " host, a faulty device, or a kernel that is not deterministic."
+                "The other ranks have the same loss as before, so look at this one. Possible causes: a changed sample,"
+                " another host, a faulty device, or a kernel that is not deterministic."
             )
         return (
-            "The position in the data and the learning rates are the same, so this is one of: a sample was changed, a"
-            " kernel is not deterministic (see `deterministic=True`), the machine or the versions are others, or a"
-            " device is faulty."
+            "The position in the data and the learning rates are the same. Possible causes: a changed sample, a kernel"
+            " that is not deterministic (see `deterministic=True`), another machine, other versions, or a faulty"
+            " device."
         )
 
 

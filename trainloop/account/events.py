@@ -79,7 +79,7 @@ class EventLog:
                 self._give_up(ex)
 
     def _give_up(self, error: OSError) -> None:
-        self._logger.warning(f"{self.path} cannot be written, so this run keeps no account of itself: {error}")
+        self._logger.warning(f"{self.path} cannot be written, so this run is not recorded: {error}")
         self.path = None
 
 

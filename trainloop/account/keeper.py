@@ -139,7 +139,7 @@ class Account:
 
     def _give_up(self, error: OSError) -> None:
         self._ledger = None
-        self._trainer.logger.warning(f"The ledger cannot be kept any longer: {error}")
+        self._trainer.logger.warning(f"The ledger can no longer be written: {error}")
 
     def after_step(self) -> None:
         """Record a step, after every hook's `on_after_step`. More calls for the same step do nothing."""

@@ -139,8 +139,8 @@ class BadSampleCount:
             for name, substitute, error in bad_samples:
                 self.total += 1
                 logger.warning(
-                    f"Step {step}: sample {name} could not be read on rank {rank}, so sample {substitute} takes its"
-                    f" place: {error}. This is number {self.total}; `max_failures` is {self._max_failures}."
+                    f"Step {step}: sample {name} could not be read on rank {rank}, so sample {substitute} is used"
+                    f" instead: {error}. {self.total} samples have failed so far; at most {self._max_failures} may."
                 )
         if self.total > self._max_failures:
             last = next(bad_samples[-1] for bad_samples in reversed(by_rank) if bad_samples)

@@ -135,10 +135,10 @@ class IterableSource:
         elif self._position:
             num_saved, num_seen = state.get("world_size", "another number of"), self._position
             warnings.warn(
-                f"Each rank reads data of its own, and the position was saved by {num_saved} processes; now there are"
-                f" {self._world_size}. Each rank skips {num_seen} batches of its part, as many as each had seen of its"
-                " old one: other batches of this epoch are seen twice or never. Keep the number of processes for an"
-                " exact resume.",
+                f"Each rank reads its own part of the data. The position was saved by {num_saved} processes, and this"
+                f" run has {self._world_size}. Each rank skips {num_seen} batches, as many as each had seen of its old"
+                " part. In this epoch, some batches are seen twice and others never. For an exact resume, keep the"
+                " number of processes.",
                 DataReplayWarning,
                 stacklevel=2,
             )
@@ -164,8 +164,8 @@ def _is_stateful(data: Any) -> bool:
 def _replay(iterator: Iterator[Any], count: int, is_shown: bool) -> None:
     """Draw again the batches of this epoch that the run has already seen."""
     warnings.warn(
-        f"The data has no `state_dict`, so the {count} batches that this run has already seen of the epoch are drawn"
-        " again. Give the data set `state_dict` and `load_state_dict` to go there at once.",
+        f"The data has no `state_dict`. To return to its position in the epoch, the run reads {count} batches again."
+        " Give the data set `state_dict` and `load_state_dict` to avoid this.",
         DataReplayWarning,
         stacklevel=2,
     )

@@ -227,9 +227,9 @@ def check_samples_per_step(loader: Any, num_batches: int) -> None:
     num_samples = num_batches * batch_size if batch_size is not None else None
     if num_samples is not None and isinstance(dataset, Mixture) and dataset.samples_per_step not in (None, num_samples):
         warnings.warn(
-            "The weights of the Mixture depend on the step. By `samples_per_step`, a step has"
-            f" {dataset.samples_per_step} samples, but one of this run has {num_samples}. The weights go by the"
-            " former.",
+            "The weights of the Mixture depend on the step. `samples_per_step` says that a step has"
+            f" {dataset.samples_per_step} samples, but a step of this run has {num_samples}. The weights follow"
+            " `samples_per_step`.",
             TrainloopWarning,
             stacklevel=2,
         )

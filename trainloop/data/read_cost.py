@@ -51,8 +51,8 @@ class ReadCost:
             " files yourself and return `trainloop.data.per_rank(loader)`."
         )
         warnings.warn(
-            f"Each of {self._world_size} processes reads all of the data and uses a part of it. To read what it does"
-            f" not use takes {share:.1%} of the time of a step here. {self._obstacle or remedy}",
+            f"Each of {self._world_size} processes reads all of the data but uses only its share. Reading the rest"
+            f" takes {share:.1%} of the time of a step. {self._obstacle or remedy}",
             RedundantReadWarning,
             stacklevel=2,
         )

@@ -183,10 +183,10 @@ class SampledSource:
         if len(seen) != num_workers:
             if num_seen and not position.get("is_inexact"):
                 warnings.warn(
-                    f"The data position was saved with {len(seen)} workers, but there are {num_workers} now, and the"
-                    f" order of the samples depends on that. The run skips {num_seen} samples, as many as it has seen"
-                    f" of this epoch: up to {num_seen} are seen twice in it, and as many never. Keep `num_workers` for"
-                    " an exact resume.",
+                    f"The data position was saved with {len(seen)} workers, and this run has {num_workers}. The order"
+                    f" of the samples depends on that number. The run skips {num_seen} samples, as many as it has seen"
+                    f" of this epoch. In this epoch, up to {num_seen} samples are seen twice and as many are never"
+                    " seen. For an exact resume, keep `num_workers`.",
                     DataReplayWarning,
                     stacklevel=2,
                 )
@@ -214,10 +214,11 @@ class SampledSource:
         own = num_seen // self._world_size if self._is_own else num_seen
         if num_seen:
             warnings.warn(
-                f"Each process reads a share of the data, and the position was saved by {state.get('world_size', 1)}"
-                f" processes; now there are {self._world_size}, with other shares. Each skips {own} {self._unit}, so"
-                f" that as much of the epoch is left as before: up to {num_seen} {self._unit} are seen twice in it, and"
-                " as many never. Keep the number of processes for an exact resume.",
+                f"Each process reads a share of the data. The position was saved by {state.get('world_size', 1)}"
+                f" processes, and this run has {self._world_size}, so the shares are different. Each process skips"
+                f" {own} {self._unit}, which leaves as much of the epoch as before. In this epoch, up to"
+                f" {num_seen} {self._unit} are seen twice and as many are never seen. For an exact resume, keep the"
+                " number of processes.",
                 DataReplayWarning,
                 stacklevel=3,
             )
@@ -245,9 +246,8 @@ class SampledSource:
             self._dataset.set_epoch(self._epoch)
         if num_again := sum(place.num_skipped for place in self._places if place.state is None):
             warnings.warn(
-                f"The data has no `state_dict` that can be used, so the {num_again} {self._unit} that this run has"
-                " already seen of the epoch are drawn again. Give the data set `state_dict` and `load_state_dict` to go"
-                " there at once.",
+                f"The data has no `state_dict` that can be used. To return to its position in the epoch, the run reads"
+                f" {num_again} {self._unit} again. Give the data set `state_dict` and `load_state_dict` to avoid this.",
                 DataReplayWarning,
                 stacklevel=2,
             )

@@ -241,7 +241,7 @@ class CheckpointingHook(CheckpointerHook):
             return
         runs_in_thread = self.async_save and not is_final
         if runs_in_thread and self.on_busy == "skip" and any(collectives.start_max([self._opened.busy()])()):
-            trainer.logger.info(f"Step {trainer.step}: the last save is still being written, this one is skipped.")
+            trainer.logger.info(f"Step {trainer.step}: the previous save is still being written. This one is skipped.")
             return
         self.timing.save_begins()
         self._settle(trainer, is_final)
@@ -293,8 +293,8 @@ class CheckpointingHook(CheckpointerHook):
         if self._num_failures > self.max_failures and not is_final:
             raise error
         trainer.logger.error(
-            f"Step {trainer.step}: a save has failed, training goes on (failure {self._num_failures} of"
-            f" {self.max_failures} in a row). {error}"
+            f"Step {trainer.step}: a save failed ({self._num_failures} in a row, at most {self.max_failures} may)."
+            f" Training continues. {error}"
         )
 
     def on_log(self, trainer: BaseTrainer, records: Records, dry_run: bool) -> None:
@@ -328,8 +328,8 @@ class CheckpointingHook(CheckpointerHook):
             trainer.logger.error(f"Step {trainer.step}: {ex}")
         if store is not None and is_latest and not isinstance(exception, SystemExit):
             folders = [step_name(info.step) for info in store.checkpoints() if info.health]
-            last = f"goes on from {store.path / folders[-1]}" if folders else "begins anew: there is no checkpoint yet"
-            trainer.logger.info(f"The run ends after step {trainer.step}. Started again, it {last}.")
+            start = f"continues from {store.path / folders[-1]}" if folders else "starts over: there is no checkpoint"
+            trainer.logger.info(f"The run ended after step {trainer.step}. The next start {start}.")
         self._end_account(exception)
 
     def _end_account(self, exception: BaseException | None = None, stopped_by: str = "") -> None:

@@ -21,7 +21,7 @@ class CudaMaxMemoryHook(BaseHook):
     def on_before_train(self, trainer: BaseTrainer) -> None:
         self._device = trainer.device if trainer.device.type == "cuda" else None
         if self._device is None:
-            trainer.logger.warning(f"CudaMaxMemoryHook does nothing: the run is on {trainer.device.type}.")
+            trainer.logger.warning(f"CudaMaxMemoryHook does nothing, because the run is on {trainer.device.type}.")
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
         if self._device is not None:

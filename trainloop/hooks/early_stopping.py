@@ -99,8 +99,8 @@ class EarlyStoppingHook(BaseHook):
     def _warn(self, trainer: BaseTrainer) -> None:
         self._has_warned = True
         trainer.logger.warning(
-            f"Step {trainer.step}: EarlyStoppingHook has not seen {self.metric!r}, and stops nothing without it. What"
-            f" was logged: {list_names(self._others)}."
+            f"Step {trainer.step}: EarlyStoppingHook found no metric {self.metric!r}, so it cannot stop the run."
+            f" Logged so far: {list_names(self._others)}."
         )
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:

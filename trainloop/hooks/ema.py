@@ -256,7 +256,7 @@ class EmaHook(AveragingHook):
         self._bind(trainer)
         saved = state_dict.get(self.name)
         if saved is None:
-            trainer.logger.warning(f"The saved state has no {self.name!r}: the average begins with the weights.")
+            trainer.logger.warning(f"The checkpoint has no average {self.name!r}, so it starts from the weights.")
             return
         if missing := sorted(self._params.keys() - saved.keys()):
             raise ValueError(

@@ -111,7 +111,7 @@ class EvaluationHook(BaseHook):
             limit = limit_of_evaluation(trainer, self.limit_batches)
             result = evaluate(trainer, data, self.reduce, start_asking=ask, limit_batches=limit)
         if result is None:
-            trainer.logger.warning(f"Step {trainer.step}: a signal ended the evaluation, the resumed run makes it.")
+            trainer.logger.warning(f"Step {trainer.step}: a signal ended the evaluation. The resumed run repeats it.")
             return
         self._is_pending = False
         flat = {key: value for key, value in flatten_nested_dict({self.prefix: result}).items() if is_number(value)}
@@ -129,8 +129,8 @@ class EvaluationHook(BaseHook):
         elif not self._has_warned and sum(isinstance(hook, EvaluationHook) for hook in trainer.hooks) == 1:
             self._has_warned = True
             trainer.logger.warning(
-                f"Step {trainer.step}: the learning rate stays as it is: `monitor` is {monitor!r}, which the"
-                f" evaluation has not logged. What it logs: {', '.join(sorted(numbers))}."
+                f"Step {trainer.step}: the evaluation has not logged {monitor!r}, the schedule's `monitor`, so the"
+                f" learning rate does not change. It logged: {', '.join(sorted(numbers))}."
             )
 
     def on_state_dict(self, trainer: BaseTrainer, state_dict: dict[str, Any]) -> None:

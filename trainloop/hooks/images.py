@@ -83,7 +83,7 @@ class ImageFileLoggerHook(BaseHook):
             try:
                 write_whole(file, content, self._root(trainer) / f"{TEMPORARY}{uuid.uuid4().hex}")
             except OSError as ex:
-                trainer.logger.error(f"Step {trainer.step}: {file} was not written, training goes on. {ex}")
+                trainer.logger.error(f"Step {trainer.step}: {file} was not written. Training continues. {ex}")
 
     def _root(self, trainer: BaseTrainer) -> Path:
         return placed(trainer, self.path)

@@ -40,8 +40,8 @@ def tell_missing_metrics(trainer: BaseTrainer, policies: Iterable[RetentionPolic
     for policy in policies:
         if isinstance(policy, BestK) and policy.metric not in logged:
             trainer.logger.warning(
-                f"Step {trainer.step}: {policy} finds no metric of that name. What was logged: {list_names(logged)}."
-                " Until a checkpoint has it, none is deleted on its account."
+                f"Step {trainer.step}: {policy} finds no metric of that name. Logged so far: {list_names(logged)}."
+                " No checkpoint is deleted by this rule until one has the metric."
             )
     return True
 

@@ -87,8 +87,8 @@ class SaveTiming:
             self.deadline = Deadline(end_time(self._given), self._save_seconds)
             trainer.control.alarms.append(lambda: DEADLINE if self.deadline and self.deadline.is_near() else 0)
             trainer.logger.info(
-                f"The deadline of the run is {datetime.fromtimestamp(self.deadline.end):%Y-%m-%d %H:%M:%S}, in"
-                f" {timedelta(seconds=round(self.deadline.seconds_left()))}. Its last save is expected to take"
+                f"The run must end by {datetime.fromtimestamp(self.deadline.end):%Y-%m-%d %H:%M:%S}, in"
+                f" {timedelta(seconds=round(self.deadline.seconds_left()))}. The last save is expected to take"
                 f" {self._save_seconds():.1f} s."
             )
 
@@ -158,8 +158,9 @@ class SaveTiming:
         if not self._told / _RETELL <= interval <= self._told * _RETELL:
             self._told = interval
             trainer.logger.info(
-                f"Saving about every {timedelta(seconds=math.ceil(interval))}, which loses least: a save blocks the run"
-                f" for {cost:.2f} s, and {self._num_failures} failures were seen in {seconds / 3600:.1f} hours."
+                f"Saving about every {timedelta(seconds=math.ceil(interval))}, which loses the least time: a save"
+                f" blocks the run for {cost:.2f} s, and the run failed {self._num_failures} times in"
+                f" {seconds / 3600:.1f} hours."
             )
         return interval
 

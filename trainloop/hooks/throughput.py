@@ -93,8 +93,8 @@ class ThroughputHook(BaseHook):
         self._peak = self.peak_flops or _known_peak(trainer.device)
         if self.flops_per_step is not None and self._peak is None:
             trainer.logger.warning(
-                "ThroughputHook can't show `mfu`: the peak of this device is not known. Pass `peak_flops`, the"
-                " operations a second that one device could do."
+                "ThroughputHook can't show `mfu`, because the peak speed of this device is not known. Pass"
+                " `peak_flops`, the floating-point operations per second of one device."
             )
 
     def on_after_step(self, trainer: BaseTrainer) -> None:

@@ -113,7 +113,7 @@ class TrackerHook(BaseHook):
         for wanted in self.log_with:
             tracker = self._made(wanted, trainer) if isinstance(wanted, str) else wanted
             tracker.start()
-            guard = Guard(tracker.name, "What is logged meanwhile is left out.")
+            guard = Guard(tracker.name, "Until it works again, nothing is logged to it.")
             self._trackers.append((tracker, guard))
             trainer.accelerator.trackers.append(tracker)
             if tracker.name != "tensorboard" or trainer.step == 0:  # TensorBoard would show the config again
@@ -166,7 +166,7 @@ class TrackerHook(BaseHook):
             if hasattr(tracker, "log_images"):
                 _log_images(tracker, pictures, step)
             else:
-                self._tell_once(trainer, f"Accelerate logs no images to {tracker.name}: they are left out.")
+                self._tell_once(trainer, f"Accelerate cannot log images to {tracker.name}, so they are left out.")
 
         self._write(trainer, write)
 
@@ -208,7 +208,7 @@ class TrackerHook(BaseHook):
         if not self._trackers:
             self._waiting.append(write)  # perhaps from a hook that comes before this one
             if self._is_over:
-                self._tell_once(trainer, f"What is logged to {self._names()} after `train` waits for the next `train`.")
+                self._tell_once(trainer, f"Records for {self._names()} after `train` are kept until the next `train`.")
         for tracker, guard in self._trackers:
             guard.attempt(trainer, partial(write, tracker))
 

@@ -183,7 +183,7 @@ class Guard:
         except Exception as ex:
             if self.error is None:
                 trainer.logger.error(
-                    f"Step {trainer.step}: {self.name} failed, training goes on. {self.remedy}"
+                    f"Step {trainer.step}: {self.name} failed. Training continues. {self.remedy}"
                     f" {type(ex).__name__}: {ex}"
                 )
             self.error = ex

@@ -99,7 +99,7 @@ class WandbHook(BaseHook):
         self._exit_code = 0
         self._is_complete = False  # whether this process has finished the run and sent everything
         self._guard = Guard(
-            "W&B", f"What is logged waits (the newest {_NUM_RECENT} steps), and is tried again at the next interval."
+            "W&B", f"The records of the newest {_NUM_RECENT} steps are kept and sent again at the next interval."
         )
 
     # ------------------------------------------------------------------ the run
@@ -184,7 +184,7 @@ class WandbHook(BaseHook):
         for row in self._recent:
             row.is_sent = row.is_sent and row.step <= last_step
         trainer.logger.info(
-            f"Going on with W&B run {run.id}, which has "
+            f"Continuing W&B run {run.id}, which has "
             + (f"the steps up to {last_step}." if last_step >= 0 else "no steps yet.")
         )
         return last_step
@@ -201,7 +201,7 @@ class WandbHook(BaseHook):
         self._flush(trainer, at_once=True)
         unsent = [row.step for row in self._recent if not row.is_sent]
         if unsent:
-            trainer.logger.error(f"W&B did not work again: what was logged since step {unsent[0]} is not there.")
+            trainer.logger.error(f"W&B did not recover. Everything logged since step {unsent[0]} is missing there.")
         run, self.run = self.run, None
         try:
             if is_preempted:

@@ -31,8 +31,8 @@ def find_killed_run(workspace: Path, config: Mapping[str, Any], logger: logging.
         noted = json.loads(file.read_text())
         run_id: str | None = noted["run_id"] if noted["is_on"] and noted["config"] == config else None
     except (OSError, ValueError, KeyError, TypeError) as ex:
-        logger.warning(f"{file} cannot be read, so a new W&B run begins: {type(ex).__name__}: {ex}")
+        logger.warning(f"{file} cannot be read, so a new W&B run starts: {type(ex).__name__}: {ex}")
         return None
     if run_id is not None:
-        logger.info(f"{file} says that W&B run {run_id} was killed. Remove it to begin a new run.")
+        logger.info(f"{file} says that W&B run {run_id} was killed. It continues. Remove the file to start a new one.")
     return run_id

@@ -35,8 +35,8 @@ def settle_buckets(model: nn.Module) -> None:
             if dist.get_world_size() > 2:
                 warnings.warn(
                     "DDP runs with `static_graph=True`, which rearranges its buckets in the first steps of each"
-                    " process. So a run that is resumed with more than 2 processes differs in its last bits from one"
-                    " that never stopped.",
+                    " process. With more than 2 processes, a resumed run therefore differs in its last bits from an"
+                    " uninterrupted one.",
                     TrainloopWarning,
                     stacklevel=2,
                 )

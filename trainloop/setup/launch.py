@@ -298,7 +298,7 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
         accelerator.state.fsdp_plugin = plugin
         if accelerator.is_main_process:
             warnings.warn(
-                "FSDP2 runs on CPU processes: right for rehearsing a launch configuration, far too slow for training.",
+                "FSDP2 runs on CPU processes. Use this to test a launch configuration; it is too slow for training.",
                 TrainloopWarning,
                 stacklevel=4,  # the line that makes the trainer
             )

@@ -85,11 +85,11 @@ def adopt(trainer: BaseTrainer, path: Path) -> dict[str, Any]:
     }
     taken += [f"the average {group!r}, for an `EmaHook` of that name" for group in averages]
     trainer.logger.info(
-        f"{path} is {foreign.what}. Taken from it: {', '.join(taken)}. The run goes on after step {trainer.step}"
+        f"{path} is {foreign.what}. Loaded from it: {', '.join(taken)}. The run continues after step {trainer.step}"
         f" ({how})."
     )
     trainer.logger.warning(
-        f"{path}: not taken from it: {'; '.join(notes)}. The data begins at its first epoch.{plan.cast}"
+        f"{path}: not loaded from it: {'; '.join(notes)}. The data starts at its first epoch.{plan.cast}"
     )
     return {"model": live, **foreign.hooks, **averages}
 

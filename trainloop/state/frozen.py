@@ -37,8 +37,8 @@ def left_out(trainer: BaseTrainer, *, is_first: bool) -> dict[str, FrozenRecord]
     if changed and is_first:
         size = sum(tensor.nbytes for name, tensor in entries.items() if name in changed) / 2**20
         trainer.logger.info(
-            f"{len(changed)} frozen parameters ({size:,.1f} MiB, first: {min(changed)}) are not as `build_model` gave"
-            " them, so checkpoints hold them."
+            f"{len(changed)} frozen parameters ({size:,.1f} MiB, first: {min(changed)}) differ from what"
+            " `build_model` returned, so checkpoints include them."
         )
     kept = {name: tensor for name, tensor in entries.items() if name not in changed}
     new = [name for name in kept if name not in built.fingerprints]

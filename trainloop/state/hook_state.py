@@ -83,9 +83,9 @@ def join_hook_state(trainer: BaseTrainer, checkpoint: Checkpoint, of_run: Mappin
     own = checkpoint.saved_rank_state(collectives.rank() if is_same_size else 0).get(OF_HOOKS, {})
     if own and not is_same_size:
         trainer.logger.warning(
-            f"Hooks saved state that differs from rank to rank ({', '.join(map(repr, own))}). The checkpoint is of"
-            f" {checkpoint.manifest.world_size} processes, and there are now {collectives.world_size()}. So every rank"
-            " gets the state of rank 0."
+            f"Some hooks saved a different state on each rank ({', '.join(map(repr, own))}). The checkpoint was saved"
+            f" by {checkpoint.manifest.world_size} processes, and this run has {collectives.world_size()}. So every"
+            " rank loads the state of rank 0."
         )
     nested = {**of_run, **own}
     described = checkpoint.tensors(HOOK_SHARDS) if HOOK_SHARDS in checkpoint.manifest.tensors else {}

@@ -174,15 +174,13 @@ def load_rank_buffers(trainer: BaseTrainer, saved: Mapping[str, Any], seed: int)
     for is_persistent, buffers in ours.items():
         place_buffers(model, buffers, is_persistent=is_persistent)
     for names, what in (
-        (kept, "are built with other values than in the saved run, and keep the new ones"),
-        (gone, "are not in the model any more"),
-        (differing, "are built with other values than in the saved run, with another seed, and have the saved ones"),
+        (kept, "are built with other values than in the saved run, and keep the new values"),
+        (gone, "are no longer in the model"),
+        (differing, "are built with other values, because the seed is another, and get the saved values"),
     ):
         if names:
             more = ", …" if len(names) > _NUM_TOLD else ""
-            trainer.logger.warning(
-                f"Buffers that are not persistent {what}: {', '.join(sorted(names)[:_NUM_TOLD])}{more}."
-            )
+            trainer.logger.warning(f"Non-persistent buffers {what}: {', '.join(sorted(names)[:_NUM_TOLD])}{more}.")
 
 
 def finite_names(trainer: BaseTrainer) -> tuple[set[str], set[str]]:

@@ -68,7 +68,7 @@ def restore_from(trainer: BaseTrainer, sources: Sequence[Source]) -> Restored:
     found = find_newest(looking, trainer.logger)
     if found is None:
         paths = ", ".join(str(source.store.path) for source in sources)
-        trainer.logger.info(f"No checkpoint is loaded from {paths}: the run starts at step 0.")
+        trainer.logger.info(f"No checkpoint is loaded from {paths}. The run starts at step 0.")
         return Restored(_new_run_id())
     store, checkpoint = found
     return _resume(trainer, next(source for source in sources if source.store is store), checkpoint)
@@ -90,8 +90,8 @@ def _restore_explicit(trainer: BaseTrainer, source: Source) -> Restored:
         own = source.store.checkpoints()
         if own:
             trainer.logger.warning(
-                f"{source.store.path} has checkpoints up to step {max(info.step for info in own)}, which are not"
-                f' loaded, since `load` names {path}. To go on with them, pass "latest".'
+                f"{source.store.path} has checkpoints up to step {max(info.step for info in own)}. They are"
+                f' not loaded, because `load` names {path}. To continue from them, pass load="latest".'
             )
         return Restored(_new_run_id(), state_dict)
     may_try_again = is_link_to_latest(source.load)

@@ -118,12 +118,12 @@ def tell_differences(trainer: BaseTrainer, asked: Mapping[str, Any], manifest: M
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     table = "\n  ".join(lines)
-    won = f" The script wins: {', '.join(sorted(wins))}." if wins else ""
+    won = f" The script's values are used for: {', '.join(sorted(wins))}." if wins else ""
     is_surprise = any(in_force[key] != asked[key] or key.startswith("data/") for key, *_ in rows[1:])
     trainer.logger.log(
         logging.WARNING if is_surprise else logging.INFO,
-        f"The settings differ from those of step {manifest.step}.{won} The last column names what to put into"
-        f" `CheckpointingHook(on_resume=[…])` to let the script win.\n  {table}",
+        f"The settings differ from those of the checkpoint of step {manifest.step}.{won} To use the script's value"
+        f" instead, put the name in the last column into `CheckpointingHook(on_resume=[…])`.\n  {table}",
     )
 
 
@@ -234,7 +234,7 @@ def stays_stopped(trainer: BaseTrainer, manifest: Manifest, on_resume: Collectio
     if not manifest.stopped_by or trainer._length.is_raised(manifest.settings):
         return False
     trainer.logger.warning(
-        f"The run was stopped after step {trainer.step} by {manifest.stopped_by}, so it ends here. To go on, raise"
+        f"The run was stopped after step {trainer.step} by {manifest.stopped_by}, so it ends here. To continue, raise"
         f' {trainer._length.names}, or pass `on_resume=["stop"]` to CheckpointingHook.'
     )
     return True

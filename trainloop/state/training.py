@@ -210,7 +210,7 @@ def restore_run(trainer: BaseTrainer) -> None:
     check_schedule_length(trainer)
     if trainer._length.is_reached and trainer.step > 0 and not trainer.control.agreed["stop"]:
         trainer.logger.info(
-            f"The run is complete: it has reached step {trainer.step}, and {trainer._length}. To go on, raise"
+            f"The run is complete: it has reached step {trainer.step}, and {trainer._length}. To continue, raise"
             f" {trainer._length.names}."
         )
     for hook in trainer.hooks:
@@ -247,13 +247,13 @@ def resume(trainer: BaseTrainer, checkpoint: Checkpoint, on_resume: Collection[s
             f"{checkpoint.folder} holds state that no run has saved ({type(ex).__name__}: {ex}). Load another one."
         ) from ex
     trainer.settings = settings_in_force(asked, saved, wins)
-    trainer.logger.info(f"Resumed from {checkpoint.folder}: the run goes on after step {trainer.step}.")
+    trainer.logger.info(f"Resumed from {checkpoint.folder}. The run continues after step {trainer.step}.")
     tell_differences(trainer, asked, checkpoint.manifest, wins)
     if state_dict.get("rank") is None:
         trainer.logger.warning(
-            f"The checkpoint was saved by {checkpoint.manifest.world_size} processes, and there are now"
-            f" {collectives.world_size()}: model, optimizer and data go on exactly, the random generators of each rank"
-            " are seeded anew."
+            f"The checkpoint was saved by {checkpoint.manifest.world_size} processes, and this run has"
+            f" {collectives.world_size()}. Model, optimizer and data continue exactly. The random generators of each"
+            " rank are seeded anew."
         )
     return state_dict
 

@@ -97,7 +97,7 @@ class FrozenKeeper:
             torch._foreach_copy_(self._kept, self._values)
         if lost:
             warnings.warn(
-                "In a window that is discarded, `forward` has changed frozen parameters that it had not changed before:"
+                "In a window that was discarded, `forward` changed frozen parameters for the first time:"
                 f" {', '.join(lost[:_NUM_TOLD])}{', …' if len(lost) > _NUM_TOLD else ''}. These changes stay.",
                 TrainloopWarning,
                 stacklevel=2,

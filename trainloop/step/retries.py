@@ -56,7 +56,7 @@ class Retries:
             raise NonFiniteGradientError(self._final_report(f"{tried} gave no finite one", report))
         info.non_finite_grad_retry_count = retry
         trainer.logger.warning(
-            f"{where(trainer)}: the gradient is not finite. The window is discarded and a new one is drawn (retry"
+            f"{where(trainer)}: the gradient is not finite. The window is discarded and new data is drawn (retry"
             f" {retry}{'' if limit is None else f' of {limit}'}). {report}"
         )
         return True
@@ -83,7 +83,7 @@ class Retries:
         scale = scaler.get_scale()
         if scale < _MIN_LOSS_SCALE:
             raise NonFiniteGradientError(self._final_report(f"the loss scale collapsed to {scale:.3g}", report))
-        trainer.logger.warning(f"{where(trainer)}: gradient overflow, loss scale lowered to {scale:g}; trying again.")
+        trainer.logger.warning(f"{where(trainer)}: the gradient overflowed. Trying again with loss scale {scale:g}.")
 
     def _final_report(self, reason: str, report: NonFiniteReport) -> str:
         trainer = self._trainer

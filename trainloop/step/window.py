@@ -202,9 +202,9 @@ class Window:
         if overflown is None:
             return False
         trainer.step_info.grad_norm = overflown
-        clipped = ", clipped" if trainer.grad_clip is not None else ""
+        clipped = "clipped and " if trainer.grad_clip is not None else ""
         text = f"the gradient norm overflowed ({overflown:.3g}), but every gradient is finite."
-        trainer.logger.warning(f"{where(self._trainer)}: {text} The step is taken{clipped}.")
+        trainer.logger.warning(f"{where(self._trainer)}: {text} The gradient is {clipped}applied.")
         return True
 
     def _take_accumulation(self) -> int:
@@ -259,8 +259,8 @@ class Window:
             )
         if self._trainer.accelerator.num_processes > 1:
             warnings.warn(
-                "`forward` returned None for the loss. Every rank must do so for the same micro-batch, and without"
-                " having called the model. To drop a micro-batch on one rank only, return 0 from `batch_weight`.",
+                "`forward` returned None for the loss. Every rank must do so for the same micro-batch, and must not"
+                " have called the model. To drop a micro-batch on one rank only, return 0 from `batch_weight`.",
                 LossNoneWarning,
                 stacklevel=4,
             )

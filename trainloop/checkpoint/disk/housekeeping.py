@@ -116,7 +116,9 @@ def clean_up(fs: FileSystem, root: Path, logger: logging.Logger) -> None:
         if not os.path.lexists(root / step_name(step)):
             fs.rename(path, root / step_name(step))
             fs.sync_dir(root)
-            logger.warning(f"{root / step_name(step)}: the run before died while it replaced this step; it is back.")
+            logger.warning(
+                f"{root / step_name(step)}: a run died while it replaced this checkpoint. The old one is restored."
+            )
     for prefix in (TEMPORARY, REPLACED, TRASH):
         for path in root.glob(f"{prefix}*"):
             try:

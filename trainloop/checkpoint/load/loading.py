@@ -86,7 +86,7 @@ def locate_best(catalog: Catalog, best: Best, logger: logging.Logger) -> tuple[P
     unreadable = {entry.folder: entry.problem for entry in entries if entry.info is None}
     if unreadable:
         logger.warning(
-            f"{catalog.root}: whether one of these is better cannot be told, since they are damaged:"
+            f"{catalog.root}: these checkpoints are damaged, so nobody can tell whether one of them is better:"
             f" {list_damaged(unreadable)}."
         )
     return catalog.root / step_name(info.step), reason
@@ -189,7 +189,7 @@ def tell_choice(
         logger.warning(f"Damaged checkpoints in {root}: {list_damaged(damaged)}. Loading {name}.")
     newer = [e.folder.name for e in entries if e.info and e.info.seq > manifest.seq and e.folder not in damaged]
     if not manifest.health:
-        logger.warning(f"{root} has no healthy checkpoint: loading {name}, whose parameters are not all finite.")
+        logger.warning(f"{root} has no healthy checkpoint. Loading {name}: not all of its parameters are finite.")
     elif newer:
         logger.warning(
             f"{root}: the parameters in {', '.join(newer)} are not all finite. Loading {name}, the newest healthy one."

@@ -174,7 +174,7 @@ class Saving:
             logger.warning(
                 f"The checkpoint of step {self.step} is saved, but it is not healthy: there are infinities or NaN in"
                 f" {', '.join(non_finite[:NUM_TOLD])}{', …' if len(non_finite) > NUM_TOLD else ''}. A restart loads the"
-                " newest healthy one instead, which is never removed."
+                " newest healthy checkpoint instead. That one is never removed."
             )
         return replaced
 
