@@ -123,9 +123,9 @@ def sample(model, label, num_steps=50):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-steps", type=int, default=2500)
-    parser.add_argument("--workspace", default="runs/diffusion")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--max-steps", type=int, default=2500, help="steps of the whole run")
+    parser.add_argument("--workspace", default="runs/diffusion", help="folder for samples and checkpoints")
     args = parser.parse_args()
     trainer = DiffusionTrainer(args.max_steps, grad_clip=1.0, workspace=args.workspace, seed=0)
     trainer.train()

@@ -53,7 +53,7 @@ class GanTrainer(BaseTrainer):
             ema,
             SampleHook(ema),
             ImageFileLoggerHook(),
-            CheckpointingHook("epoch", keep_previous=1, exit_signals=["SIGTERM", "SIGINT"]),
+            CheckpointingHook("epoch", keep_previous=1, exit_signals="SIGTERM"),
             ProgressHook("epoch", with_records=True),
         ]
 
@@ -91,8 +91,10 @@ class SampleHook(BaseHook):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max-epochs", type=int, default=60)
-    parser.add_argument("--workspace", default="runs/gan")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--max-epochs", type=int, default=60, help="passes over the data")
+    parser.add_argument("--workspace", default="runs/gan", help="folder for samples and checkpoints")
     args = parser.parse_args()
     GanTrainer(max_epochs=args.max_epochs, workspace=args.workspace, seed=0).train()

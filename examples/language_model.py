@@ -155,21 +155,35 @@ class SampleHook(BaseHook):
                 ids = torch.cat([ids, torch.multinomial(logits.softmax(0), 1, generator=generator)[None]], dim=1)
         trainer.model.train()
         text = bytes(byte for byte in ids[0].tolist() if byte != END).decode(errors="replace")
-        trainer.logger.info(f"step {trainer.step}/{trainer.max_steps} | sample:\n{text}")
+        trainer.logger.info(f"step {trainer.step}/{trainer.max_steps} | sample:\n{printable(text)}")
+
+
+def printable(text):
+    """Text whose control characters are written as codes, since they would garble the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def make_trainer(workspace=None):
     """Make the trainer from the command line, or for `trainloop prove examples/language_model.py:make_trainer`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", default="runs/language_model")
-    parser.add_argument("--max-steps", type=int, default=2000)
-    parser.add_argument("--interval", type=int, default=250, help="steps between evaluations, samples, checkpoints")
-    parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: what the launch says)")
-    parser.add_argument("--batch-size", type=int, default=16, help="of one process and micro-batch")
-    parser.add_argument("--length", type=int, default=256, help="bytes that the model sees")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--workspace", default="runs/language_model", help="folder for tokens and checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--max-steps", type=int, default=2000, help="steps of the whole run (default: %(default)s)")
+    parser.add_argument(
+        "--interval",
+        type=int,
+        default=250,
+        help="steps between evaluations, samples, checkpoints (default: %(default)s)",
+    )
+    parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: as launched)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="of one process and micro-batch (default: %(default)s)"
+    )
+    parser.add_argument("--length", type=int, default=256, help="bytes that the model sees (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="of the model (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=4, help="number of blocks (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile each block")
     options = parser.parse_args([] if workspace else None)
     return LanguageModelTrainer(

@@ -74,14 +74,14 @@ class LoraTrainer(BaseTrainer):
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", default="runs/lora")
+    parser.add_argument("--workspace", default="runs/lora", help="folder for checkpoints (default: %(default)s)")
     parser.add_argument("--model", help="a folder or name that `from_pretrained` takes (default: a tiny one)")
     parser.add_argument("--tokenized", help="a tensor N x length of the model's tokens (default: bytes)")
-    parser.add_argument("--max-steps", type=int, default=200)
-    parser.add_argument("--interval", type=int, default=50, help="steps between checkpoints")
-    parser.add_argument("--batch-size", type=int, default=8, help="of one process")
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--max-steps", type=int, default=200, help="steps of the whole run (default: %(default)s)")
+    parser.add_argument("--interval", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="of one process (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

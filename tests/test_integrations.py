@@ -95,7 +95,7 @@ def report(output: str) -> list[str]:
 
 # ---------------------------------------------------------------------- accelerate/
 
-SHARDED = "wrapped by transformer_auto_wrap_policy: 3 modules (1 Sequential, 2 Block)"
+SHARDED = "FSDP2 gathers the weights in 3 parts: 1 Sequential, 2 Block (auto-wrap policy: transformer_auto_wrap_policy)"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,9 @@ def test_the_slurm_job_is_requeued_until_it_is_finished(running: Any, cluster: d
         running.wait_for(lambda: re.search(r"step \d+0/100000", running.output()))
         job.send_signal(number)
         assert running.wait(job) != [0]
-        saved = re.search(r"SIGTERM was received: saved after step (\d+), exiting with code 143", running.output())
+        saved = re.search(
+            r"SIGTERM was received: saved after step (\d+) in \S+, exiting with code 143", running.output()
+        )
         assert saved is not None, running.outputs()
         assert len(Path(cluster["REQUEUED"]).read_text().splitlines()) == requeues
     last = int(saved[1])
@@ -239,7 +241,7 @@ def test_the_kubernetes_job_survives_the_end_of_a_pod(running: Any, cluster: dic
     running.wait_for(lambda: re.search(r"step \d+0/100000", running.output(0)))
     both[1].send_signal(signal.SIGTERM)
     assert 0 not in running.wait(*both)
-    saved = re.search(r"SIGTERM was received: saved after step (\d+), exiting with code 143", running.output(0))
+    saved = re.search(r"SIGTERM was received: saved after step (\d+) in \S+, exiting with code 143", running.output(0))
     assert saved is not None, running.outputs()
     last = int(saved[1])
     assert running.wait(*pods(last + 5)) == [0, 0], running.outputs()
@@ -279,7 +281,10 @@ def test_a_language_model_is_finetuned_and_exported(running: Any, tmp_path: Path
     script = str(KITS / "transformers" / "finetune.py")
     command = accelerate(KITS / "transformers" / "fsdp2.yaml", *overrides, script, *arguments)
     assert running.wait(running.start(command, HF_HUB_OFFLINE="1")) == [0], running.outputs()
-    assert re.match(r"wrapped by transformer_auto_wrap_policy: .*\b2 LlamaDecoderLayer\b", report(running.output())[1])
+    assert re.match(
+        r"FSDP2 gathers the weights in .*\b2 LlamaDecoderLayer\b.*transformer_auto_wrap_policy",
+        report(running.output())[1],
+    )
 
     exported = workspace / "export"
     tuned = AutoModelForCausalLM.from_pretrained(exported)

@@ -12,7 +12,7 @@ import trainloop
 
 PACKAGE = Path(trainloop.__file__).parent
 LAYERS = [
-    "errors version",
+    "errors version terminal",
     "records rng paths",
     "images histograms",
     "ranks.__init__ ranks.forks ranks.sockets",
@@ -20,7 +20,7 @@ LAYERS = [
     "ranks.collectives ranks.rendezvous",
     "ranks.lost_contact",
     "ranks.launcher ranks.roll_call",
-    "ranks.control ranks.peers",
+    "ranks.control ranks.ctrl_c ranks.peers",
     "ranks.alike",
     "account.events account.ledger account.process",
     "account.audit account.lives",
@@ -88,7 +88,7 @@ LAYERS = [
     "step.phases",
     "recipe",
     "setup.__init__ setup.deterministic setup.statistics",
-    "setup.launch setup.report setup.subclasses",
+    "setup.launch setup.report setup.subclasses setup.summary",
     "setup.accelerate_options setup.buckets setup.frozen_helpers",
     "setup.arguments setup.forward_methods",
     "setup.module_init",

@@ -65,7 +65,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path, form: str, kind: 
         workspace=tmp_path,
     )
     output = Path(f"{path_prefix(tmp_path / 'killed', 2, 0)}.log").read_text()
-    assert "SIGTERM was received: saved after step 7, exiting with code 143." in output
+    assert re.search(r"SIGTERM was received: saved after step 7 in \S+, exiting with code 143\.", output)
     output = Path(f"{path_prefix(tmp_path / 'killed', 3, 0)}.log").read_text()
     assert "step_0000007. The run continues after step 7." in output
     logged = [row["step"] for row in read_notes(path_prefix(tmp_path / "whole", 1, other)) if row.get("logged")]

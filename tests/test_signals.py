@@ -149,7 +149,7 @@ def test_ending_the_launcher_ends_the_run_with_a_commit(tmp_path: Path) -> None:
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert [(tmp_path / f"code.{rank}").read_text() for rank in (0, 1)] == ["143", "143"], output[-3000:]
-    step = int(re.findall(r"SIGTERM was received: saved after step (\d+), exiting with code 143", output)[0])
+    step = int(re.findall(r"SIGTERM was received: saved after step (\d+) in \S+, exiting with code 143", output)[0])
     assert is_whole(tmp_path, step)
 
 

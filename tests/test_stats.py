@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import pty
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from torch import nn
 from trainloop import BaseHook, BaseTrainer, LoggingHook, ProgressHook, flatten_nested_dict, key_average
 from trainloop.records import map_nested_tensor, unflatten_nested_dict
 
-from .launching import REPOSITORY, environment, launch
+from .launching import REPOSITORY, launch
 from .small import SmallTrainer
 
 
@@ -167,27 +163,41 @@ def test_the_line_says_what_one_wants_to_know(caplog: pytest.LogCaptureFixture) 
     assert re.match(rf"\[RANK 0\] step 4/4 \| {start}ETA 0:00:00 \| loss 3.5 \|", lines[1])
 
 
-def test_a_terminal_gets_a_live_bar() -> None:
-    """On a pseudo-terminal the bar reaches the last step, and the lines stand above it."""
-    script = (
-        "from tests.small import SmallTrainer; from trainloop import ProgressHook;"
-        "SmallTrainer(40, hooks_=lambda self: [ProgressHook(interval=20)]).train()"
-    )
-    main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment(), stdout=terminal, stderr=terminal
-    )
-    os.close(terminal)
-    output = b""
-    try:
-        while chunk := os.read(main, 4096):
-            output += chunk
-    except OSError:  # the other end is closed
-        pass
-    assert process.wait(timeout=60) == 0
-    text = output.decode()
-    assert "40/40" in text
-    assert text.count("step 20/40 |") == text.count("step 40/40 |") == 1
+def test_the_last_step_has_a_line_and_the_interval_goes_on_after_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the interval. If the run is then extended, the line of the interval is that of a run never cut."""
+
+    def losses(*ends: int) -> list[str]:
+        caplog.clear()
+        trainer = SmallTrainer(ends[0], hooks_=lambda self: [ProgressHook(interval=4)])
+        with caplog.at_level("INFO", "trainloop"):
+            for trainer.max_steps in ends:
+                trainer.train()
+        return re.findall(r"step (\d/\d \|).*(loss [\d.]+)", caplog.text)
+
+    whole, cut = losses(5), losses(2, 5)
+    assert [step for step, _ in whole] == ["4/5 |", "5/5 |"]
+    assert [step for step, _ in cut] == ["2/2 |", "4/5 |", "5/5 |"]
+    assert cut[1:] == whole
+
+
+def test_a_verbose_run_shows_its_model(caplog: pytest.LogCaptureFixture) -> None:
+    """A row for each part, one for neighbours that are alike, and the total."""
+
+    def model(self: BaseTrainer) -> nn.Module:
+        layers = [nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)]
+        layers[0].requires_grad_(False)
+        return nn.Sequential(*layers)
+
+    with caplog.at_level("INFO", "trainloop"):
+        SmallTrainer(1, model_=model, hooks_=lambda self: [ProgressHook(verbose=True)]).train()
+    (table,) = [message for message in caplog.messages if "The model:" in message]
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["module", "type", "parameters", "trainable", "a", "rank"],
+        ["0", "Linear", "16", "0", "0.1", "KiB"],
+        ["1", "…", "2", "Linear", "x", "2", "20", "20", "0.1", "KiB"],
+        ["4", "Linear", "5", "5", "0.0", "KiB"],
+        ["total", "Sequential", "61", "45", "0.2", "KiB"],
+    ]
 
 
 def test_nested_records() -> None:

@@ -30,6 +30,7 @@ from .hook import AveragingHook, BaseHook, CheckpointerHook
 from .logged import Logging
 from .paths import parse_absolute_path
 from .ranks.control import Control
+from .ranks.ctrl_c import exit_if_asked, gentle_ctrl_c
 from .ranks.failure import reported_failure
 from .ranks.peers import IN_WINDOW, Peers
 from .recipe import Recipe
@@ -251,6 +252,9 @@ class BaseTrainer(Evaluating, Logging, Recipe):
 
         You may raise the limit and call it again. The run then continues where it stopped.
 
+        The first Ctrl-C ends the run after its step: it is saved, and `SystemExit` is raised. The second one raises
+        `KeyboardInterrupt` at once, and so does the first one in a notebook.
+
         Raises:
             NonFiniteGradientError: See `max_non_finite_grad_retries`.
             RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the models have diverged.
@@ -259,7 +263,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
         rehearse(self) if self.dry_run else self._run()
 
     def _run(self) -> None:
-        with reported_failure(self):
+        with reported_failure(self), gentle_ctrl_c(self):
             self._build()
             restore_run(self)
             with self._feed, factories.accumulation_state(self), GarbageCollection(self.gc_interval) as garbage:
@@ -269,6 +273,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
                     self.peers.enter("saving a checkpoint")
                     for checkpointer in self.checkpointers:  # after all hooks, so that their order doesn't matter
                         checkpointer.save_if_due(self)
+                    exit_if_asked(self)
                     garbage.collect_if_due(self.step)
                 self._agreement.check()
             self._window.modes.end()

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..errors import DataReplayWarning
 from ..rng import load_rng_state, rng_state
+from ..terminal import Bar
 from .order import is_stateful, length_of
 from .streamed import EMPTY, EXHAUSTED, most_of_ranks
 from .workers import end_workers, start_iterator
@@ -169,7 +169,6 @@ def _replay(iterator: Iterator[Any], count: int, is_shown: bool) -> None:
         DataReplayWarning,
         stacklevel=2,
     )
-    for _ in tqdm(
-        itertools.islice(iterator, count), desc="drawing again", total=count, unit="batches", disable=not is_shown
-    ):
-        pass
+    with Bar("reading again", count, "batch", is_drawn=is_shown) as bar:
+        for _ in itertools.islice(iterator, count):
+            bar.update()

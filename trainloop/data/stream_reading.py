@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
-from tqdm.auto import tqdm
 
 from ..rng import OwnRng, derived_seed, seed_all
+from ..terminal import Bar
 from .checksums import sample_checksum
 from .order import is_stateful
 from .shares import can_be_loaded, is_of_hugging_face
@@ -203,7 +203,7 @@ class Reader:
         """Read samples that were already seen, and drop them."""
         if not count:
             return
-        with tqdm(total=count, desc="drawing again", unit="samples", disable=not is_shown) as bar:
+        with Bar("reading again", count, "sample", is_drawn=is_shown) as bar:
             while count and (samples := self.take(min(count, 256))):
                 count -= len(samples)
                 bar.update(len(samples))

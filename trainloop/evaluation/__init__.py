@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import find_batch_size
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..errors import check_int, describe
 from ..ranks import collectives
@@ -25,6 +24,7 @@ from ..records import check_output, check_records, unflatten_nested_dict
 from ..rng import load_rng_state, rng_state
 from ..step.buffers import share_rank_zero_buffers
 from ..step.loss_weights import host_weight
+from ..terminal import Bar
 from .batches import EvaluationBatches, Round, seed_for
 from .collected import CollectedRecords
 from .guard import guarded
@@ -34,7 +34,7 @@ from .totals import REDUCTIONS, Metrics, Reduce, Totals
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
 
-_QUIET_SECONDS = 5  # an evaluation that takes longer shows a bar
+_QUIET_SECONDS = 0.5  # an evaluation that takes longer shows a bar
 
 
 def evaluate(
@@ -134,9 +134,11 @@ def rounds(
     assert trainer.seed is not None, "the trainer is built"
     batches = EvaluationBatches(loader, trainer.seed, trainer.device, limit_batches, keeps_order=keeps_order)
     is_shown = trainer.accelerator.is_main_process
-    for one in tqdm(batches, title, batches.num_rounds, leave=False, delay=_QUIET_SECONDS, disable=not is_shown):
-        seed_for(trainer.device, trainer.seed, "forward", one.index)
-        yield one
+    with Bar(title, batches.num_rounds, "batch", delay=_QUIET_SECONDS, is_drawn=is_shown) as bar:
+        for one in batches:
+            seed_for(trainer.device, trainer.seed, "forward", one.index)
+            yield one
+            bar.update()
 
 
 @contextmanager

@@ -305,10 +305,10 @@ class CheckpointingHook(CheckpointerHook):
                     self._metrics["/".join(map(str, key))] = value
 
     def _exit(self, trainer: BaseTrainer, exit_signal: int) -> None:
-        name, why, code = exit_cause(exit_signal)
-        code = code if isinstance(self.exit_code, str) else self.exit_code
-        text = f"{why}: saved after step {trainer.step}, exiting with code {code}."
-        trainer.logger.warning(text)
+        name, why, usual_code = exit_cause(exit_signal)
+        code = usual_code if isinstance(self.exit_code, str) else self.exit_code
+        text = f"{why}: saved after step {trainer.step} in {self._opened.path}, exiting with code {code}."
+        trainer.logger.warning(f"{text}{' Start the same command again to continue.' * (self.load == 'latest')}")
         self._kept.ends_by("signal" if name else "deadline", name)
         time.sleep(self.exit_wait)
         end = SystemExit(code)

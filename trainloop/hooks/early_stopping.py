@@ -79,10 +79,16 @@ class EarlyStoppingHook(BaseHook):
         if self.num_bad >= self.patience and not self._is_stopping:
             self._is_stopping = True
             trainer.logger.info(
-                f"Step {trainer.step}: {self.metric} was {value:.6g}, and for {self.num_bad} times no better than"
-                f" {'nothing' if self.best is None else f'{self.best:.6g}'}: the run is stopped."
+                f"Step {trainer.step}: {self.metric} is {value:.6g}. For {self.num_bad} times in a row it was no better"
+                f" than {'nothing' if self.best is None else f'{self.best:.6g}'}, so the run ends with step"
+                f" {self._last_step(trainer)}."
             )
             trainer.request_stop(f"EarlyStoppingHook ({self.metric} no better {self.num_bad} times in a row)")
+
+    def _last_step(self, trainer: BaseTrainer) -> int:
+        """The ranks agree on a stop once in each step. If they have done so in this one, another step follows."""
+        has_agreed = trainer.control.last_step == trainer.step
+        return max(1, trainer.step + (has_agreed and not trainer.is_finished))
 
     def _is_better(self, value: float) -> bool:
         if math.isnan(value):

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-from tqdm.auto import tqdm
 
 from ..errors import check_int, check_interval, describe
 from ..hook import BaseHook, progress
 from ..ranks import collectives
 from ..records import flat_average, flatten_nested_dict, read_rows, unflatten_nested_dict
+from ..setup.summary import model_summary
 from ..step.info import StepInfo, TrainingStats
 from ..step.optimizers import group_names
+from ..terminal import Bar
 
 if TYPE_CHECKING:
     from ..trainer import BaseTrainer
@@ -32,6 +30,8 @@ class _StatsHook(BaseHook):
     Tensors stay on the device until the interval ends; then they are read in one transfer. If a checkpoint falls into
     an interval, the resumed run logs the whole interval as usual (at the same number of processes).
     """
+
+    reports_end = False  # whether the last step is reported too if no interval ends with it
 
     def __init__(self, interval: int | str, sync: bool) -> None:
         check_interval("interval", interval)
@@ -57,12 +57,14 @@ class _StatsHook(BaseHook):
     def on_after_step(self, trainer: BaseTrainer) -> None:
         self._steps.append(trainer.step_info)
         self._last_step = trainer.step
-        if trainer.is_due(self.interval):
+        is_due = trainer.is_due(self.interval)
+        if is_due or (self.reports_end and trainer.is_finished):
             pairs = zip(group_names(trainer.optimizer), trainer.step_info.lr, strict=True)
             self._lr = {name: float(lr) for name, lr in pairs}
             self._read_steps(trainer)
             stats = self._stats(trainer._feed.records())
-            self._start_interval()
+            if is_due:  # otherwise a run that is extended goes on with this interval
+                self._start_interval()
             self.process(trainer, stats)
 
     def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
@@ -179,7 +181,7 @@ class LoggingHook(_StatsHook):
 
 
 class ProgressHook(_StatsHook):
-    """Writes a log line every interval, and shows a live bar on a terminal. On rank 0.
+    """Writes a log line every interval and at the last step, and shows a live bar on a terminal. On rank 0.
 
     Args:
         interval: Optimizer steps, or "epoch".
@@ -188,7 +190,11 @@ class ProgressHook(_StatsHook):
         eta_warmup: Number of steps of this process that the estimate of the remaining time ignores. It is shown after
             them.
         show_units: Write units.
+        verbose: Before the first step, also log a table of the model's modules: type, parameters, trainable parameters,
+            and bytes on a rank.
     """
+
+    reports_end = True
 
     def __init__(
         self,
@@ -197,53 +203,53 @@ class ProgressHook(_StatsHook):
         sync: bool = False,
         eta_warmup: int = 10,
         show_units: bool = True,
+        verbose: bool = False,
     ) -> None:
         super().__init__(interval, sync)
         check_int("eta_warmup", eta_warmup, 0)
         self.with_records = with_records
         self.eta_warmup = eta_warmup
         self.show_units = show_units
-        self._bar: Any = None
+        self.verbose = verbose
+        self._bar: Bar | None = None
 
     def on_before_train(self, trainer: BaseTrainer) -> None:
-        self._wants_bar = trainer.accelerator.is_main_process and sys.stderr.isatty()
-        self._first_timed = trainer.step + self.eta_warmup
-        self._timed_since = time.monotonic()
+        if self.verbose:
+            trainer.logger.info(f"The model:\n  {model_summary(trainer)}")
 
     def on_before_step(self, trainer: BaseTrainer) -> None:
-        if self._bar is None and self._wants_bar:
-            self._bar = tqdm(total=trainer.max_steps, initial=trainer.step - 1, unit="step", dynamic_ncols=True)
+        if self._bar is None:
+            self._bar = Bar(
+                "training",
+                trainer.max_steps,
+                "step",
+                done=trainer.step - 1,
+                warmup=self.eta_warmup,
+                is_drawn=trainer.accelerator.is_main_process,
+            ).open()
 
     def on_after_step(self, trainer: BaseTrainer) -> None:
-        if trainer.step == self._first_timed:
-            self._timed_since = time.monotonic()
+        assert self._bar is not None
+        self._bar.total = trainer.max_steps  # of a run that counts epochs, it may change
+        self._bar.update(trainer.step - self._bar.done)
         super().on_after_step(trainer)
-        if self._bar is not None:
-            self._bar.update()
 
     def process(self, trainer: BaseTrainer, stats: TrainingStats) -> None:
         if not trainer.accelerator.is_main_process:
             return
-        line = self._line(trainer, stats)
-        if self._bar is None:
-            trainer.logger.info(line)
-            return
-        with tqdm.external_write_mode(file=sys.stderr):
-            trainer.logger.info(line)
-        self._bar.set_postfix_str(f"loss {stats.loss:.4g}", refresh=False)
+        assert self._bar is not None
+        self._bar.note = f"loss {stats.loss:.4g}"
+        trainer.logger.info(self._line(trainer, stats, self._bar.seconds_left()))
 
-    def _line(self, trainer: BaseTrainer, stats: TrainingStats) -> str:
+    def _line(self, trainer: BaseTrainer, stats: TrainingStats, seconds_left: float | None) -> str:
         seconds, gib = (" s", " GiB") if self.show_units else ("", "")
         parts = [
             progress(trainer),
             f"step time {stats.step_time:.3g}{seconds}",
             f"data time {stats.data_time:.3g}{seconds}",
         ]
-        num_timed = trainer.step - self._first_timed
-        if num_timed > 0 and trainer.max_steps is not None:
-            step_seconds = (time.monotonic() - self._timed_since) / num_timed
-            eta_seconds = round((trainer.max_steps - trainer.step) * step_seconds)
-            parts.append(f"ETA {timedelta(seconds=eta_seconds)}")
+        if seconds_left is not None:
+            parts.append(f"ETA {timedelta(seconds=round(seconds_left))}")
         parts += [f"loss {stats.loss:.4g}", f"grad norm {stats.grad_norm:.4g}"]
         lrs = [f"{name} {lr:.3g}" for name, lr in stats.lr.items()]
         parts.append(f"lr {', '.join(lrs) if len(lrs) > 1 else lrs[0].split(' ')[-1]}" if lrs else "no lr")

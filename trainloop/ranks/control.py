@@ -167,7 +167,8 @@ def exit_cause(exit_signal: int) -> tuple[str, str, int]:
     """
     number = exit_signal % 256
     name = "" if exit_signal == DEADLINE else signal.Signals(number).name
-    return name, f"{name} was received" if name else "The deadline is near", 128 + number
+    why = "Ctrl-C" if number == signal.SIGINT else f"{name} was received"
+    return name, why if name else "The deadline is near", 128 + number
 
 
 def parse_signals(argument: str, given: Iterable[int | str] | int | str | None) -> list[int]:

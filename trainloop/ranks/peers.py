@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from .. import terminal
 from . import collectives, launcher
 from .links import connect
 from .lost_contact import has_timed_out
@@ -322,10 +323,9 @@ class Peers:
                 noticed_at = time.monotonic()
             elif time.monotonic() - noticed_at > _STUCK_SECONDS and not self.is_ending:
                 stuck = f"Stuck in {self._phase} for {time.monotonic() - self._since:.0f} s"
-                text = (
-                    f"{stuck}: {self._named(self._statuses)}. This process is ended, so that the run can be restarted."
-                )
+                text = f"{stuck}: {self._named(self._statuses)}. This process ends so that the run can be restarted."
                 launcher.write(text, text, f"step {self.step}", is_first=not self._statuses)
+                terminal.close()
                 print(f"Rank {collectives.rank()}, step {self.step}: {text}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(1)

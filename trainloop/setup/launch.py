@@ -172,14 +172,20 @@ def check_accelerator(
                 f"`gradient_accumulation_steps` is {gradient_accumulation_steps}, but the `Accelerator` was built with"
                 f" {own}. Give it in one place."
             )
-    if device is not None:
-        own_index = accelerator.device.index if device.index is not None else None
-        if (device.type, device.index) != (accelerator.device.type, own_index):
-            raise ValueError(
-                f"`device` is '{device}', but Accelerate runs this process on '{accelerator.device}'. Choose devices at"
-                " launch (`--gpu_ids`, `CUDA_VISIBLE_DEVICES`). To run on the CPU, pass 'cpu' to the first trainer of"
-                " the process, and create no `Accelerator()` or `PartialState()` before it."
-            )
+    if device is not None and not _is_same(device, accelerator.device):
+        raise ValueError(
+            f"`device` is '{device}', but Accelerate runs this process on '{accelerator.device}'. Choose devices at"
+            " launch (`--gpu_ids`, `CUDA_VISIBLE_DEVICES`). To run on the CPU, pass 'cpu' to the first trainer of"
+            " the process, and create no `Accelerator()` or `PartialState()` before it."
+        )
+
+
+def _is_same(device: torch.device, own: torch.device) -> bool:
+    """Whether the process runs on `device`. One without an index is the current one: Accelerate names it so."""
+    index = own.index
+    if device.index is not None and index is None and own.type != "cpu":
+        index = torch.get_device_module(own).current_device()
+    return device.type == own.type and device.index in (None, index)
 
 
 def parse_device(device: torch.device | str | int | None) -> torch.device | None:

@@ -81,7 +81,7 @@ def _wrapping(trainer: BaseTrainer) -> str:
     policy = trainer.accelerator.state.fsdp_plugin.auto_wrap_policy
     by = getattr(getattr(policy, "func", policy), "__name__", "none")
     counts = ", ".join(f"{count} {name}" for name, count in Counter(names).items())
-    return f"wrapped by {by}: {len(names)} modules ({counts})"
+    return f"FSDP2 gathers the weights in {len(names)} parts: {counts} (auto-wrap policy: {by})"
 
 
 def _dtypes(trainer: BaseTrainer, params: list[nn.Parameter]) -> str:
