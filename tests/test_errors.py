@@ -122,6 +122,11 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "`build_lr_scheduler` returned ReduceLROnPlateau without a metric.",
     ),
+    (
+        train(lr_scheduler_=lambda self: torch.optim.lr_scheduler.StepLR(torch.optim.SGD(OTHER.parameters(), 0.1), 1)),
+        ValueError,
+        "`build_lr_scheduler` must return a scheduler of `self.optimizer`, but that of StepLR is another optimizer",
+    ),
     (train(lr_scheduler_=lambda self: 0.1), TypeError, "`build_lr_scheduler` must return a scheduler or None"),
     (
         train(lr_scheduler_=lambda self: TimmScheduler()),
@@ -212,6 +217,11 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
         train(forward_=lambda self, batch: Output(linear_loss(self, batch))),
         TypeError,
         "(Output). Return `output.loss, {}`, or a dict of numbers to log in place of `{}`.",
+    ),
+    (
+        train(forward_=lambda self, batch: None),
+        TypeError,
+        "`forward` must return a tuple (loss, records), but returned None (NoneType). Does it end without `return`?",
     ),
     (train(forward_=lambda self, batch: (0.5, {})), TypeError, "The loss that `forward` returns must be a tensor"),
     (

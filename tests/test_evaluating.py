@@ -136,7 +136,7 @@ def test_the_best_weights_are_tested_after_the_training(tmp_path: Path) -> None:
 def test_a_run_begins_with_the_best_checkpoint(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """`CheckpointingHook(load="best:…")` resumes from it, and says why it is the best."""
     make(tmp_path).train()
-    for which, step, rank in (("best:val/accuracy:max", 2, "greatest"), ("best:val/loss", 2, "least")):
+    for which, step, rank in (("best:val/accuracy:max", 2, "highest"), ("best:val/loss", 2, "lowest")):
         trainer = make(tmp_path, max_steps=2, load=which)
         with caplog.at_level("INFO", "trainloop"):
             trainer.train()

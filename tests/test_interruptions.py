@@ -298,4 +298,4 @@ def test_an_interruption_names_the_last_checkpoint(
     caplog.clear()
     with pytest.raises(error), caplog.at_level("INFO", "trainloop"):
         SmallTrainer(8, workspace=tmp_path, hooks_=lambda self: hooks).train()
-    assert "Started again" not in caplog.text  # it would not load anything
+    assert "The next start" not in caplog.text  # it would not load anything

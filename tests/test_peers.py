@@ -71,7 +71,7 @@ def check_death(name: str, num_ranks: int, results: Any) -> None:
             rf" Rank {victim} \(process {result['pid']} on \S+\) is gone\. Look at the output there"
         )
         assert re.match(expected, said["error"]), said["error"]
-        assert ("goes on from its last checkpoint" in said["error"]) == (name != "build")
+        assert ("to continue from the last checkpoint" in said["error"]) == (name != "build")
         assert said["cause"].startswith(("RuntimeError(", "LostContactError("))
         assert said["seconds"] < TIMEOUT / 2  # at once, but for a busy machine
     phase = {"evaluation": "an evaluation", "vote": "saving a checkpoint", "build": "building the run"}.get(name)
@@ -199,7 +199,7 @@ def test_the_report_names_what_runs(caplog: pytest.LogCaptureFixture, tmp_path: 
     assert host_and_device.endswith(": cpu")
     assert rest == (
         " 4 parameters (0.0 KiB), weights fp32, compute fp32\n  global batch 4 = 2 a process x 2 accumulated x 1"
-        f" processes; seed 0, checkpoints in {tmp_path / 'checkpoints'}"
+        f" process; seed 0, checkpoints in {tmp_path / 'checkpoints'}"
     )
 
 

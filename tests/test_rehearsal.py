@@ -94,7 +94,7 @@ def test_a_dry_run_shows_that_all_works_and_touches_nothing(tmp_path: Path, capl
     assert len(re.findall(r"Dry run: saved .*, loaded it in .* s, and got the same values\.", text)) == 2
     assert re.search(r"Dry run: peak memory: .* of a process \(rank 0\)\.", text)
     assert "Would log to tensorboard at step 3: {'train/" in text
-    assert "Dry run: all of it works. Nothing of the workspace was touched." in text
+    assert "Dry run: everything works. The workspace was not touched." in text
     assert "finds no metric of that name" not in text
     assert text.rstrip().endswith("The dry run is over. Set `dry_run=False` to train.")
 

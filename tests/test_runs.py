@@ -128,7 +128,7 @@ def test_a_run_is_drawn(made: Made, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_folder_without_an_account_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message says what is missing."""
     code, _, err = shown(capsys, "runs", tmp_path)
-    assert (code, "has no account of a run: there is no events.jsonl" in err) == (2, True)
+    assert (code, "has no account of a run: its events.jsonl is missing or empty" in err) == (2, True)
     code, _, err = shown(capsys, "diff", tmp_path, tmp_path)
     assert (code, "has no ledger of a run" in err) == (2, True)
 

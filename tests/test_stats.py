@@ -156,7 +156,7 @@ def test_the_line_says_what_one_wants_to_know(caplog: pytest.LogCaptureFixture) 
     lines = caplog.messages[1:]  # the first says what the run is
     assert len(lines) == 2
     assert re.fullmatch(
-        rf"\[RANK 0\] step 2/4 \| {start}loss 1.5 \| grad norm 0 \| lr w 0.1, 1 0.5 \| retries 2 \| memory 1.5 GiB"
+        rf"\[RANK 0\] step 2/4 \| {start}loss 1.5 \| grad norm 0 \| lr w=0.1, 1=0.5 \| retries 2 \| memory 1.5 GiB"
         r" \| calls 1.5 \| nested/twice 3 \| odd 1",
         lines[0],
     )

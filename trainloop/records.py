@@ -213,6 +213,8 @@ def check_output(output: Any, function: str) -> tuple[torch.Tensor | None, Any]:
 
 def _loss_inside(output: Any) -> str:
     """What to return instead of `output`, for an error message. Empty if `output` contains no loss that we know."""
+    if output is None:
+        return " Does it end without `return`?"
     if isinstance(output, torch.Tensor):
         return " Return `loss, {}` if there is nothing to log."
     if isinstance(output, Mapping) and "loss" in output:  # a dict, or a ModelOutput of transformers

@@ -68,7 +68,7 @@ def rehearse(trainer: BaseTrainer) -> None:
         lines = [_steps(trainer, rehearsal), _evaluation(trainer), *_checkpoints(trainer), _memory(trainer)]
         for line in filter(None, lines):
             trainer.logger.info(f"Dry run: {line}")
-        trainer.logger.info("Dry run: all of it works. Nothing of the workspace was touched.")
+        trainer.logger.info("Dry run: everything works. The workspace was not touched.")
     finally:
         scratch, trainer.workspace, trainer.scratch = trainer.scratch, workspace, None
         if collectives.rank() == 0:

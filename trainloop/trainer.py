@@ -260,6 +260,7 @@ class BaseTrainer(Evaluating, Logging, Recipe):
             RankDisagreementError: `forward` skipped micro-batches on some ranks only, or the models have diverged.
             TrainingError: A whole epoch gave no loss. Or a rank is gone or hangs; the message names it.
         """
+        check_initialised(self, ["_is_built"], "BaseTrainer")
         rehearse(self) if self.dry_run else self._run()
 
     def _run(self) -> None:

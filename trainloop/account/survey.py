@@ -29,7 +29,7 @@ def survey_runs(workspace: Path) -> list[list[Life]]:
     """
     lives = read_lives(workspace)
     if not lives:
-        raise ValueError(f"{workspace} has no account of a run: there is no {EVENTS} in it, or no life in that")
+        raise ValueError(f"{workspace} has no account of a run: its {EVENTS} is missing or empty")
     last = lives[-1]
     if last.reason == "killed":
         written, step = Ledger(workspace / LEDGER, 0).last_word()
@@ -110,7 +110,7 @@ def runs_text(runs: Sequence[Sequence[Life]]) -> list[str]:
         lines += _table(rows)
         seconds, whole = goodput(run), max(last.ended - run[0].started, 1e-9)
         shares = [(name, _seconds_text(seconds[name]), f"{seconds[name] / whole:.1%}") for name in CATEGORIES]
-        lines += ["", *_table([*shares, ("whole", _seconds_text(whole), "100.0%")], right=(1, 2))]
+        lines += ["", *_table([*shares, ("total", _seconds_text(whole), "100.0%")], right=(1, 2))]
     return lines
 
 

@@ -83,7 +83,7 @@ def choose_best(root: Path, infos: Sequence[ManifestInfo], best: Best) -> tuple[
         )
     sign = 1 if mode == "min" else -1
     chosen = min(having, key=lambda info: (not info.health, sign * info.metrics[metric], info.seq))
-    rank = "least" if mode == "min" else "greatest"
+    rank = "lowest" if mode == "min" else "highest"
     return chosen, f"its {metric} of {chosen.metrics[metric]:.6g} is the {rank} of {len(having)} checkpoints"
 
 

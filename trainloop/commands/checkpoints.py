@@ -142,7 +142,7 @@ def add(areas: Any) -> None:
         type=_best,
         action="append",
         default=[],
-        help="keep the K (default: 1) with the least (default) or greatest value; repeat it for other metrics",
+        help="keep the K (default: 1) with the lowest (default) or highest value; repeat it for other metrics",
     )
     cut.add_argument("--every-seconds", metavar="S", type=float, help="keep one every so many seconds")
     cut.add_argument("--damaged", action="store_true", help="remove damaged ones, too; else they are left alone")

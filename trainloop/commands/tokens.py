@@ -37,5 +37,5 @@ def add(areas: Any) -> None:
 
 def _tokens(options: argparse.Namespace) -> int:
     count = write_tokens(options.files, options.out, tokenizer=options.tokenizer, separator=options.separator)
-    print(f"{len(options.files)} files -> {options.out}: {count} ids")
+    print(f"{len(options.files)} file{'s' if len(options.files) > 1 else ''} -> {options.out}: {count} ids")
     return 0

@@ -158,8 +158,8 @@ class MetricsFileHook(BaseHook):
             num_rows = files.open(self._cut_after)
             if num_rows:
                 trainer.logger.info(
-                    f"{files.metrics.path}: {num_rows} rows of steps after {self._cut_after} were cut off, since the"
-                    " run does those steps again."
+                    f"{files.metrics.path}: {num_rows} rows after step {self._cut_after} were removed, because the run"
+                    " repeats those steps."
                 )
             self._cut_after = None
         while self._waiting:

@@ -251,8 +251,9 @@ class ProgressHook(_StatsHook):
         if seconds_left is not None:
             parts.append(f"ETA {timedelta(seconds=round(seconds_left))}")
         parts += [f"loss {stats.loss:.4g}", f"grad norm {stats.grad_norm:.4g}"]
-        lrs = [f"{name} {lr:.3g}" for name, lr in stats.lr.items()]
-        parts.append(f"lr {', '.join(lrs) if len(lrs) > 1 else lrs[0].split(' ')[-1]}" if lrs else "no lr")
+        lrs = {name: f"{lr:.3g}" for name, lr in stats.lr.items()}
+        same, each = next(iter(lrs.values()), ""), ", ".join(f"{name}={lr}" for name, lr in lrs.items())
+        parts.append(f"lr {same if len({*lrs.values()}) == 1 else each}" if lrs else "no lr")
         if stats.non_finite_grad_retry_count:
             parts.append(f"retries {stats.non_finite_grad_retry_count:g}")
         if stats.max_memory is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..account.lives import failures_at_same_step, read_lives
-from ..errors import TrainingError, check_initialised
+from ..errors import TrainingError
 from . import collectives, launcher
 from .lost_contact import is_lost_contact
 from .peers import ENDED
@@ -29,7 +29,6 @@ def reported_failure(trainer: BaseTrainer) -> Iterator[None]:
     If this rank has waited in vain for another, it raises a `TrainingError` that names the other rank. At its end, the
     context drops every request for a stop, a checkpoint or an exit, so that the next `train` doesn't act on it.
     """
-    check_initialised(trainer, ["peers"], "BaseTrainer")
     launcher.retract()
     try:
         trainer.peers.open()
@@ -60,7 +59,7 @@ def _explained(trainer: BaseTrainer, exception: BaseException) -> BaseException:
     if collectives.world_size() == 1:
         return exception
     if is_lost_contact(exception):
-        resumes = " Started again, the run goes on from its last checkpoint." if trainer.checkpointers else ""
+        resumes = " Start the same command again to continue from the last checkpoint." if trainer.checkpointers else ""
         error = TrainingError(trainer.peers.explain(collectives.timeout(), exception) + resumes)
         error.is_consequence, error.__cause__ = True, exception  # now, because the hooks get it before it is raised
         return error

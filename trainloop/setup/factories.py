@@ -148,6 +148,7 @@ def check_lr_scheduler(returned: Any, optimizer: torch.optim.Optimizer) -> tuple
                 f"`build_lr_scheduler` returned {type(scheduler).__name__} {'with' if monitor else 'without'} a metric."
                 ' ReduceLROnPlateau, and no other, goes by one: return {"scheduler": …, "monitor": "val/loss"}.'
             )
+        _check_optimizer_of(scheduler, optimizer)
         if monitor is not None:
             return scheduler, monitor
         required = required_parameters(scheduler.step) if scheduler is not None else []
@@ -159,6 +160,16 @@ def check_lr_scheduler(returned: Any, optimizer: torch.optim.Optimizer) -> tuple
             )
         return scheduler, None
     raise TypeError(f"`build_lr_scheduler` must return a scheduler or None, but returned {describe(scheduler)}.")
+
+
+def _check_optimizer_of(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise if the scheduler moves the learning rates of another optimizer. The run's own would then stay constant."""
+    moved = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+    if isinstance(moved, list) and not {id(group) for group in moved} & {id(group) for group in optimizer.param_groups}:
+        raise ValueError(
+            f"`build_lr_scheduler` must return a scheduler of `self.optimizer`, but that of {type(scheduler).__name__}"
+            " is another optimizer, so the learning rate of the run would never change."
+        )
 
 
 def _check_lr_schedulers(returned: Mapping[Any, Any], optimizer: Optimizers) -> LRSchedulers:

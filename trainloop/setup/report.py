@@ -101,7 +101,8 @@ def _batch(trainer: BaseTrainer, world_size: int) -> str:
     own, micro = getattr(trainer.data_loader, "batch_size", None), trainer.gradient_accumulation_steps
     if not isinstance(own, int):
         return f"{micro} micro-batches a step and process"
-    return f"global batch {own * micro * world_size} = {own} a process x {micro} accumulated x {world_size} processes"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    return f"global batch {own * micro * world_size} = {own} a process x {micro} accumulated x {processes}"
 
 
 def _checkpoints(trainer: BaseTrainer) -> str:
