@@ -394,7 +394,7 @@ def test_what_is_no_mixture_is_refused() -> None:
 def test_a_mixture_that_counts_other_steps_than_the_run_says_so() -> None:
     """Its weights would change at other steps than the user means."""
     mixture = make_mixture(lambda step: {"a": 1, "b": 1, "c": 1}, samples_per_step=12)
-    with pytest.warns(TrainloopWarning, match="a step has 12 samples, but one of this run has 8"):
+    with pytest.warns(TrainloopWarning, match="a step has 12 samples, but a step of this run has 8"):
         check_samples_per_step(DataLoader(SkipBadSamples(mixture, 1), 4), 2)
     check_samples_per_step(DataLoader(mixture, 4), 3)
 

@@ -177,7 +177,7 @@ def test_a_disk_that_refuses_a_row_gets_it_later(tmp_path: Path, caplog: pytest.
     with caplog.at_level("INFO", "trainloop"):
         train(tmp_path, MetricsFileHook(), Log(lambda step: {"a": step}), Disk(), steps=7)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
-    assert re.search(r"Step 3: The metrics file failed, training goes on\..*Is a directory", caplog.text)
+    assert re.search(r"Step 3: The metrics file failed\. Training continues\..*Is a directory", caplog.text)
     assert "The metrics file works again." in caplog.text
 
 

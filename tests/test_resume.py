@@ -169,7 +169,7 @@ def test_over_other_numbers_of_processes_each_sample_is_seen_once(tmp_path: Path
     assert seen.total() > 3 * 4 * 20
     assert sorted(seen.values()) == [num_epochs] * (37 - rest) + [num_epochs + 1] * rest
     output = Path(f"{path_prefix(workspace, 3, 0)}.log").read_text()
-    assert "The checkpoint was saved by 2 processes, and there are now 3" in output
+    assert "The checkpoint was saved by 2 processes, and this run has 3" in output
 
 
 # ---------------------------------------------------------------------- what is loaded, what is kept

@@ -194,11 +194,11 @@ def test_a_buffer_that_is_not_persistent_is_what_the_code_says(
     with caplog.at_level("WARNING"):
         changed = run(tmp_path, 2, 3, model_=lambda self: Table(value, size), forward_=forward)
     assert changed.model.table.tolist() == [value + 1] * size
-    assert "built with other values than in the saved run, and keep the new ones: table." in caplog.text
+    assert "built with other values than in the saved run, and keep the new values: table." in caplog.text
     with caplog.at_level("WARNING"):  # random features of another seed are the run's, not the code's
         seeded = run(tmp_path, 2, 3, model_=lambda self: Table(value, size), forward_=forward, seed=1)
     assert seeded.model.table.tolist() == [4.0, 4.0]
-    assert "with another seed, and have the saved ones: table." in caplog.text
+    assert "because the seed is another, and get the saved values: table." in caplog.text
 
 
 def test_adams_state_becomes_adamws(tmp_path: Path) -> None:
