@@ -45,8 +45,8 @@ bench-full: .venv/.installed-bench  ## Measure everything, beside the peers too,
 bench-check: install  ## The benchmark's one-minute form: equality and host reads, and never a time
 	$(BIN)/python -m benchmarks --check
 
-bench-scale: install  ## How what a checkpoint costs grows with ranks, as counts: under a minute
-	$(BIN)/python -m benchmarks.scale
+bench-scale: install  ## How the cost of a run grows with its ranks, as counts: two minutes; writes into benchmarks/README.md
+	$(BIN)/python -m benchmarks.scale --write
 
 gpu-check:  ## On a machine with a GPU: the tests marked gpu, then the GPU benchmark; reports in build/gpu-check
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check --out build/gpu-check

@@ -8,6 +8,17 @@ import socket
 
 from .tasks import Task
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+LAYERS = {
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "TransformerEncoderLayer",
+}
+
 
 def environment() -> dict[str, str]:
     """This process's, with one thread a process, and without what Accelerate or a launcher has put there.
@@ -24,7 +35,7 @@ def environment() -> dict[str, str]:
 
 def environments(task: Task) -> list[dict[str, str]]:
     """One for each rank, as `accelerate launch` and torchrun make them."""
-    if not task.is_ddp:
+    if not task.is_distributed:
         return [environment()]
     world_size = task.world_size
     common = {
@@ -35,6 +46,8 @@ def environments(task: Task) -> list[dict[str, str]]:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
     }
+    if task.is_sharded:
+        common |= FSDP2 | (LAYERS if task.model == "10M transformer" else {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"})
     return [environment() | common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size)]
 
 

@@ -75,7 +75,7 @@ def steps_table(steps: Sequence[tuple[Task, dict[str, Measured]]]) -> str:
         bare = measured[BARE_TORCH.title]
         microseconds = quartiles(bare.cpu)[1] / task.num_steps / task.world_size * 1e6
         kind = f"{task.model}, N={task.num_micro}" + (", bf16" if task.precision == "bf16" else "")
-        kind += f", DDP x {task.world_size}" if task.world_size > 1 else ""
+        kind += f", {task.strategy}" if task.strategy else ""
         cells = [_cell(measured.get(title), bare) for title in titles if title != BARE_TORCH.title]
         lines.append([kind, f"{microseconds:.0f} us", *cells])
     return table(["task", "bare torch, CPU", *(title for title in titles if title != BARE_TORCH.title)], lines)

@@ -1,16 +1,20 @@
-"""How what a checkpoint costs grows with ranks, as counts: no time is measured, and no process group is needed.
+"""How the cost of a run grows with its ranks, as counts: `make bench-scale`.
 
-Usage: python -m benchmarks.scale
-The plan of a save is the same on every rank, so one process can make it for any number of them.
+Usage: python -m benchmarks.scale [--write]
+Up to 4,096 ranks without a process group: the plan of a save is the same on every rank, so one process can make it for
+any number of them. Up to 32 ranks with real processes, see `benchmarks.real_ranks`.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainloop.checkpoint.content import Described
 from trainloop.checkpoint.format.dtypes import DTYPES
@@ -20,7 +24,11 @@ from trainloop.checkpoint.format.tables import FileRecord
 from trainloop.checkpoint.placement import Layout
 from trainloop.checkpoint.save.plan import Plan, make_plan
 
+from . import real_ranks, report
+
 RANKS = (8, 64, 512, 4096)
+REAL_RANKS = (2, 8, 16, 32)
+BEGIN, END = "<!-- scale results -->", "<!-- end of scale results -->"
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,8 @@ def slope(counts: Mapping[int, float]) -> float:
     return math.log(b / a) / math.log(m / n)
 
 
-def main() -> None:
+def planned() -> dict[str, dict[int, float]]:
+    """What one process can count for any number of ranks."""
     shapes, many = Model().shapes(), thousand()
     laws: dict[str, dict[int, float]] = {}
     for n in RANKS:
@@ -157,17 +166,45 @@ def main() -> None:
         )
         written.sort()
         laws.setdefault("the second busiest rank in means", {})[n] = written[-2] * n / sum(written)
-    print(_row("ranks", [f"{n:,}" for n in RANKS], "N to the"))
-    for name, counts in laws.items():
-        print(_row(name, [_shown(counts[n]) for n in RANKS], f"{slope(counts):.2f}"))
+    return laws
 
 
-def _row(name: str, values: list[str], last: str) -> str:
-    return f"{name:<55}" + "".join(value.rjust(12) for value in [*values, last])
+def counted() -> dict[str, dict[int, float]]:
+    """What real processes count, each under its `real_ranks.enough_descriptors`."""
+    laws: dict[str, dict[int, float]] = {}
+    for n in REAL_RANKS:
+        print(f"{n} processes", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            limit = real_ranks.enough_descriptors(n)
+            for name, count in {**real_ranks.run(n, Path(folder), limit), "`ulimit -n` of this run": limit}.items():
+                laws.setdefault(name, {})[n] = count
+    return laws
+
+
+def as_table(laws: Mapping[str, Mapping[int, float]], ranks: tuple[int, ...]) -> str:
+    """In Markdown. The last column says by which power of N a count grows at the end."""
+    rows = [
+        [name, *(_shown(counts[n]) for n in ranks), f"{slope(counts):.2f}" if min(counts.values()) > 0 else ""]
+        for name, counts in laws.items()
+    ]
+    return report.table(["ranks", *(f"{n:,}" for n in ranks), "N to the"], rows)
 
 
 def _shown(count: float) -> str:
     return f"{count:,.4g}" if count < 1e4 else f"{count:,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
+    args = parser.parse_args()
+    plans, processes = as_table(planned(), RANKS), as_table(counted(), REAL_RANKS)
+    text = f"Plans and manifests, in one process:\n\n{plans}\n\nReal processes under FSDP2:\n\n{processes}"
+    print(text)
+    if args.write:
+        readme = Path(__file__).parent / "README.md"
+        before, rest = readme.read_text().split(BEGIN)
+        readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import account, footprint, growth, updates
+from . import account, footprint, growth, real_ranks, updates
 from .environment import environment
 from .harness import FOUR_HOOKS, MAIN, PEERS, REPOSITORY, TRAINLOOP, Measured, System, run
 from .tasks import Task
@@ -49,7 +49,7 @@ class Results:
         """What the systems needed for this task; empty if it was left out."""
         wanted = (model, num_micro, precision, world_size)
         for task, measured in self.steps:
-            if (task.model, task.num_micro, task.precision, task.world_size) == wanted:
+            if (task.model, task.num_micro, task.precision, task.world_size) == wanted and not task.is_sharded:
                 return measured
         return {}
 
@@ -84,16 +84,26 @@ def full(results: Results, scale: float = 1.0) -> None:
         for model in MODELS:
             for num_micro in (1, 4):
                 _train(results, _task(model, scale, num_micro=num_micro, **more), everyone)
+    sharded(results, scale)
+
+
+def sharded(results: Results, scale: float = 1.0) -> None:
+    """Steps of two processes under FSDP2. The peers are left out: they shard on a GPU only."""
+    for model in MODELS:
+        _train(results, _task(model, scale, world_size=2, is_sharded=True), MAIN)
 
 
 def check() -> list[str]:
-    """The form for CI, about a minute: equality and host reads, never a time. Returns what is wrong."""
+    """The form for CI, about a minute: equality, host reads and counts of 8 ranks, never a time. Returns what is
+    wrong.
+    """
     wrong = []
     for task in (
         Task("tiny MLP, BatchNorm", num_steps=20, num_turns=3, optimizer="sgd", counts_host_reads=True),
         Task("tiny MLP", num_micro=4, num_steps=20, num_turns=3, optimizer="sgd", counts_host_reads=True),
         Task("400 small tensors", num_micro=2, num_steps=4, num_turns=2, precision="bf16"),
         Task("tiny MLP", num_micro=2, num_steps=10, num_turns=2, world_size=2),
+        Task("tiny MLP", num_micro=2, num_steps=10, num_turns=2, world_size=2, is_sharded=True),
     ):
         _say(_describe(task))
         for name, measured in run(task, MAIN).items():
@@ -104,6 +114,9 @@ def check() -> list[str]:
             is_ours = name in (TRAINLOOP.title, FOUR_HOOKS.title)
             if is_ours and task.counts_host_reads and not measured.host_reads <= 1:
                 wrong.append(f"{_describe(task)}: {name} reads {measured.host_reads:g} times a step")
+    _say("counts of 8 ranks")
+    with tempfile.TemporaryDirectory() as folder:
+        wrong += real_ranks.broken_laws(8, real_ranks.run(8, Path(folder)))
     return wrong
 
 
@@ -150,7 +163,7 @@ def _checkpoint(scale: float) -> dict[str, Any]:
 def _describe(task: Task) -> str:
     parts = [task.model, f"accumulation {task.num_micro}"]
     parts += ["bf16"] if task.precision == "bf16" else []
-    parts += [f"DDP x {task.world_size}"] if task.world_size > 1 else []
+    parts += [task.strategy] if task.strategy else []
     return ", ".join(parts)
 
 

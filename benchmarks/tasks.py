@@ -26,7 +26,7 @@ class Task:
     precision: str = "no"
     """"no" or "bf16", as Accelerate writes it."""
     world_size: int = 1
-    """Processes; more than one is DDP."""
+    """Processes; more than one is DDP, unless `is_sharded`."""
     num_steps: int = 100
     """Optimizer steps a turn."""
     num_turns: int = 12
@@ -41,10 +41,21 @@ class Task:
     """Whether the model goes through `torch.compile`."""
     is_launched: bool = False
     """Run a single process under DDP, too, as a launcher starts it."""
+    is_sharded: bool = False
+    """FSDP2 in place of DDP."""
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1 or self.is_launched
 
     @property
     def is_ddp(self) -> bool:
-        return self.world_size > 1 or self.is_launched
+        return self.is_distributed and not self.is_sharded
+
+    @property
+    def strategy(self) -> str:
+        """For a table: "DDP x 2", or nothing for a single process."""
+        return f"{'FSDP2' if self.is_sharded else 'DDP'} x {self.world_size}" if self.world_size > 1 else ""
 
     @property
     def num_batches(self) -> int:

@@ -46,11 +46,16 @@ def main() -> None:
         data = TurnTakingData(task, harness, lambda: reads.count, folder / f"{request['number']}", deals_samples)
         with reads if task.counts_host_reads else nullcontext():
             model = system.train(task, data, **request["options"])
-        state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        state = {name: whole(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
         torch.save(state, folder / f"{request['number']}_{rank}.pt")
         harness.send(None)
         harness.recv()  # leaves when all have: some frameworks end their process group at exit
     os._exit(0)  # neither what atexit does nor a process group's end belongs to what is measured
+
+
+def whole(tensor: Any) -> Any:
+    """All of a tensor that is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 if __name__ == "__main__":

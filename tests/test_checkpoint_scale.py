@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import real_ranks
 from benchmarks.scale import (
     RANKS,
     Model,
@@ -272,3 +273,13 @@ def num_read() -> int:
     """Bytes that this process has read, as Linux counts them; 0 elsewhere."""
     counts = Path("/proc/self/io")
     return int(counts.read_text().split("rchar:")[1].split()[0]) if counts.exists() else 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads Linux's counts of a process")
+@pytest.mark.parametrize("num_ranks", [8, pytest.param(32, marks=pytest.mark.slow)])
+def test_a_run_opens_few_descriptors_and_sends_few_messages(tmp_path: Path, num_ranks: int) -> None:
+    """Under FSDP2, with an async save and a resume, and under a limit of descriptors that grows with log2 N. With 32
+    ranks this limit was too low before, and at N = 500 so was the usual limit of 1,024.
+    """
+    counts = real_ranks.run(num_ranks, tmp_path, real_ranks.enough_descriptors(num_ranks))
+    assert real_ranks.broken_laws(num_ranks, counts) == []

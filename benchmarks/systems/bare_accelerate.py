@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from trainloop.setup.launch import rehearse_fsdp2_on_cpu
+
 from ..tasks import CLIP, Task, loss_of, make_model, make_optimizer
 from ..turns import TurnTakingData
 
@@ -14,6 +16,7 @@ def train(task: Task, data: TurnTakingData) -> nn.Module:
     accelerator = Accelerator(
         cpu=task.device == "cpu", gradient_accumulation_steps=task.num_micro, mixed_precision=task.precision
     )
+    rehearse_fsdp2_on_cpu(accelerator)  # on CPU processes, Accelerate would use DDP
     plain = make_model(task.model)
     model = torch.compile(plain) if task.is_compiled else plain
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(task, model.parameters()), data.loader())
