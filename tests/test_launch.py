@@ -24,6 +24,17 @@ a = trainer.accelerator
 a.print("RESULT", a.num_processes, a.mixed_precision, trainer.gradient_accumulation_steps,
       any(hasattr(p, "device_mesh") for p in trainer.model.parameters()), type(trainer.model).__name__)
 """
+PREPARED_EARLY = """
+from accelerate import Accelerator
+from torch import nn
+from tests.small import SmallTrainer
+theirs, ours = Accelerator(), Accelerator()
+theirs.prepare(nn.Linear(3, 1))
+try:
+    SmallTrainer(2, accelerator=theirs)
+except ValueError as ex:
+    theirs.print("REFUSED", ex)
+"""
 
 
 def result(output: str) -> str:
@@ -104,11 +115,19 @@ def test_processes_that_are_each_alone_are_told(tmp_path: Path) -> None:
 
 
 def test_an_accelerator_of_the_script_is_sharded_as_the_launch_says(tmp_path: Path) -> None:
-    """FSDP2 on CPU processes, with `accelerator=` given: it trained under DDP without a word."""
+    """FSDP2 on CPU processes, with `accelerator=` given: it trained under DDP without a word. If the script has
+    already prepared a model, Accelerate has chosen DDP for it, and the error says so.
+    """
     script = tiny(tmp_path)
-    script.write_text(script.read_text().replace("SmallTrainer(2,", "SmallTrainer(2, accelerator=Accelerator(),"))
-    script.write_text("from accelerate import Accelerator\n" + script.read_text())
-    assert result(launch(script, "fsdp2").stdout) == "2 no 1 True FSDPSequential"
+    script.write_text(
+        PREPARED_EARLY + script.read_text().replace("SmallTrainer(2,", "SmallTrainer(2, accelerator=ours,")
+    )
+    output = launch(script, "fsdp2").stdout
+    assert result(output) == "2 no 1 True FSDPSequential"
+    assert (
+        "REFUSED The launch asks for FSDP2 on CPU processes, but the script's `Accelerator` has already prepared"
+        in output
+    )
 
 
 def test_the_example_reaches_what_it_promises() -> None:

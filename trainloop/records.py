@@ -71,8 +71,9 @@ def flatten_nested_dict(nested: Mapping[Any, Any]) -> dict[tuple[Any, ...], Any]
         nested: Nested mappings; sequences count as values.
 
     Example:
-        >>> flatten_nested_dict({"loss": {"l1": 1.0, "l2": 2.0}})
-        {('loss', 'l1'): 1.0, ('loss', 'l2'): 2.0}
+        ```python
+        assert flatten_nested_dict({"loss": {"l1": 1.0, "l2": 2.0}}) == {("loss", "l1"): 1.0, ("loss", "l2"): 2.0}
+        ```
     """
     flat: dict[tuple[Any, ...], Any] = {}
     for key, value in nested.items():

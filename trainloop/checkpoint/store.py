@@ -36,11 +36,13 @@ class CheckpointStore:
     otherwise.
 
     Example:
-        >>> store = CheckpointStore("checkpoints")
-        >>> store.open()
-        >>> store.save(5, Content(weights={"model": model.state_dict()}), run_id="a")
-        >>> store.resolve("latest").read_into("model", model.state_dict())
-        >>> store.close()
+        ```python
+        store = CheckpointStore("checkpoints")
+        store.open()
+        store.save(5, Content(weights={"model": model.state_dict()}), run_id="a")
+        store.resolve("latest").read_into("model", model.state_dict())
+        store.close()
+        ```
     """
 
     def __init__(

@@ -296,6 +296,11 @@ def rehearse_fsdp2_on_cpu(accelerator: Accelerator) -> None:
             "The `Accelerator` has an FSDP plugin of the script, which Accelerate ignores on CPU processes. To rehearse"
             " FSDP2 on the CPU, ask for it at launch: `accelerate launch --use_fsdp --fsdp_version 2`."
         )
+    if accelerator._models:
+        raise ValueError(
+            "The launch asks for FSDP2 on CPU processes, but the script's `Accelerator` has already prepared a model,"
+            " for which Accelerate uses DDP there. Give the trainer model and optimizer unprepared."
+        )
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version == 2:
         if accelerator.mixed_precision != "no":

@@ -32,9 +32,11 @@ class KillAt:
         ValueError: There is no such event, or a number is out of range.
 
     Example:
-        >>> KillAt(5, "on_after_step")
-        >>> KillAt(6, "rename")  # the first checkpoint from step 6 on is written, but doesn't have its name yet
-        >>> KillAt(8, "forward", rank=1, signal=signal.SIGTERM)
+        ```python
+        KillAt(5, "on_after_step")
+        KillAt(6, "rename")  # the first checkpoint from step 6 on is written, but doesn't have its name yet
+        KillAt(8, "forward", rank=1, signal=signal.SIGTERM)
+        ```
     """
 
     step: int
