@@ -304,9 +304,9 @@ def test_the_metrics_of_a_step_go_into_its_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path / "d", 4, 1, 1, keep_previous=7) == every
 
 
-def test_early_stopping_ends_the_run_and_survives_a_resume(tmp_path: Path) -> None:
+def test_early_stopping_ends_the_run_and_survives_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It stops `patience` values after the best one, NaN and gains below `min_delta` included; killed on the way, the
-    resumed run stops at the same step.
+    resumed run stops at the same step. The log names the step that is the last one.
     """
     losses = [5.0, 4.0, 3.95, math.nan, 3.92, 3.8, 3.7, 3.6]
 
@@ -321,7 +321,9 @@ def test_early_stopping_ends_the_run_and_survives_a_resume(tmp_path: Path) -> No
         trainer.train()
         return trainer
 
-    assert run(tmp_path / "whole", 8).step == 6  # asked for after step 5, agreed on with step 6
+    with caplog.at_level("INFO", "trainloop"):
+        assert run(tmp_path / "whole", 8).step == 6  # asked for after step 5, agreed on with step 6
+    assert "no better than 4, so the run ends with step 6." in caplog.text
     assert run(tmp_path / "cut", 3).step == 3
     assert run(tmp_path / "cut", 8).step == 6
 

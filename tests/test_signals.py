@@ -22,6 +22,7 @@ from trainloop.testing import KillAt
 from trainloop.testing.lives import live
 
 from .launching import NUM_PROCESSES, REPOSITORY, command, environment
+from .small import SmallTrainer
 from .workers.resume import make_trainer
 from .workers.signals import Stuck
 
@@ -44,6 +45,32 @@ def test_the_first_of_several_signals_decides() -> None:
     assert exchanged(control)["exit_signal"] == signal.SIGUSR1
     assert control.take("exit_signal") == signal.SIGUSR1
     assert exchanged(control)["exit_signal"] == 0
+
+
+@pytest.mark.parametrize(("count", "raised", "last_step"), [(1, SystemExit, 2), (2, KeyboardInterrupt, 1)])
+def test_ctrl_c_in_a_step(
+    count: int, raised: type[BaseException], last_step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one lets the step end, the second one does not. The log says if nothing is saved."""
+
+    def forward(trainer: Any, batch: Any) -> Any:
+        for _ in range(count * (trainer.step == 2)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return trainer.model(batch[0]).pow(2).mean(), {}
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started without it
+    try:
+        trainer = SmallTrainer(4, forward_=forward)
+        with pytest.raises(raised) as ended, caplog.at_level("WARNING", "trainloop"):
+            trainer.train()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert trainer.step == last_step
+    told = "Ctrl-C: the run ends after step 2. Nothing is saved: the run has no CheckpointingHook."
+    assert (told in caplog.text) == (raised is SystemExit)
+    if raised is SystemExit:
+        assert ended.value.code == 128 + signal.SIGINT  # type: ignore[attr-defined]
 
 
 class Interrupting(dict):  # type: ignore[type-arg]
