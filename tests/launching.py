@@ -151,6 +151,6 @@ def on_ranks(world_size: int, folder: Path, work: Callable[[int], None]) -> list
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(240)
         assert process.exitcode is not None, "a rank hangs"
     return [process.exitcode or 0 for process in processes]

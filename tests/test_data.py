@@ -158,7 +158,7 @@ def test_a_resumed_run_goes_on_with_the_next_sample(name: str, worlds: tuple[int
             feed.load_state_dict(first[0].state_dict(), own)
         rest = 24 // after // 2
         if name == "stream" and (count * before * 2) % N:
-            with pytest.warns(DataReplayWarning, match=f"the {count * before * 2 % N} samples that this run"):
+            with pytest.warns(DataReplayWarning, match=f"the run reads {count * before * 2 % N} samples again"):
                 seen += interleaved([ids(draw(feed, rest)) for feed in second])
         else:
             seen += interleaved([ids(draw(feed, rest)) for feed in second])

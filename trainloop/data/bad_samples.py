@@ -140,7 +140,7 @@ class BadSampleCount:
                 self.total += 1
                 logger.warning(
                     f"Step {step}: sample {name} could not be read on rank {rank}, so sample {substitute} is used"
-                    f" instead: {error}. {self.total} samples have failed so far; at most {self._max_failures} may."
+                    f" instead: {error}. Failed samples so far: {self.total} of at most {self._max_failures}."
                 )
         if self.total > self._max_failures:
             last = next(bad_samples[-1] for bad_samples in reversed(by_rank) if bad_samples)
