@@ -60,4 +60,4 @@ docs: install  ## Build the documentation into site/; a warning is an error
 	$(BIN)/zensical build --clean --strict
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .venvs dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache

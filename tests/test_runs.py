@@ -67,7 +67,7 @@ def test_the_lives_of_a_run_are_shown(made: Made, capsys: pytest.CaptureFixture[
     lines = out.splitlines()
     assert lines[0] == "The run: 3 lives, at step 30 of 30, complete"
     first, second, third = lines[3:6]
-    assert first.endswith("killed: no word of an end")
+    assert first.endswith("killed: its end was not recorded")
     assert "10 → 26" in second
     assert ": the same " in second
     assert second.endswith("error: ValueError: broken on purpose (rank 0)")

@@ -126,7 +126,7 @@ def _with_highest(run: Sequence[Life]) -> list[tuple[Life, int]]:
 def reason_text(life: Life) -> str:
     """Why a life ended."""
     if life.reason == "killed":
-        return "killed: no word of an end"
+        return "killed: its end was not recorded"
     return f"{life.reason}: {life.detail}" if life.detail else life.reason
 
 
