@@ -141,8 +141,10 @@ def on_ranks(world_size: int, folder: Path, work: Callable[[int], None]) -> list
     rendezvous = folder / f"rendezvous{random.getrandbits(64)}"
 
     def run(rank: int) -> None:
+        import torch
         import torch.distributed as dist
 
+        torch.set_num_threads(1)  # the threads of this process's OpenMP didn't survive the fork
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
         work(rank)
         dist.destroy_process_group()
@@ -152,5 +154,9 @@ def on_ranks(world_size: int, folder: Path, work: Callable[[int], None]) -> list
         process.start()
     for process in processes:
         process.join(240)
-        assert process.exitcode is not None, "a rank hangs"
+    hanging = [process for process in processes if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+        process.join()
+    assert not hanging, "a rank hangs"
     return [process.exitcode or 0 for process in processes]

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -41,6 +42,11 @@ class _Screen(pyte.HistoryScreen):
         super().linefeed()
 
 
+def _begin_session() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it in what it starts in the background
+
+
 class Terminal:
     """A terminal with a program in it, which is the leader of its session, as under a shell.
 
@@ -64,7 +70,7 @@ class Terminal:
             stdout=terminal,
             stderr=terminal,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+            preexec_fn=_begin_session,
         )
         os.close(terminal)
 

@@ -70,7 +70,7 @@ def test_when_memory_runs_out_a_report_says_what_filled_it(tmp_path: Path, caplo
 
     def forward(self: Any, batch: Any) -> Any:
         if self.step == 3:
-            held.append(torch.zeros(1000, 777))
+            held.append(torch.zeros(4000, 777))
             try:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             except torch.OutOfMemoryError as ex:
@@ -82,7 +82,7 @@ def test_when_memory_runs_out_a_report_says_what_filled_it(tmp_path: Path, caplo
             tmp_path,
             ProfilerHook(wait=1, warmup=1, active=5),
             data_loader=lambda self: DataLoader(Batches(), batch_size=4),
-            model_=lambda self: nn.Sequential(nn.Linear(3, 60_000), nn.Linear(60_000, 1)),
+            model_=lambda self: nn.Sequential(nn.Linear(3, 600_000), nn.Linear(600_000, 1)),
             optimizer_=lambda self: torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9),
             forward_=forward,
         )
@@ -96,13 +96,15 @@ def test_when_memory_runs_out_a_report_says_what_filled_it(tmp_path: Path, caplo
         "batch['x']: 4 x 3, float32",
         "batch['ids'][1]: 4, int64",
         "batch['name'][0]: str",
-        "1000 x 777, float32",
-        "60000 x 3, float32  0.weight",
-        "60000 x 3, float32  optimizer: momentum_buffer of 0.weight",
+        "4000 x 777, float32",
+        "600000 x 3, float32  0.weight",
+        "600000 x 3, float32  optimizer: momentum_buffer of 0.weight",
     ):
         assert text in report, report
     lines = report[report.index("The largest tensors") :].splitlines()[1:]
-    assert "1000 x 777" in lines[0], lines
+    sizes = [float(line.split()[0]) for line in lines if " MiB " in line]
+    assert sizes == sorted(sizes, reverse=True), lines
+    assert len(sizes) > 1
     assert "The whole report is" in caplog.text
 
 

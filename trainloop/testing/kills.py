@@ -14,6 +14,8 @@ HOOK_EVENTS = (
     "on_after_optimizer_step",
     "on_log",
     "on_log_images",
+    "on_log_histogram",
+    "on_log_text",
     "on_after_step",
     "on_state_dict",
     "on_after_train",

@@ -94,6 +94,12 @@ class Witness(BaseHook):
     def on_log_images(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
         self._reach("on_log_images")
 
+    def on_log_histogram(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
+        self._reach("on_log_histogram")
+
+    def on_log_text(self, trainer: BaseTrainer, records: Any, dry_run: bool) -> None:
+        self._reach("on_log_text")
+
     def on_after_step(self, trainer: BaseTrainer) -> None:
         info = trainer.step_info
         row = {
