@@ -49,7 +49,7 @@ def tiny(tmp_path: Path, norm: str = "LayerNorm") -> Path:
     return script
 
 
-@pytest.mark.parametrize("form", ["single", "ddp2", "fsdp2"])
+@pytest.mark.parametrize("form", ["single", pytest.param("ddp2", marks=pytest.mark.slow), "fsdp2"])
 def test_a_users_image_classifier_learns(form: str) -> None:
     """BatchNorm, dict batches with strings, workers, augmentation, two parameter groups: over 85 % after 100 steps."""
     accuracy = re.fullmatch(r"accuracy=(.*)", result(launch(SCRIPTS / "image_classifier.py", form).stdout))
@@ -57,7 +57,7 @@ def test_a_users_image_classifier_learns(form: str) -> None:
     assert float(accuracy[1]) > 0.85
 
 
-@pytest.mark.parametrize("form", ["single", "ddp2", "fsdp2"])
+@pytest.mark.parametrize("form", ["single", pytest.param("ddp2", marks=pytest.mark.slow), "fsdp2"])
 def test_a_users_language_model_learns(form: str) -> None:
     """A stream of padded windows, tied weights, token weights, accumulation: well below the letters' entropy of 3."""
     # Wrapping by size would try to shard the ModuleList itself.

@@ -18,7 +18,7 @@ Results = list[dict[str, Any]]
 """Outcomes by name of the case, for each rank."""
 
 
-@pytest.fixture(scope="module", params=["single", "ddp2", "fsdp2", "hsdp2x2"])
+@pytest.fixture(scope="module", params=["single", "ddp2", "fsdp2", pytest.param("hsdp2x2", marks=pytest.mark.slow)])
 def form(request: pytest.FixtureRequest) -> str:
     return request.param
 
