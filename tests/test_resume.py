@@ -27,7 +27,15 @@ FORMS_OF_RESUME = {"single": (1, ()), "ddp2": (2, ()), "fsdp2": (2, FSDP2)}
 """Processes and launch arguments."""
 NUM_OPERATIONS = [28, 10]
 """File operations of a save with two processes, by rank, retention included."""
-ELSEWHERE = {"on_before_train", "on_load_state_dict", "on_after_train", "on_non_finite_grad", "on_log_images"}
+ELSEWHERE = {
+    "on_before_train",
+    "on_load_state_dict",
+    "on_after_train",
+    "on_non_finite_grad",
+    "on_log_images",
+    "on_log_histogram",
+    "on_log_text",
+}
 """Events that do not come in each step."""
 
 
