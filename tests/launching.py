@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -104,6 +106,17 @@ def launch(
     if check and code != 0:
         raise AssertionError(f"{script.name} in form {form} ended with {code}:\n{output[-6000:]}")
     return subprocess.CompletedProcess(arguments, code, output, "")
+
+
+def written_by_ranks(
+    form: str, out: Path, worker: Path, run: Callable[[Path], None], timeout: float = 240
+) -> list[Any]:
+    """What each rank of a worker writes into `out` as "RANK.json". A single process calls the worker's `run` here."""
+    if form == "single":
+        run(out)
+    else:
+        launch(worker, form, str(out), timeout=timeout)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_PROCESSES[form])]
 
 
 def _run_launcher(arguments: list[str], env: dict[str, str], output: Connection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from trainloop.checkpoint import Checkpoint
 from trainloop.checkpoint.fingerprint import fingerprints
 from trainloop.checkpoint.format.layout import manifest_texts, parse_manifest
 
-from .launching import NUM_PROCESSES, REPOSITORY, launch
+from .launching import REPOSITORY, written_by_ranks
 from .small import SmallTrainer
 from .workers.adapters import STEPS, STOP, Trainer, run
 
@@ -29,11 +28,7 @@ FROZEN = {"backbone.weight", "backbone.bias", "twin.weight", "twin.bias", "teach
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The folder of a launch, and what each rank has written."""
     out: Path = tmp_path_factory.mktemp(request.param)
-    if request.param == "single":
-        run(out)
-    else:
-        launch(WORKER, request.param, str(out))
-    return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_PROCESSES[request.param])]
+    return out, written_by_ranks(request.param, out, WORKER, run)
 
 
 def checkpoint_of(out: Path, run: str, step: int) -> Checkpoint:

@@ -13,7 +13,7 @@ from torch import nn
 from trainloop import BaseHook
 from trainloop.checkpoint import Checkpoint
 
-from .launching import NUM_PROCESSES, REPOSITORY, launch
+from .launching import REPOSITORY, launch, written_by_ranks
 from .small import SmallTrainer
 from .workers.trainable import PLAN, STEPS, Schedule, Trainer, digest, plain, resumed, run
 
@@ -24,11 +24,7 @@ WORKER = REPOSITORY / "tests" / "workers" / "trainable.py"
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The folder of a launch, and what each rank has written."""
     out: Path = tmp_path_factory.mktemp(request.param)
-    if request.param == "single":
-        run(out)
-    else:
-        launch(WORKER, request.param, str(out), timeout=120)
-    return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_PROCESSES[request.param])]
+    return out, written_by_ranks(request.param, out, WORKER, run, timeout=120)
 
 
 def check_against_plain(rows: Any, found: dict[str, Any], first_step: int = 1, **tolerance: float) -> None:

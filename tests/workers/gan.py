@@ -6,28 +6,14 @@ Usage: accelerate launch gan.py OUT
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from examples.gan import GanTrainer
-from trainloop import BaseHook
+from tests.workers.killing import KillOnce
 
 EPOCHS, FIRST_END, LAST_STEP, KILLED_AT = 2, 29, 57, 33
-
-
-class Kill(BaseHook):
-    """Kills rank 0, once."""
-
-    def __init__(self, out: Path) -> None:
-        self.marker = out / "killed"
-
-    def on_after_step(self, trainer: Any) -> None:
-        if trainer.step == KILLED_AT and trainer.accelerator.is_main_process and not self.marker.exists():
-            self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Recorded(GanTrainer):
@@ -36,7 +22,7 @@ class Recorded(GanTrainer):
         super().__init__(max_epochs=EPOCHS, workspace=out, seed=0)
 
     def build_hooks(self) -> Any:
-        return [*super().build_hooks(), Kill(self.out)]
+        return [*super().build_hooks(), KillOnce(self.out, KILLED_AT)]
 
     def forward(self, batch: Any) -> Any:
         loss, records = super().forward(batch)

@@ -6,29 +6,15 @@ Usage: accelerate launch lora.py OUT
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from examples.lora import LoraTrainer, parse
-from trainloop import BaseHook
+from tests.workers.killing import KillOnce
 
 ARGUMENTS = ["--interval", "2", "--batch-size", "2", "--rank", "4", "--lr", "1e-2"]
 STEPS, KILLED_AT = 6, 5
-
-
-class Kill(BaseHook):
-    """Kills the rank that is first, once."""
-
-    def __init__(self, out: Path) -> None:
-        self.marker = out / "killed"
-
-    def on_after_step(self, trainer: Any) -> None:
-        if trainer.step == KILLED_AT and trainer.accelerator.is_main_process and not self.marker.exists():
-            self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Recorded(LoraTrainer):
@@ -37,7 +23,7 @@ class Recorded(LoraTrainer):
         super().__init__(parse(ARGUMENTS), workspace=out, grad_clip=1.0, seed=0, **kwargs)
 
     def build_hooks(self) -> Any:
-        return [*super().build_hooks(), Kill(self.out)]
+        return [*super().build_hooks(), KillOnce(self.out, KILLED_AT)]
 
     def forward(self, batch: Any) -> Any:
         loss, records = super().forward(batch)
